@@ -1,0 +1,5 @@
+"""kscli: knowledge superposition in language models, measured."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

@@ -1,0 +1,39 @@
+"""The errors that kscli raises for its user, each one sentence and an exit code.
+
+Everything a user can cause is a `KscliError`; the command line prints its text
+and leaves with its `exit_code`. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class KscliError(Exception):
+    """What could not be done, and what to do about it, in one or two lines."""
+
+    exit_code = 1
+
+
+class UsageError(KscliError):
+    """The request itself is wrong: an option's value, a name that does not exist."""
+
+    exit_code = 2
+
+
+class ModelError(KscliError):
+    """A model cannot be found, read, or measured."""
+
+
+class CorpusError(KscliError):
+    """A corpus cannot be found or read, or holds no usable text."""
+
+
+class FactsError(KscliError):
+    """A facts file cannot be read, or a fact cannot be located in its prompt."""
+
+
+class ArtifactError(KscliError):
+    """An HDF5 artifact is missing, foreign, damaged, or made from other inputs."""
+
+
+class NumericsError(KscliError):
+    """A matrix or a key from which p cannot be computed."""

@@ -1,0 +1,53 @@
+"""Selections of layers: `all`, `0`, `0,3,5-8`, `-1`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from kscli.errors import UsageError
+
+_PART = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+
+
+def select_layers(spec: str, available: Sequence[int], what: str) -> tuple[int, ...]:
+    """The layers that `spec` names, in ascending order, each once.
+
+    `available` are the layers there are; negative numbers count back from the last of them.
+    Raises UsageError for a spec that is not understood, and for a layer that `what` (named in
+    the message) does not have.
+    """
+    if spec.strip() == "all":
+        return tuple(sorted(available))
+    end = max(available) + 1
+    chosen: set[int] = set()
+    for part in spec.split(","):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise UsageError(f"layers {spec!r} are not understood; write all, 0, 0,3,5-8 or -1.")
+        written = int(match[1]), int(match[2] or match[1])
+        first, last = (number if number >= 0 else end + number for number in written)
+        if last < first:
+            raise UsageError(f"layers {spec!r}: the range {part.strip()} runs backwards.")
+        if first < 0:
+            raise _no_layer(what, written[0], available)
+        chosen.update(range(first, last + 1))
+    absent = chosen - set(available)
+    if absent:
+        raise _no_layer(what, min(absent), available)
+    return tuple(sorted(chosen))
+
+
+def format_layers(layers: Sequence[int]) -> str:
+    """Layers as a selection: (0, 1, 2, 5) gives `0-2,5`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _no_layer(what: str, layer: int, available: Sequence[int]) -> UsageError:
+    return UsageError(f"{what} has no layer {layer}; it has {format_layers(available)}.")

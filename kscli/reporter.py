@@ -1,0 +1,35 @@
+"""How a long computation tells its caller what it is doing.
+
+The library calls a `Reporter`; by default nothing is shown. The command line
+hands in one that draws progress bars on a terminal (`kscli.cli.console`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Task:
+    """One measured piece of work; `advance` says how much more is done."""
+
+    def advance(self, amount: float = 1.0, status: str = "") -> None:
+        """Add `amount` to what is done; `status` replaces the text beside the bar."""
+
+
+class Reporter:
+    """Receives progress, notes and warnings; this base class ignores them."""
+
+    @contextmanager
+    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        """Open a task of `total` units (None: unknown) and close it at the end."""
+        yield Task()
+
+    def note(self, text: str) -> None:
+        """Say something that the user may want to know."""
+
+    def warn(self, text: str) -> None:
+        """Say something that the user must know for the result to be read rightly."""
+
+
+SILENT = Reporter()

