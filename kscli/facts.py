@@ -1,0 +1,295 @@
+"""Facts: prompts with a subject in them, and the files that hold them.
+
+A fact is a prompt whose `{}` stands for the subject, the subject, and the target
+that completes the prompt. Files are CounterFact's JSON (Meng et al., "Locating and
+Editing Factual Associations in GPT", 2022) or plain records of `prompt`, `subject`,
+`target` and, if there are any, `relation` and `case_id`. Nothing is stripped or
+rewritten: what the file says is what the model reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import islice
+from pathlib import Path
+
+from kscli.errors import FactsError, UsageError
+from kscli.hub_datasets import HubSource, open_dataset, parse_source
+
+DEFAULT_COUNT = 128  # the paper's m
+
+SLOT = "{}"
+
+# Null characters and lone surrogates: no tokenizer or HDF5 string can hold them.
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+# The Hub's CounterFact: 19,728 records in train and 2,191 in test, fields as in the original
+# JSON. The revision is pinned so that "the first 128" stay the same facts.
+COUNTERFACT = HubSource(
+    "azhx/counterfact",
+    splits=("train", "test"),
+    revision="c01c413f856ee38f5c080c9fc5e87aff478e2ff9",
+)
+
+Located = tuple[str, object]
+"""Where a record stands, for an error to say, and the record as it was parsed."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact; `prompt` holds `{}` exactly once, where the subject goes.
+
+    Raises:
+        FactsError: no `{}` or several, a blank subject or target, text that is not Unicode.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    relation: str = ""
+    case_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target", "relation"):
+            _check_text(name, getattr(self, name))
+        slots = self.prompt.count(SLOT)
+        if slots != 1:
+            found = f"has {slots} {SLOT}" if slots else f"has no {SLOT}"
+            raise FactsError(
+                f"the prompt {_quote(self.prompt)} {found}; write {SLOT} once, "
+                "where the subject goes."
+            )
+        for name, value in (("subject", self.subject), ("target", self.target)):
+            if not value.strip():
+                raise FactsError(f"the {name} {_quote(value)} is empty; fill it in.")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in; every other brace is left as it is."""
+        return self.prompt.replace(SLOT, self.subject, 1)
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Start and end of the subject's characters in `text`."""
+        start = self.prompt.index(SLOT)
+        return start, start + len(self.subject)
+
+
+@dataclass(frozen=True)
+class FactSet:
+    """The facts taken from a source, under the name that the user gave it."""
+
+    facts: tuple[Fact, ...]
+    name: str
+
+    @property
+    def identity(self) -> str:
+        """See `facts_identity`."""
+        return facts_identity(self.facts)
+
+
+def facts_identity(facts: Sequence[Fact]) -> str:
+    """SHA-256 (hex) over every field of the facts, in order.
+
+    Equal for the same facts whatever file or format they were read from.
+    """
+    canonical = json.dumps([astuple(fact) for fact in facts], separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = False) -> FactSet:
+    """The first `count` facts (None: all) of a named set, a Hub data set, or a file.
+
+    `name` is `tiny`, `counterfact`, `hf:OWNER/NAME[:CONFIG[:SPLIT]]` (default split
+    `train`), or the path of a `.json`, `.jsonl` or `.csv` file. With `at_most`, a source of
+    fewer than `count` facts gives all it has. Records after the first `count` are not checked.
+
+    Raises:
+        UsageError: a count below 1, or an `hf:` name of another form.
+        FactsError: the source cannot be read, a record is no fact, or there are fewer than
+            `count`; names the file, the line or record, and the remedy.
+    """
+    if count is not None and count < 1:
+        raise UsageError(f"A count of {count} facts was asked for; ask for 1 or more, or all.")
+    name = str(name)
+    located = enumerate(islice(_records(name), count))
+    facts = tuple(_parse(where, record, index) for index, (where, record) in located)
+    if not facts:
+        raise FactsError(f"{name} holds no facts.")
+    if count is not None and len(facts) < count and not at_most:
+        raise FactsError(
+            f"{count} facts were asked for, but {name} holds {len(facts)}; "
+            f"ask for at most {len(facts)}, or all."
+        )
+    return FactSet(facts, name)
+
+
+def _records(name: str) -> Iterator[Located]:
+    if name == "tiny":
+        from kscli.tiny import FACTS_PATH
+
+        return _file_records(FACTS_PATH)
+    if name == "counterfact":
+        return _hub_records(name, COUNTERFACT)
+    if name.startswith("hf:"):
+        return _hub_records(name, parse_source(name, UsageError))
+    return _file_records(Path(name))
+
+
+def _file_records(path: Path) -> Iterator[Located]:
+    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records}
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise FactsError(
+            f"There is no facts file {path}; give tiny, counterfact, hf:OWNER/NAME, "
+            "or the path of a .json, .jsonl or .csv file."
+        ) from None
+    except OSError as error:
+        raise FactsError(f"{path} cannot be read: {error.strerror}.") from error
+    if path.suffix.lower() not in readers:
+        raise FactsError(f"{path} is not a facts file; its name must end in {', '.join(readers)}.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FactsError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8.") from None
+    if not text.strip():
+        raise FactsError(f"{path} is empty; it should hold facts.")
+    return readers[path.suffix.lower()](path, text)
+
+
+def _json_records(path: Path, text: str) -> Iterator[Located]:
+    records = _load_json(str(path), text, "one object a line belongs in a .jsonl file")
+    if not isinstance(records, list):
+        raise FactsError(f"{path} holds {_kind(records)}, but should hold a list of records.")
+    for number, record in enumerate(records, 1):
+        yield f"{path}, record {number}", record
+
+
+def _jsonl_records(path: Path, text: str) -> Iterator[Located]:
+    # Not splitlines, which also cuts at the line separators that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _load_json(where, line, "write one object a line")
+
+
+def _csv_records(path: Path, text: str) -> Iterator[Located]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if None in row:
+                raise FactsError(
+                    f"{where}: more cells than the header's {len(row) - 1}; "
+                    "put text that holds a comma in double quotes."
+                )
+            yield where, row
+    except csv.Error as error:
+        raise FactsError(f"{path}, line {rows.line_num}: not valid CSV ({error}).") from None
+
+
+def _hub_records(name: str, source: HubSource) -> Iterator[Located]:
+    dataset = open_dataset(source, FactsError, "give a local file as --facts")
+    for split, number, record in dataset.records():
+        yield f"{name}, {split} record {number}", record
+
+
+def _parse(where: str, record: object, index: int) -> Fact:
+    try:
+        fields = _fields(record)
+        relation = fields.get("relation")
+        return Fact(
+            prompt=_string(fields, "prompt"),
+            subject=_string(fields, "subject"),
+            target=_string(fields, "target"),
+            relation="" if relation is None else _string(fields, "relation"),
+            case_id=_case_id(fields.get("case_id"), index),
+        )
+    except FactsError as error:
+        raise FactsError(f"{where}: {error}") from None
+
+
+def _fields(record: object) -> Mapping[str, object]:
+    """The plain fields of a record, which is plain or CounterFact's."""
+    if not isinstance(record, Mapping):
+        raise FactsError(
+            f"{_kind(record)}, but should be an object with prompt, subject and target."
+        )
+    rewrite = record.get("requested_rewrite")
+    if rewrite is None:
+        return record
+    if not isinstance(rewrite, Mapping):
+        raise FactsError(f"requested_rewrite is {_kind(rewrite)}, but should be an object.")
+    target = rewrite.get("target_true")
+    if not isinstance(target, Mapping) or "str" not in target:
+        raise FactsError("requested_rewrite has no target_true with a str in it; add it.")
+    return {
+        **rewrite,
+        "target": target["str"],
+        "relation": rewrite.get("relation_id"),
+        "case_id": record.get("case_id"),
+    }
+
+
+def _string(fields: Mapping[str, object], name: str) -> str:
+    if name not in fields:
+        there = ", ".join(map(repr, fields)) or "none"
+        raise FactsError(f"there is no {name}; the fields there are: {_cut(there)}.")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise FactsError(f"the {name} is {_kind(value)}, but should be text.")
+    return value
+
+
+def _case_id(value: object, index: int) -> int:
+    if value is None or value == "":
+        return index
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError
+        number = int(value)
+        if not -(2**63) <= number < 2**63:
+            raise ValueError
+    except ValueError:
+        raise FactsError(
+            f"the case_id {_quote(value)} is not a whole number of 64 bits; give one, or none."
+        ) from None
+    return number
+
+
+def _check_text(name: str, value: str) -> None:
+    if UNUSABLE.search(value):
+        raise FactsError(
+            f"the {name} {_quote(value)} has a null character or half a surrogate pair; mend it."
+        )
+
+
+def _load_json(where: str, text: str, remedy: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FactsError(f"{where}: not valid JSON ({error}); {remedy}.") from None
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list) else _quote(value)
+
+
+def _quote(value: object) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
