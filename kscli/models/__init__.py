@@ -1,0 +1,1 @@
+"""Models: their names, their files on the Hub or on disk, and the decoder that is loaded."""

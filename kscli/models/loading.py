@@ -1,0 +1,378 @@
+"""From a name to a loaded decoder: alias, Hub id, local folder or GGUF file.
+
+Whatever the name, the model ends as files on this disk (`locate_model`), and is read from
+there (`load_model`). Pickled weights are read, and remote code is run, only when asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kscli.errors import KscliError, ModelError, UsageError
+from kscli.models.aliases import classify, find_alias, slug
+from kscli.models.fingerprint import (
+    TOKENIZER_FILES,
+    fingerprint_files,
+    read_safetensors_header,
+)
+from kscli.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+    from kscli.models.decoder import Decoder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LONGEST_DOCUMENT = 2048
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, from where, and how it is to be run."""
+
+    model: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What must agree between two files that are used together.
+
+    `weights` and `tokenizer` are fingerprints: a Hub commit, or hashes of the files.
+    """
+
+    slug: str
+    model_id: str
+    revision: str
+    weights: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """A model's files on this disk, and who it is."""
+
+    folder: Path
+    gguf: str | None
+    identity: ModelIdentity
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder with its tokenizer, ready to be run."""
+
+    identity: ModelIdentity
+    decoder: Decoder
+    tokenizer: Any
+    dtype: str
+    device: str
+    max_length: int
+
+    @property
+    def special_tokens(self) -> str:
+        """The special tokens that the tokenizer puts around a text, as in `<s> ...`."""
+        ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
+        return " ".join(self.tokenizer.convert_ids_to_tokens(ids))
+
+    def provenance(self) -> dict[str, Any]:
+        """The fields of `kscli.artifacts.Provenance` that every file of this model shares."""
+        return {
+            "model": self.identity.slug,
+            "model_id": self.identity.model_id,
+            "revision": self.identity.revision,
+            "weights": self.identity.weights,
+            "tokenizer": self.identity.tokenizer,
+            "hook": self.decoder.hook,
+            "d_m": self.decoder.d_m,
+            "n_layers": self.decoder.n_layers,
+            "dtype": self.dtype,
+            "device": self.device,
+            "special_tokens": self.special_tokens,
+        }
+
+
+def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedModel:
+    """Find the model's files, downloading them when it lives on the Hub.
+
+    Raises ModelError when there are none, or they are damaged or pickled and
+    `allow_pickle` is not set.
+    """
+    kind = classify(options.model)
+    name = slug(options.model)
+    if kind == "hub":
+        return _locate_on_hub(options, name, reporter)
+    if options.revision is not None:
+        raise UsageError(
+            f"--revision {options.revision} is for models on the Hub; {options.model} is local."
+        )
+    if kind == "gguf":
+        return _locate_gguf(Path(options.model).expanduser(), name)
+    if kind == "embedded":
+        from kscli.tiny import MODEL_DIR
+
+        return _locate_folder(MODEL_DIR, name, name, options)
+    return _locate_folder(Path(options.model).expanduser(), name, Path(options.model).name, options)
+
+
+def load_model(
+    options: ModelOptions, reporter: Reporter = SILENT, located: LocatedModel | None = None
+) -> LoadedModel:
+    """Load the model that `options` names, on its device and in its dtype, without gradients.
+
+    `located` saves finding its files again. Raises ModelError when it cannot be read, is not a
+    dense causal decoder, or lacks weights.
+    """
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    located = located or locate_model(options, reporter)
+    from kscli.models.decoder import Decoder
+
+    with _quiet_transformers():
+        config = _load_config(located, options)
+        model = _load_weights(located, config, options, device, dtype)
+        tokenizer = _load_tokenizer(located, options)
+    text = config.get_text_config()
+    decoder = Decoder(model, text.hidden_size, text.num_hidden_layers)
+    return LoadedModel(
+        identity=located.identity,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        max_length=min(
+            getattr(text, "max_position_embeddings", None) or LONGEST_DOCUMENT, LONGEST_DOCUMENT
+        ),
+    )
+
+
+def resolve_device(device: str) -> str:
+    """The device that `auto` means here; UsageError when the one named is not at hand."""
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {device} is unknown; it is auto, cpu, cuda, cuda:N or mps.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device {device}: MPS is not available; use --device cpu.")
+    if kind == "cuda" and ":" in device:
+        number = device.partition(":")[2]
+        if not number.isdigit() or int(number) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, "
+                "counted from 0."
+            )
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """The dtype that `auto` means: bfloat16 on CUDA cards from Ampere on, else float32."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is unknown; it is one of {', '.join(DTYPES)}.")
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return "bfloat16"
+    return "float32"
+
+
+def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> LocatedModel:
+    from kscli.models.hub import fetch_model
+
+    alias = find_alias(options.model)
+    hub_id = alias.hub_id if alias and alias.hub_id else options.model
+    revision = options.revision or (alias.revision if alias else None) or "main"
+    fetched = fetch_model(
+        hub_id,
+        revision,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+        reporter=reporter,
+    )
+    commit = f"commit:{fetched.commit}"
+    identity = ModelIdentity(name, hub_id, revision, commit, commit)
+    return LocatedModel(fetched.folder, None, identity)
+
+
+def _locate_gguf(path: Path, name: str) -> LocatedModel:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist.")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f"{path} is a GGUF file, and the package gguf is not installed: "
+            "pip install 'kscli[gguf]'."
+        ) from error
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file.")
+    whole = fingerprint_files([path])
+    return LocatedModel(path.parent, path.name, ModelIdentity(name, path.name, "", whole, whole))
+
+
+def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions) -> LocatedModel:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder with a model.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json; it is not a Hugging Face model folder.")
+    weights = _weight_files(folder, options.allow_pickle)
+    for path in weights:
+        if path.suffix == ".safetensors":
+            read_safetensors_header(path)
+    tokenizer = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
+    identity = ModelIdentity(
+        slug=name,
+        model_id=model_id,
+        revision="",
+        weights=fingerprint_files([folder / "config.json", *weights]),
+        tokenizer=fingerprint_files(tokenizer),
+    )
+    return LocatedModel(folder, None, identity)
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    safe = sorted(folder.glob("model*.safetensors"))
+    if safe:
+        return safe
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled and allow_pickle:
+        return pickled
+    if pickled:
+        raise ModelError(
+            f"{folder} has only pickled weights ({pickled[0].name}), and reading them can run "
+            "code; add --allow-pickle if you trust them."
+        )
+    raise ModelError(f"{folder} has no weights (model.safetensors or its shards).")
+
+
+def _load_config(located: LocatedModel, options: ModelOptions) -> Any:
+    from transformers import AutoConfig
+
+    with _model_errors(located):
+        config = AutoConfig.from_pretrained(
+            located.folder,
+            trust_remote_code=options.trust_remote_code,
+            **_gguf_argument(located),
+        )
+    _check_kind(located, config)
+    return config
+
+
+def _check_kind(located: LocatedModel, config: Any) -> None:
+    """Refuse what the configuration already shows not to be a causal decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = list(getattr(config, "architectures", None) or [])
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    masked = architectures and all("MaskedLM" in a or "PreTraining" in a for a in architectures)
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote
+    if getattr(config, "is_encoder_decoder", False) or masked or not known:
+        what = ", ".join(architectures) or config.model_type
+        raise ModelError(
+            f"{located.identity.model_id} is a {what}; kscli measures decoder-only causal "
+            "language models."
+        )
+
+
+def _load_weights(
+    located: LocatedModel, config: Any, options: ModelOptions, device: str, dtype: str
+) -> torch.nn.Module:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _model_errors(located):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            located.folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=None if options.allow_pickle or located.gguf else True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            **({} if device == "cpu" else {"device_map": {"": device}}),
+            **_gguf_argument(located),
+        )
+    model, info = loaded
+    head = {
+        name for name, _ in model.named_parameters() if name.startswith(("lm_head", "embed_out"))
+    }
+    missing = sorted(set(info.get("missing_keys", ())) - head)
+    if missing:
+        raise ModelError(
+            f"{located.identity.model_id} lacks {len(missing)} weights of a "
+            f"{type(model).__name__} ({missing[0]}, ...); its files are incomplete."
+        )
+    frozen: torch.nn.Module = model.requires_grad_(False)
+    return frozen
+
+
+def _load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
+    from transformers import AutoTokenizer
+
+    with _model_errors(located):
+        tokenizer = AutoTokenizer.from_pretrained(
+            located.folder,
+            trust_remote_code=options.trust_remote_code,
+            **_gguf_argument(located),
+        )
+    # Documents are truncated by kscli; a longer one is no news to the user.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _gguf_argument(located: LocatedModel) -> dict[str, str]:
+    return {"gguf_file": located.gguf} if located.gguf else {}
+
+
+@contextmanager
+def _model_errors(located: LocatedModel) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads files into one sentence."""
+    try:
+        yield
+    except KscliError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{located.identity.model_id} needs code from its repository; add "
+                "--trust-remote-code if you have read and trust it."
+            ) from error
+        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        raise ModelError(f"{located.identity.model_id} cannot be loaded: {first}") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars, logs and warnings off the user's terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
