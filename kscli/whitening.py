@@ -1,0 +1,96 @@
+"""The whitening of one layer: the Cholesky factor of its C, and whitened keys.
+
+With C = L L^T every quantity of the paper is a product of whitened keys L^-1 k: any W with
+W^T W = C^-1 gives the same p. C is first scaled to unit diagonal, which changes no p, makes
+the factor as accurate as its scaling allows, and gives the condition number that float32
+storage of C is to be judged by. Everything is done in place on one (d_m, d_m) array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg.lapack import dpocon, dpotrf, dtrtrs
+
+from kscli.errors import NumericsError
+
+ROWS_AT_ONCE = 512
+FEWEST_TOKENS_PER_DIMENSION = 10
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """L^-1 of one layer's C.
+
+    `factor` is the lower Cholesky factor of C scaled to unit diagonal, (d_m, d_m) float64;
+    `scale` (d_m,) is the scaling, 1/sqrt(C_ii), and 0 where C_ii is 0: a coordinate that was
+    0 on every token and is left out. `condition` estimates the 1-norm condition number of the
+    scaled C.
+    """
+
+    factor: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    condition: float
+
+    @property
+    def dead(self) -> NDArray[np.int64]:
+        """The coordinates that were 0 on every token."""
+        return np.flatnonzero(self.scale == 0)
+
+    def whiten(self, keys: NDArray[np.float64]) -> NDArray[np.float64]:
+        """L^-1 k for (m, d_m) keys, as (d_m, m) columns; dead coordinates take no part."""
+        columns = np.asfortranarray((keys * self.scale).T)
+        whitened, _ = dtrtrs(self.factor.T, columns, lower=0, trans=1, overwrite_b=1)
+        return whitened  # type: ignore[no-any-return]
+
+
+def whitening(C: NDArray[np.float64], count: int, ridge: float = 0.0) -> Whitening:
+    """Factorise C + ridge (tr C / d_m) I, a mean over `count` tokens. `C` is overwritten.
+
+    Raises NumericsError when C is not finite, was measured on fewer tokens than it has live
+    dimensions (and ridge is 0), or is not positive definite.
+    """
+    diagonal = np.diagonal(C).copy()
+    if not np.isfinite(diagonal).all() or (diagonal < 0).any():
+        raise NumericsError("C has a diagonal that is negative, NaN or infinite.")
+    ridge_value = ridge * float(diagonal.mean())
+    live = diagonal + ridge_value > 0
+    dimensions = int(live.sum())
+    if ridge == 0 and count < dimensions:
+        raise NumericsError(
+            f"C was measured on {count:,} tokens and has {dimensions:,} dimensions, so it has no "
+            "inverse; measure it on more text, or add --ridge 1e-3."
+        )
+    C.flat[:: len(C) + 1] += ridge_value
+    scale = np.zeros(len(C))
+    scale[live] = 1 / np.sqrt(diagonal[live] + ridge_value)
+    norm = _scale_to_unit_diagonal(C, scale)
+    if not np.isfinite(norm):
+        raise NumericsError("C holds NaN or infinite entries.")
+    # C is symmetric, so its transpose, a column-major view, is factorised without a copy.
+    factor, info = dpotrf(C.T, lower=0, overwrite_a=1, clean=0)
+    if info != 0:
+        raise NumericsError(
+            f"C is not positive definite (at dimension {info:,} of {dimensions:,}, over "
+            f"{count:,} tokens); measure it on more or more varied text, or add --ridge 1e-3."
+        )
+    reciprocal, _ = dpocon(factor, norm, uplo="U")
+    condition = 1 / reciprocal if reciprocal > 0 else float("inf")
+    return Whitening(factor.T, scale, condition)
+
+
+def _scale_to_unit_diagonal(C: NDArray[np.float64], scale: NDArray[np.float64]) -> float:
+    """Scale C's rows and columns in place, its diagonal to exactly 1; returns the 1-norm.
+
+    A coordinate of scale 0 becomes an uncoupled 1 on the diagonal and takes no part.
+    """
+    sums = np.zeros(len(C))
+    for start in range(0, len(C), ROWS_AT_ONCE):
+        rows = C[start : start + ROWS_AT_ONCE]
+        rows *= scale
+        rows *= scale[start : start + ROWS_AT_ONCE, None]
+        rows.flat[start :: len(C) + 1] = 1.0
+        sums += np.abs(rows).sum(axis=0)
+    return float(sums.max())
