@@ -1,0 +1,407 @@
+"""The HDF5 files that carry results from one stage to the next.
+
+Every file is written beside its place and renamed into it, and says in its attributes
+what it holds, which model and inputs it was made from, and how. A file's `fingerprint` is
+a hash of what it holds and of who it is about; its `recipe` is everything that decides
+what it holds, so that a file whose recipe is today's need not be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import h5py
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kscli import __version__
+from kscli.errors import ArtifactError, KscliError, UsageError
+from kscli.facts import Fact
+from kscli.files import replace_file
+
+FORMAT_VERSION = 1
+Kind = Literal["cov", "keys", "pmatrix", "stats"]
+MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
+Recipe = dict[str, Any]
+
+KIND_NAMES: dict[str, str] = {
+    "cov": "second moments (cov.h5)",
+    "keys": "keys of facts (keys.h5)",
+    "pmatrix": "superposition matrices (pmatrix.h5)",
+    "stats": "statistics of P (stats.h5)",
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who and what a file is about, beside the arrays it holds.
+
+    `weights`, `tokenizer`, `hook` and `d_m` are its identity: two files that are used
+    together must agree in them. `details` is what only one kind of file has.
+    """
+
+    model: str
+    model_id: str
+    revision: str
+    weights: str
+    tokenizer: str
+    hook: str
+    d_m: int
+    n_layers: int
+    dtype: str
+    device: str
+    special_tokens: str
+    details: dict[str, str | int | float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=dict)
+    seed: int = 0
+
+
+IDENTITY = ("weights", "tokenizer", "hook", "d_m")
+EXPECTED_EQUAL = ("dtype", "special_tokens")
+
+
+class ArtifactWriter:
+    """Writes one file; entered as a context, it becomes the file at `path` on leaving."""
+
+    def __init__(self, file: h5py.File, digest: hashlib._Hash) -> None:
+        self._file = file
+        self._digest = digest
+
+    def layers(self, layers: Sequence[int]) -> None:
+        """Write the `layer` dimension scale."""
+        scale = self._file.create_dataset("layer", data=np.asarray(layers, dtype=np.int64))
+        scale.make_scale("layer")
+        self._digest.update(np.asarray(layers, dtype=np.int64).tobytes())
+
+    def over_layers(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Make an array over layers, first axis `layer`, to be filled with `put`."""
+        layers = self._file["layer"]
+        dataset = self._file.create_dataset(name, (len(layers), *shape), dtype)
+        dataset.dims[0].attach_scale(layers)
+        dataset.dims[0].label = "layer"
+
+    def put(self, name: str, index: int, values: ArrayLike) -> None:
+        """Fill the `index`-th layer of an array over layers."""
+        dataset = self._file[name]
+        array = np.ascontiguousarray(values, dtype=dataset.dtype)
+        dataset[index] = array
+        self._digest.update(f"{name}{index}".encode())
+        self._digest.update(array.data)
+
+    def array(self, name: str, values: ArrayLike) -> None:
+        """Write an array that has no layer axis."""
+        array = np.asarray(values)
+        self._file.create_dataset(name, data=array)
+        self._digest.update(name.encode() + array.tobytes())
+
+    def facts(self, facts: Sequence[Fact]) -> None:
+        """Write facts, one dataset a field, as UTF-8 strings."""
+        group = self._file.create_group("facts")
+        for column in ("prompt", "subject", "target", "relation"):
+            values = [getattr(fact, column) for fact in facts]
+            group.create_dataset(column, data=values, dtype=h5py.string_dtype())
+            self._digest.update(json.dumps(values).encode())
+        group.create_dataset("case_id", data=np.array([f.case_id for f in facts], dtype=np.int64))
+
+
+@contextmanager
+def write_artifact(
+    path: Path, kind: Kind, provenance: Provenance, *, force: bool = False
+) -> Iterator[ArtifactWriter]:
+    """Open a writer for the artifact at `path`; nothing appears there unless all goes well.
+
+    Raises ArtifactError when the file exists and `force` is not set, when its folder cannot
+    be written, and when the disk is full.
+    """
+    with replace_file(path, force=force) as temporary:
+        digest = hashlib.sha256(json.dumps([kind, provenance.recipe], sort_keys=True).encode())
+        with _open_for_writing(temporary) as file:
+            yield ArtifactWriter(file, digest)
+            _write_attributes(file, kind, provenance, digest.hexdigest()[:32])
+
+
+@contextmanager
+def _open_for_writing(path: Path) -> Iterator[h5py.File]:
+    file = h5py.File(path, "w", locking="best-effort")
+    try:
+        yield file
+        file.flush()
+    except BaseException:
+        with suppress(Exception):
+            file.close()
+        raise
+    file.close()
+
+
+def _write_attributes(file: h5py.File, kind: Kind, provenance: Provenance, content: str) -> None:
+    fields = asdict(provenance)
+    details, inputs, recipe = fields.pop("details"), fields.pop("inputs"), fields.pop("recipe")
+    attributes: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "kscli_version": __version__,
+        "kind": kind,
+        **fields,
+        **details,
+        "inputs": json.dumps(inputs, sort_keys=True),
+        "recipe": json.dumps(recipe, sort_keys=True),
+        "fingerprint": content,
+        "command": shlex.join(["kscli", *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    for name, value in attributes.items():
+        file.attrs[name] = value
+
+
+class Artifact:
+    """An artifact opened for reading; a context manager.
+
+    Raises ArtifactError when the file is missing, is no artifact of `kind` (None: of any
+    kind), is truncated, or was written by a later format.
+    """
+
+    def __init__(self, path: Path, kind: Kind | None = None) -> None:
+        self.path = path
+        self._file = _open_for_reading(path)
+        try:
+            self.attributes: dict[str, Any] = {
+                name: value.item() if isinstance(value, np.generic) else value
+                for name, value in self._file.attrs.items()
+            }
+            self._check_kind(kind)
+            self.layers = tuple(int(layer) for layer in self._file["layer"][()])
+        except (OSError, KeyError, RuntimeError) as error:
+            self._file.close()
+            raise ArtifactError(f"{path} is damaged; make it again.") from error
+        except KscliError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def model(self) -> str:
+        """The model's name for people: its alias or slug."""
+        return str(self.attributes["model"])
+
+    @property
+    def kind(self) -> str:
+        """Which kind of artifact this is: cov, keys, pmatrix or stats."""
+        return str(self.attributes["kind"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of what the file holds."""
+        return str(self.attributes["fingerprint"])
+
+    @property
+    def recipe(self) -> Recipe:
+        """Everything that decided what the file holds."""
+        return dict(json.loads(self.attributes["recipe"]))
+
+    def provenance(self, **changes: Any) -> Provenance:
+        """This file's provenance, for a file derived from it."""
+        names = set(Provenance.__dataclass_fields__) - {"details", "inputs", "recipe"}
+        return Provenance(**{name: self.attributes[name] for name in names} | changes)
+
+    def datasets(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every dataset, by name."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+
+        def visit(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                kind = "string" if h5py.check_string_dtype(item.dtype) else str(item.dtype)
+                found[name] = (tuple(item.shape), kind)
+
+        self._file.visititems(visit)
+        return found
+
+    def require_layers(self, layers: Sequence[int]) -> None:
+        """Raise ArtifactError naming the first of `layers` that the file lacks."""
+        for layer in layers:
+            if layer not in self.layers:
+                from kscli.layers import format_layers
+
+                raise ArtifactError(
+                    f"{self.path} has no layer {layer}; it holds {format_layers(self.layers)}."
+                )
+
+    def _dataset(self, name: str) -> h5py.Dataset:
+        try:
+            return self._file[name]
+        except KeyError as error:
+            raise ArtifactError(f"{self.path} has no dataset {name}; make it again.") from error
+
+    def _values(self, name: str) -> NDArray[Any]:
+        with self._reading():
+            return np.asarray(self._dataset(name)[()])
+
+    def _of_layer(self, name: str, layer: int) -> NDArray[Any]:
+        self.require_layers([layer])
+        with self._reading():
+            return np.asarray(self._dataset(name)[self.layers.index(layer)])
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ArtifactError(f"{self.path} is damaged or truncated; make it again.") from error
+
+    def _check_kind(self, kind: Kind | None) -> None:
+        found = self.attributes.get("kind")
+        if found not in KIND_NAMES:
+            raise ArtifactError(f"{self.path} is an HDF5 file, but not one of kscli's.")
+        version = int(self.attributes["format_version"])
+        if version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{self.path} has format {version}; this kscli reads up to {FORMAT_VERSION}. "
+                "Upgrade kscli."
+            )
+        if kind is not None and found != kind:
+            raise ArtifactError(
+                f"{self.path} holds {KIND_NAMES[str(found)]}, where {KIND_NAMES[kind]} are needed."
+            )
+
+
+class CovarianceFile(Artifact):
+    """cov.h5: the second moment C of every layer's keys."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "cov")
+
+    @property
+    def count(self) -> int:
+        """The number of tokens that C is a mean over."""
+        return int(self._values("count"))
+
+    def second_moment(self, layer: int) -> NDArray[np.float64]:
+        """C of one layer as a new (d_m, d_m) float64 array, read without a float32 copy."""
+        self.require_layers([layer])
+        dataset = self._dataset("second_moment")
+        out = np.empty(dataset.shape[1:])
+        with self._reading():
+            dataset.read_direct(out, np.s_[self.layers.index(layer)])
+        return out
+
+
+class _FactsFile(Artifact):
+    """What keys.h5 and pmatrix.h5 share: the facts and where their keys were read."""
+
+    @cached_property
+    def facts(self) -> tuple[Fact, ...]:
+        """The facts, in the order of the file's fact axes."""
+        columns = {
+            name: self._dataset(f"facts/{name}").asstr()[()]
+            for name in ("prompt", "subject", "target", "relation")
+        }
+        case_ids = self._values("facts/case_id")
+        return tuple(
+            Fact(
+                prompt=str(columns["prompt"][i]),
+                subject=str(columns["subject"][i]),
+                target=str(columns["target"][i]),
+                relation=str(columns["relation"][i]),
+                case_id=int(case_ids[i]),
+            )
+            for i in range(len(case_ids))
+        )
+
+    @cached_property
+    def token_id(self) -> NDArray[np.int64]:
+        """The id of the token at which each key was read, (m,)."""
+        return self._values("token_id")
+
+    @cached_property
+    def position(self) -> NDArray[np.int64]:
+        """The index of that token in the prompt's tokens, (m,)."""
+        return self._values("position")
+
+
+class KeysFile(_FactsFile):
+    """keys.h5: the key of every fact at every layer."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "keys")
+
+    def keys_of(self, layer: int) -> NDArray[np.float64]:
+        """The keys of one layer, (m, d_m), in float64."""
+        return self._of_layer("keys", layer).astype(np.float64)
+
+
+class PMatrixFile(_FactsFile):
+    """pmatrix.h5: P, the cosines and Q of every layer."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "pmatrix")
+
+    def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
+        """One layer's (m, m) matrix of that name."""
+        return self._of_layer(name, layer)
+
+    def leverage(self, layer: int) -> NDArray[np.float64]:
+        """k^T C^-1 k of every fact, (m,)."""
+        return self._of_layer("leverage", layer)
+
+
+AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
+
+
+def require_same_identity(first: Artifact, second: Artifact) -> list[str]:
+    """Raise ArtifactError unless both are about the same model; returns lesser differences.
+
+    The lesser ones, dtype and special tokens, are sentences for a warning.
+    """
+    for name in IDENTITY:
+        a, b = first.attributes[name], second.attributes[name]
+        if a != b:
+            raise ArtifactError(
+                f"{first.path} and {second.path} differ in {name} ({a} and {b}): "
+                "they are about different models. Make both from one."
+            )
+    return [
+        f"{first.path} and {second.path} differ in {name} "
+        f"({first.attributes[name] or 'none'} and {second.attributes[name] or 'none'})."
+        for name in EXPECTED_EQUAL
+        if first.attributes[name] != second.attributes[name]
+    ]
+
+
+def difference(path: Path, kind: Kind, recipe: Mapping[str, Any]) -> str | None:
+    """None if the artifact at `path` was made by `recipe`, else why it was not, in words."""
+    if not path.exists():
+        return "it does not exist"
+    try:
+        with Artifact(path, kind) as artifact:
+            made = artifact.recipe
+    except ArtifactError:
+        return "it cannot be read"
+    changed = [name for name in recipe if made.get(name) != recipe[name]]
+    return f"{', '.join(changed)} changed" if changed else None
+
+
+def _open_for_reading(path: Path) -> h5py.File:
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name an HDF5 file.")
+    try:
+        return h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise ArtifactError(f"{path} cannot be read: permission denied.") from error
+        raise ArtifactError(f"{path} is not an HDF5 file, or is truncated.") from error

@@ -1,0 +1,140 @@
+"""extract: the key of every fact at every layer, in one sweep of batched forward passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kscli.artifacts import Provenance, Recipe, write_artifact
+from kscli.batching import TokenSequence, make_batches
+from kscli.errors import FactsError, NumericsError
+from kscli.facts import FactSet
+from kscli.files import require_writable
+from kscli.layers import select_layers
+from kscli.models.loading import LoadedModel, ModelIdentity
+from kscli.positions import KeyToken, LocatedPrompt, locate_keys
+from kscli.reporter import SILENT, Reporter
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of m facts: `keys` (layer, m, d_m) float32, `token_id` and `position` (m,)."""
+
+    layers: tuple[int, ...]
+    keys: NDArray[np.float32]
+    token_id: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+
+def extraction_recipe(
+    identity: ModelIdentity, facts: FactSet, token: str, layers: str, dtype: str
+) -> Recipe:
+    """Everything that decides what keys.h5 holds."""
+    return {
+        "weights": identity.weights,
+        "tokenizer": identity.tokenizer,
+        "facts": facts.identity,
+        "token": token,
+        "layers": layers,
+        "dtype": dtype,
+    }
+
+
+def extract_keys(
+    model: LoadedModel,
+    facts: FactSet,
+    token: KeyToken = "subject-last",
+    layers: str = "all",
+    reporter: Reporter = SILENT,
+) -> Keys:
+    """Read the key of every fact at its token, at all chosen layers at once.
+
+    Raises FactsError for a prompt longer than the model's positions, and NumericsError,
+    naming layer and fact, when a key is not finite.
+    """
+    decoder = model.decoder
+    chosen = select_layers(layers, range(decoder.n_layers), model.identity.model_id)
+    prompts = locate_keys(model.tokenizer, facts.facts, token)
+    _check_lengths(model, facts, prompts)
+    row_of = {layer: row for row, layer in enumerate(chosen)}
+    keys = np.empty((len(chosen), len(prompts), decoder.d_m), dtype=np.float32)
+    sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))
+    with reporter.task("keys", len(prompts), unit="facts") as task:
+        for batch in make_batches(sequences, BATCH_TOKENS):
+            indexes = [sequence.index for sequence in batch.sequences]
+            positions = torch.tensor([prompts[index].position for index in indexes])
+
+            def take(
+                layer: int,
+                hidden: Tensor,
+                indexes: list[int] = indexes,
+                positions: Tensor = positions,
+            ) -> None:
+                rows = torch.arange(len(indexes), device=hidden.device)
+                at = hidden[rows, positions.to(hidden.device)]
+                keys[row_of[layer], indexes] = at.float().cpu().numpy()
+
+            decoder.run(batch.input_ids, chosen, take)
+            task.advance(len(indexes))
+    _check_finite(keys, chosen, facts)
+    return Keys(
+        layers=chosen,
+        keys=keys,
+        token_id=np.array([p.token_id for p in prompts], dtype=np.int64),
+        position=np.array([p.position for p in prompts], dtype=np.int64),
+    )
+
+
+def write_keys(
+    model: LoadedModel,
+    facts: FactSet,
+    path: Path,
+    *,
+    token: KeyToken = "subject-last",
+    layers: str = "all",
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> Keys:
+    """Extract the keys and write them to keys.h5 at `path`; raises as `extract_keys` does."""
+    require_writable(path, force=force)
+    result = extract_keys(model, facts, token, layers, reporter)
+    provenance = Provenance(
+        **model.provenance(),
+        details={"facts_name": facts.name, "facts_identity": facts.identity, "token": token},
+        recipe=extraction_recipe(model.identity, facts, token, layers, model.dtype),
+    )
+    with write_artifact(path, "keys", provenance, force=force) as writer:
+        writer.layers(result.layers)
+        writer.facts(facts.facts)
+        writer.array("token_id", result.token_id)
+        writer.array("position", result.position)
+        writer.over_layers("keys", result.keys.shape[1:], np.float32)
+        for index in range(len(result.layers)):
+            writer.put("keys", index, result.keys[index])
+    return result
+
+
+def _check_lengths(model: LoadedModel, facts: FactSet, prompts: tuple[LocatedPrompt, ...]) -> None:
+    for fact, prompt in zip(facts.facts, prompts, strict=True):
+        if len(prompt.token_ids) > model.max_length:
+            raise FactsError(
+                f"the prompt {fact.text[:60]!r}... has {len(prompt.token_ids):,} tokens; "
+                f"{model.identity.model_id} takes {model.max_length:,}."
+            )
+
+
+def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: FactSet) -> None:
+    bad = np.argwhere(~np.isfinite(keys).all(axis=2))
+    if len(bad):
+        row, fact = bad[0]
+        raise NumericsError(
+            f"the key of {facts.facts[fact].text!r} at layer {layers[row]} is NaN or infinite; "
+            "try another --dtype, or check the weights."
+        )

@@ -1,0 +1,61 @@
+"""Kernel density of many numbers, for figures: a fine histogram smoothed by a Gaussian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A Gaussian's interquartile range in standard deviations.
+_GAUSSIAN_IQR = 1.349
+_BINS_PER_BANDWIDTH = 10
+_REACH = 5
+
+
+@dataclass(frozen=True)
+class Density:
+    """Density `y` at the evenly spaced points `x`, and the standard deviation of the kernel."""
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    bandwidth: float
+
+
+def robust_bandwidth(values: NDArray[np.float64]) -> float:
+    """Silverman's bandwidth with the lesser of std and IQR/1.349 as scale.
+
+    The standard deviation of a heavy-tailed sample says how far its tail goes, and a
+    kernel of that size flattens its peak; the interquartile range does not know the tail.
+    Silverman (1986), Density Estimation, equation 3.30, with the factor of his equation
+    3.28 for a normal kernel, (4 / 3n)^(1/5).
+
+    `values` are 1-D and not all equal.
+    """
+    low, high = np.percentile(values, [25, 75])
+    iqr = float(high - low) / _GAUSSIAN_IQR
+    std = float(values.std())
+    scale = min(std, iqr) if iqr > 0 else std
+    bandwidth: float = scale * (4 / (3 * values.size)) ** 0.2
+    # Most values equal and a few far away: without a floor the grid would have no end.
+    return max(bandwidth, float(np.ptp(values)) / 8192)
+
+
+def kernel_density(values: NDArray[np.float64]) -> Density:
+    """Gaussian kernel density of 1-D `values`, not all equal, over their whole range.
+
+    Differs from the sum of kernels by the width of a bin, a tenth of the bandwidth; takes
+    the time of a histogram, however many values.
+    """
+    from scipy.ndimage import gaussian_filter1d
+
+    bandwidth = robust_bandwidth(values)
+    low = float(values.min()) - _REACH * bandwidth
+    high = float(values.max()) + _REACH * bandwidth
+    bins = int(np.ceil((high - low) / bandwidth * _BINS_PER_BANDWIDTH))
+    counts, edges = np.histogram(values, bins=bins, range=(low, high))
+    step = (high - low) / bins
+    smooth = gaussian_filter1d(
+        counts / (values.size * step), bandwidth / step, mode="constant", truncate=_REACH
+    )
+    return Density((edges[:-1] + edges[1:]) / 2, smooth, bandwidth)

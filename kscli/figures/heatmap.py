@@ -1,0 +1,154 @@
+"""P as an image: row i is the edited fact, column j the fact that is moved (Figures 3, 18-24)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from kscli.figures import Source
+from kscli.figures.style import COLUMN, PAGE, SMALL, TEXT, fitted, names, new_figure, number, title
+from kscli.statistics import off_diagonal
+
+# Beyond the scale by less than this is rounding of a p of 1.
+_ROUNDING = 1e-9
+_MAX_COLUMNS = 6
+# Inches: beside the panels, for the labels of the rows and for the bar; between columns; between
+# rows, beside the panel's title; below, for the columns' labels; above, for the figure's title.
+_LEFT, _RIGHT = 0.45, 0.65
+_COLUMN_GAP, _ROW_GAP = 0.1, 0.1
+_BELOW, _HEADING = 0.33, 0.39
+_DPI = (300, 600)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    names: tuple[str, ...]
+    P: NDArray[np.float64]
+    extremes: tuple[float, float] | None
+
+    @property
+    def m(self) -> int:
+        return len(self.P)
+
+
+def draw(sources: Sequence[Source]) -> Figure:
+    """One panel a model and layer, all on one scale from -1 to 1.
+
+    Where P goes beyond the scale the shared bar has an arrow, and the cells the arrow's
+    colour; each panel's title has the least and the greatest off-diagonal entry.
+    """
+    panels = [
+        _panel(source, layer, source.matrices.matrix("P", layer))
+        for source in sources
+        for layer in source.layers
+    ]
+    grid = _grid(len(panels), len(sources))
+    named = names([panel.names for panel in panels])
+    head = (grid.text * 1.2 * (1 + bool(named.own[0])) + 3) / 72
+    height = grid.rows * (grid.side + head + _ROW_GAP) + _BELOW + _HEADING
+    fig = new_figure(grid.width, height, layout="compressed")
+    fig.set_dpi(_dpi(max(panel.m for panel in panels), grid.side))
+    axes = fig.subplots(grid.rows, grid.columns, squeeze=False)
+    for at, (ax, panel, own) in enumerate(zip(axes.flat, panels, named.own, strict=False)):
+        _draw_panel(ax, panel, own, grid)
+        lowest = at + grid.columns >= len(panels)
+        ax.tick_params(labelleft=at % grid.columns == 0, labelbottom=lowest)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    length = height - _HEADING - _BELOW
+    bar = fig.colorbar(
+        axes[0, 0].images[0],
+        ax=axes,
+        extend=_extend(panels),
+        extendfrac=0.1 / length,
+        aspect=length / 0.09,
+        pad=0.1 / grid.width,
+    )
+    bar.set_label("$p(k_i, k_j)$")
+    title(fig, "Superposition matrix P", named.shared)
+    fig.supxlabel("fact $j$, which is moved")
+    fig.supylabel("fact $i$, which is edited")
+    return fig
+
+
+def _panel(source: Source, layer: int, P: NDArray[np.float64]) -> _Panel:
+    entries = off_diagonal(P)
+    extremes = (float(entries.min()), float(entries.max())) if entries.size else None
+    return _Panel((source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}"), P, extremes)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    rows: int
+    columns: int
+    width: float
+
+    @property
+    def side(self) -> float:
+        """Of a panel, in inches."""
+        return (self.width - _LEFT - _RIGHT) / self.columns - _COLUMN_GAP
+
+    @property
+    def text(self) -> float:
+        """Size of a panel's title, in points."""
+        return TEXT if self.side > 1.2 else SMALL - 0.5
+
+
+def _grid(panels: int, models: int) -> _Grid:
+    """A row a model where it fits the page, else about as many columns as rows."""
+    a_model, rest = divmod(panels, models)
+    if models > 1 and 1 < a_model <= _MAX_COLUMNS and not rest:
+        columns = a_model
+    elif panels <= 4:
+        columns = panels
+    else:
+        columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(panels)))
+    return _Grid(math.ceil(panels / columns), columns, COLUMN if columns == 1 else PAGE)
+
+
+def _dpi(m: int, side: float) -> int:
+    """Enough dots that no fact falls between two of them, within reason."""
+    return int(min(max(_DPI[0], math.ceil(1.1 * m / side)), _DPI[1]))
+
+
+def _draw_panel(ax: Axes, panel: _Panel, own: tuple[str, ...], grid: _Grid) -> None:
+    ax.imshow(panel.P, cmap=_colours(), norm=Normalize(-1, 1), interpolation="none")
+    extremes = _extremes(panel) if own else f"off the diagonal: {_extremes(panel)}"
+    lines = [fitted(own, grid.side + _COLUMN_GAP / 2, grid.text)] if own else []
+    ax.set_title("\n".join([*lines, extremes]), fontsize=grid.text, pad=3, parse_math=False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(
+            MaxNLocator(3 if grid.side < 1.2 else 5, integer=True, min_n_ticks=1)
+        )
+
+
+def _extremes(panel: _Panel) -> str:
+    if panel.extremes is None:
+        return "no pairs"
+    low, high = (number(value, 2) for value in panel.extremes)
+    return f"min {low}, max {high}"
+
+
+def _colours() -> Colormap:
+    """Blue over white to red, which all kinds of colour vision tell apart, darker beyond."""
+    ends = colormaps["RdBu_r"](np.linspace(0.06, 0.94, 255))
+    cmap = LinearSegmentedColormap.from_list("superposition", list(ends), N=255)
+    return cmap.with_extremes(under="#04142e", over="#2e0410", bad="#767676")
+
+
+def _extend(panels: Sequence[_Panel]) -> str:
+    extremes = [panel.extremes for panel in panels if panel.extremes is not None]
+    below = any(low < -1 - _ROUNDING for low, _ in extremes)
+    beyond = any(high > 1 + _ROUNDING for _, high in extremes)
+    return {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(
+        (below, beyond), "both"
+    )

@@ -1,0 +1,35 @@
+"""stats.h5: the statistics of P, one 1-D dataset a statistic over `layer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kscli.artifacts import PMatrixFile, Recipe, write_artifact
+from kscli.statistics import STATISTICS, compute_statistics
+
+
+def statistics_recipe(pm: PMatrixFile) -> Recipe:
+    """Everything that decides what stats.h5 holds."""
+    return {"pmatrix": pm.fingerprint, "statistics": list(STATISTICS)}
+
+
+def write_statistics(pm: PMatrixFile, path: Path, *, force: bool = False) -> None:
+    """Compute every statistic of every layer of `pm` and write stats.h5."""
+    statistics = compute_statistics(pm)
+    provenance = pm.provenance(
+        details={
+            name: pm.attributes[name]
+            for name in ("corpus", "facts_name", "facts_identity", "token")
+        }
+        | {"m": statistics.m},
+        inputs={"pmatrix": pm.fingerprint},
+        recipe=statistics_recipe(pm),
+    )
+    with write_artifact(path, "stats", provenance, force=force) as writer:
+        writer.layers(statistics.layers)
+        for name, values in statistics.values.items():
+            writer.over_layers(name, (), np.float64)
+            for index, value in enumerate(values):
+                writer.put(name, index, value)

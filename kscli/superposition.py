@@ -1,0 +1,188 @@
+"""pmatrix: P, the cosines and Q of a set of facts, layer by layer.
+
+P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i (equations 16 to 18 of the paper): row i is the
+fact that is edited, column j the fact that is moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts import (
+    CovarianceFile,
+    KeysFile,
+    Recipe,
+    require_same_identity,
+    write_artifact,
+)
+from kscli.errors import NumericsError, UsageError
+from kscli.files import require_writable
+from kscli.layers import format_layers
+from kscli.reporter import SILENT, Reporter
+from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION, Whitening, whitening
+
+
+@dataclass(frozen=True)
+class Superposition:
+    """One layer's matrices over m facts, each (m, m) float64, in the paper's terms.
+
+    `leverage` (m,) is k^T C^-1 k, `condition` the condition estimate of C scaled to unit
+    diagonal, `dead` the number of coordinates that were 0 on every token.
+    """
+
+    P: NDArray[np.float64]
+    whitened_cosine: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+    Q: NDArray[np.float64]
+    leverage: NDArray[np.float64]
+    condition: float
+    dead: int
+
+
+MATRICES = ("P", "whitened_cosine", "cosine", "Q")
+
+
+def superposition(
+    C: NDArray[np.float64], count: int, keys: NDArray[np.float64], ridge: float = 0.0
+) -> Superposition:
+    """The matrices of (m, d_m) keys under the second moment C, a mean over `count` tokens.
+
+    `C` is overwritten. Raises NumericsError as `kscli.whitening.whitening` does, and for a key
+    that is 0, not finite, or not 0 where C is.
+    """
+    white = whitening(C, count, ridge)
+    _check_keys(keys, white)
+    whitened = white.whiten(keys)
+    G = whitened.T @ whitened
+    leverage = np.diagonal(G).copy()
+    Q = keys @ keys.T
+    return Superposition(
+        P=G / leverage[:, None],
+        whitened_cosine=_cosine(G),
+        cosine=_cosine(Q),
+        Q=Q,
+        leverage=leverage,
+        condition=white.condition,
+        dead=len(white.dead),
+    )
+
+
+class KeyOfFactError(NumericsError):
+    """A fact, by its index in the keys, whose key does not allow p."""
+
+    def __init__(self, index: int, what: str) -> None:
+        super().__init__(f"the key of fact {index} {what}.")
+        self.index = index
+        self.what = what
+
+
+def superposition_recipe(
+    cov: CovarianceFile, keys: KeysFile, layers: tuple[int, ...], ridge: float
+) -> Recipe:
+    """Everything that decides what pmatrix.h5 holds."""
+    return {
+        "cov": cov.fingerprint,
+        "keys": keys.fingerprint,
+        "layers": format_layers(layers),
+        "ridge": ridge,
+    }
+
+
+def write_pmatrix(
+    cov: CovarianceFile,
+    keys: KeysFile,
+    path: Path,
+    *,
+    layers: tuple[int, ...],
+    ridge: float = 0.0,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Compute every layer's matrices, one layer's C in memory at a time, and write pmatrix.h5.
+
+    Raises ArtifactError when `cov` and `keys` are about different models or lack a layer, and
+    NumericsError, naming the layer and the fact, where p cannot be computed.
+    """
+    require_writable(path, force=force)
+    if not 0 <= ridge < float("inf"):
+        raise UsageError(f"--ridge {ridge} must be 0 or more.")
+    for warning in require_same_identity(cov, keys):
+        reporter.warn(warning)
+    keys.require_layers(layers)
+    cov.require_layers(layers)
+    provenance = keys.provenance(
+        details={"ridge": ridge, "corpus": cov.attributes["corpus"]}
+        | {name: keys.attributes[name] for name in ("facts_name", "facts_identity", "token")},
+        inputs={"cov": cov.fingerprint, "keys": keys.fingerprint},
+        recipe=superposition_recipe(cov, keys, layers, ridge),
+    )
+    count = cov.count
+    _warn_of_few_tokens(cov, count, reporter)
+    facts = keys.facts
+    m = len(facts)
+    with (
+        write_artifact(path, "pmatrix", provenance, force=force) as writer,
+        reporter.task("superposition", len(layers), unit="layers") as task,
+    ):
+        writer.layers(layers)
+        writer.facts(facts)
+        writer.array("token_id", keys.token_id)
+        writer.array("position", keys.position)
+        for name in MATRICES:
+            writer.over_layers(name, (m, m), np.float64)
+        writer.over_layers("leverage", (m,), np.float64)
+        writer.over_layers("condition", (), np.float64)
+        writer.over_layers("dead_coordinates", (), np.int64)
+        for index, layer in enumerate(layers):
+            try:
+                result = superposition(cov.second_moment(layer), count, keys.keys_of(layer), ridge)
+            except KeyOfFactError as error:
+                fact = facts[error.index]
+                raise NumericsError(
+                    f"layer {layer}: the key of {fact.text!r} (fact {error.index}) {error.what}."
+                ) from error
+            except NumericsError as error:
+                raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
+            for name in MATRICES:
+                writer.put(name, index, getattr(result, name))
+            writer.put("leverage", index, result.leverage)
+            writer.put("condition", index, result.condition)
+            writer.put("dead_coordinates", index, result.dead)
+            task.advance()
+
+
+def _warn_of_few_tokens(cov: CovarianceFile, count: int, reporter: Reporter) -> None:
+    d_m = int(cov.attributes["d_m"])
+    if count < FEWEST_TOKENS_PER_DIMENSION * d_m:
+        reporter.warn(
+            f"{cov.path} saw {count:,} tokens, {count / d_m:.1f} a dimension; under "
+            f"{FEWEST_TOKENS_PER_DIMENSION} a dimension p is noisy. More text settles it."
+        )
+
+
+def _check_keys(keys: NDArray[np.float64], white: Whitening) -> None:
+    bad = np.flatnonzero(~np.isfinite(keys).all(axis=1))
+    if len(bad):
+        raise KeyOfFactError(int(bad[0]), "is NaN or infinite")
+    deviant = np.flatnonzero((keys[:, white.dead] != 0).any(axis=1))
+    if len(deviant):
+        raise KeyOfFactError(
+            int(deviant[0]),
+            f"is not 0 in one of {len(white.dead):,} coordinates that were 0 on every token of "
+            "the corpus; measure C on more text, or add --ridge 1e-3",
+        )
+    zero = np.flatnonzero((keys == 0).all(axis=1))
+    if len(zero):
+        raise KeyOfFactError(int(zero[0]), "is 0, so p is not defined")
+
+
+def _cosine(products: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Inner products divided by both norms; the diagonal is exactly 1."""
+    norms = np.sqrt(np.diagonal(products))
+    cosine = products / norms[:, None] / norms[None, :]
+    np.fill_diagonal(cosine, 1.0)
+    return np.clip(cosine, -1.0, 1.0)
