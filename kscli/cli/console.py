@@ -1,0 +1,91 @@
+"""What a person sees on stderr: progress bars on a terminal, notes, warnings, errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from kscli.reporter import Reporter, Task
+
+
+def stderr_console() -> Console:
+    """A console on stderr that wraps nothing when stderr is not a terminal."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+class ConsoleReporter(Reporter):
+    """Reports on stderr; `quiet` leaves warnings only."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = stderr_console()
+        self.quiet = quiet
+
+    @contextmanager
+    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        """A progress bar while the block runs, on a terminal only."""
+        if self.quiet or not self.console.is_terminal:
+            yield Task()
+            return
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield _BarTask(progress, label, total, unit)
+
+    def note(self, text: str) -> None:
+        """Print a line unless quiet."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a line that begins with `warning:`."""
+        self.console.print(f"[yellow]warning:[/yellow] {_escape(text)}")
+
+
+class _BarTask(Task):
+    def __init__(self, progress: object, label: str, total: float | None, unit: str) -> None:
+        from rich.progress import Progress
+
+        assert isinstance(progress, Progress)
+        self._progress = progress
+        self._unit = unit
+        self._done = 0.0
+        self._total = total
+        self._id = progress.add_task(label, total=total, done="", status="")
+
+    def advance(self, amount: float = 1.0, status: str = "") -> None:
+        self._done += amount
+        of = f"/{self._total:,.0f}" if self._total is not None else ""
+        self._progress.update(
+            self._id,
+            advance=amount,
+            done=f"{self._done:,.0f}{of} {self._unit}",
+            status=status,
+        )
+
+
+def print_error(text: str) -> None:
+    """Print an error as one paragraph on stderr."""
+    stderr_console().print(f"[red]error:[/red] {_escape(text)}")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

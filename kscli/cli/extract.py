@@ -1,0 +1,58 @@
+"""`kscli extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from kscli.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("extract")(extract)
+
+
+def extract(
+    model: options.Model = options.DEFAULT_MODEL,
+    facts: options.Facts = None,
+    count: options.Count = None,
+    token: options.Token = "subject-last",
+    layers: options.Layers = "all",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
+    directory: options.Dir = Path("artifacts"),
+    output: options.Output = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Read the key of every fact at its subject's last token, at all layers in one sweep.
+
+    Writes keys.h5.
+
+    [bold]Examples[/bold]
+
+      kscli extract -m gpt2-small
+
+      kscli extract -m pythia-1b --facts counterfact.json --count 512
+
+      kscli extract -m ./my-llama --facts my-facts.csv --count all --layers 0,-1
+    """
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import facts_for
+    from kscli.models.loading import ModelOptions
+    from kscli.pipeline import Existing, Places, Session
+
+    reporter = ConsoleReporter(quiet=quiet)
+    session = Session(
+        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+        Existing.FORCE if force else Existing.REFUSE,
+        reporter,
+    )
+    path = output or Places(directory, model).path("keys")
+    if session.extract(facts_for(model, facts, count), token, layers, path):
+        reporter.note(f"wrote {path}")

@@ -1,0 +1,182 @@
+"""The options that commands share, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kscli.cli.complete import (
+    complete_layers,
+    complete_model,
+)
+from kscli.cli.output import Format
+
+DEFAULT_MODEL = "tiny"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="An alias (see `kscli models`), Hub id, local folder or .gguf file.",
+        autocompletion=complete_model,
+    ),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A model whose artifacts are read; give it again for several.",
+        show_default="tiny",
+        autocompletion=complete_model,
+    ),
+]
+ModelOrNone = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="The model whose artifacts are read and written.",
+        show_default="tiny",
+        autocompletion=complete_model,
+    ),
+]
+Dir = Annotated[
+    Path,
+    typer.Option("--dir", envvar="KSCLI_DIR", help="The folder of all models' artifacts."),
+]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        metavar="LAYERS",
+        help="all, 0, 0,3,5-8 or -1 (the last).",
+        autocompletion=complete_layers,
+    ),
+]
+Layer = Annotated[
+    str,
+    typer.Option(
+        "--layer",
+        "--layers",
+        metavar="LAYERS",
+        help="0, -1 (the last), 0,3,5-8 or all.",
+        autocompletion=complete_layers,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="auto, float32, bfloat16 or float16. auto: bfloat16 on CUDA cards that multiply "
+        "it fast, else float32.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="A Hub model's branch, tag or commit."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the model's repository brings."),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read pickled weights, which can run code."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The file to write.",
+        show_default="in DIR/MODEL/",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+OutputFormat = Annotated[
+    Format, typer.Option("--format", "-f", help="How results are printed on stdout.")
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        "--corpus",
+        metavar="CORPUS",
+        help="wikipedia, wikipedia-20220301, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], a file or "
+        "folder of .txt .jsonl .json .csv .parquet (.gz, .zst), or - for stdin.",
+        show_default="wikipedia; tiny for the model tiny",
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        "--text-field",
+        metavar="FIELD",
+        help="The field that holds the text.",
+        show_default="text",
+    ),
+]
+Samples = Annotated[
+    str,
+    typer.Option("--samples", metavar="N|all", help="How many documents are read at most."),
+]
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", metavar="N", min=1, help="Stop after N tokens.")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        metavar="N",
+        min=1,
+        help="Documents are cut at N tokens.",
+        show_default="the model's positions, 2048 at most",
+    ),
+]
+Facts = Annotated[
+    str | None,
+    typer.Option(
+        "--facts",
+        metavar="FACTS",
+        help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file: CounterFact's JSON, or "
+        "CSV or JSONL of prompt (with {}), subject, target.",
+        show_default="counterfact; tiny for the model tiny",
+    ),
+]
+Count = Annotated[
+    str | None,
+    typer.Option(
+        "--count",
+        metavar="N|all",
+        help="Take the first N facts.",
+        show_default="128, or all if there are fewer",
+    ),
+]
+Token = Annotated[
+    Literal["subject-last", "subject-first", "last"],
+    typer.Option(
+        "--token", metavar="TOKEN", help="The key's token: subject-last, subject-first or last."
+    ),
+]
+Ridge = Annotated[
+    float,
+    typer.Option(
+        "--ridge",
+        metavar="LAMBDA",
+        min=0.0,
+        help="Use C + LAMBDA (tr C / d_m) I. 0: C as it was measured.",
+    ),
+]

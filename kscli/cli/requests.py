@@ -1,0 +1,82 @@
+"""From options' values to what the library takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kscli.errors import UsageError
+from kscli.models.aliases import classify
+from kscli.pipeline import Places
+
+if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
+    from kscli.corpus import Corpus
+    from kscli.covariance import CovarianceOptions
+    from kscli.facts import FactSet
+
+EMBEDDED = "tiny"
+
+
+def corpus_for(model: str, corpus: str | None, text_field: str | None) -> Corpus:
+    """The corpus that the options name, or the model's default."""
+    from kscli.corpus import CorpusSpec, open_corpus
+
+    embedded = classify(model) == "embedded"
+    return open_corpus(CorpusSpec(corpus or (EMBEDDED if embedded else "wikipedia"), text_field))
+
+
+def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:
+    """The facts that the options name, or the model's default."""
+    from kscli.facts import DEFAULT_COUNT, read_facts
+
+    embedded = classify(model) == "embedded"
+    name = facts or (EMBEDDED if embedded else "counterfact")
+    if count is None:
+        return read_facts(name, DEFAULT_COUNT, at_most=True)
+    return read_facts(name, number_or_all("--count", count))
+
+
+def covariance_options(
+    samples: str, tokens: int | None, max_length: int | None, layers: str
+) -> CovarianceOptions:
+    """The options of cache-cov."""
+    from kscli.covariance import CovarianceOptions
+
+    return CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers)
+
+
+def number_or_all(option: str, value: str) -> int | None:
+    """The number that an option gives; None for `all`."""
+    if value == "all":
+        return None
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    raise UsageError(f"{option} {value!r} must be a positive number, or all.")
+
+
+def pmatrix_paths(
+    models: Sequence[str] | None, files: Sequence[Path] | None, directory: Path
+) -> list[Path]:
+    """The pmatrix files of the named models, and the files named themselves."""
+    if not models and not files:
+        models = [EMBEDDED]
+    return [Places(directory, model).path("pmatrix") for model in models or []] + list(files or [])
+
+
+def open_pmatrices(paths: Sequence[Path], stack: ExitStack) -> list[PMatrixFile]:
+    """Open pmatrix files; an error says how one is made."""
+    from kscli.artifacts import PMatrixFile
+    from kscli.errors import ArtifactError
+
+    opened = []
+    for path in paths:
+        if not path.exists():
+            raise ArtifactError(
+                f"{path} does not exist; `kscli run --model MODEL` makes it, as do cache-cov, "
+                "extract and pmatrix one after the other."
+            )
+        opened.append(stack.enter_context(PMatrixFile(path)))
+    return opened

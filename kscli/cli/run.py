@@ -1,0 +1,132 @@
+"""`kscli run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from kscli.cli import options
+from kscli.cli.output import Format, print_json, print_line, print_rows
+from kscli.cli.stats import statistic_columns
+from kscli.cli.topk import pair_columns
+
+if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
+    from kscli.reporter import Reporter
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("run")(run)
+
+
+def run(
+    model: options.Model = options.DEFAULT_MODEL,
+    corpus: options.Corpus = None,
+    text_field: options.TextField = None,
+    samples: options.Samples = "100000",
+    tokens: options.Tokens = None,
+    max_length: options.MaxLength = None,
+    facts: options.Facts = None,
+    count: options.Count = None,
+    token: options.Token = "subject-last",
+    layers: options.Layers = "all",
+    ridge: options.Ridge = 0.0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
+    directory: options.Dir = Path("artifacts"),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
+) -> None:
+    """Do every stage in order: cache-cov, extract, pmatrix, stats, and the figures.
+
+    A stage whose file exists and was made from the same inputs is skipped; one whose inputs
+    changed is made again, and so is what depends on it. Prints the statistics, the top pairs of
+    the first layer, and where the figures are.
+
+    [bold]Examples[/bold]
+
+      kscli run
+
+      kscli run -m gpt2-small --samples 20000
+
+      kscli run -m SmolLM2.gguf --corpus wikitext.jsonl --facts counterfact.json -f json
+    """
+    from kscli.artifacts import PMatrixFile
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import corpus_for, covariance_options, facts_for
+    from kscli.models.loading import ModelOptions
+    from kscli.pairs import pair_rows
+    from kscli.pipeline import (
+        Existing,
+        Places,
+        PMatrixRequest,
+        Session,
+        make_pmatrix,
+        make_statistics,
+    )
+    from kscli.statistics import compute_statistics
+
+    reporter = ConsoleReporter(quiet=quiet)
+    existing = Existing.FORCE if force else Existing.REMAKE
+    places = Places(directory, model)
+    session = Session(
+        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+        existing,
+        reporter,
+    )
+    chosen_facts = facts_for(model, facts, count)
+    session.cache_cov(
+        corpus_for(model, corpus, text_field),
+        covariance_options(samples, tokens, max_length, layers),
+        places.path("cov"),
+    )
+    session.extract(chosen_facts, token, layers, places.path("keys"))
+    request = PMatrixRequest(
+        places.path("cov"), places.path("keys"), places.path("pmatrix"), ridge=ridge
+    )
+    make_pmatrix(request, existing, reporter)
+    with PMatrixFile(places.path("pmatrix")) as pm:
+        make_statistics(pm, places.path("stats"), existing, reporter)
+        figures = draw_figures(pm, places.figures, force, reporter)
+        statistics = compute_statistics(pm).rows()
+        pairs = pair_rows(pm, pm.layers[0], k=20)
+    if output_format is Format.json:
+        print_json(
+            {
+                "statistics": statistics,
+                "top_pairs": pairs,
+                "figures": [str(path) for path in figures],
+            }
+        )
+        return
+    print_rows(statistics, statistic_columns(), output_format, f"P of {model}, layer by layer")
+    title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
+    print_rows(pairs, pair_columns(pairs), output_format, title)
+    for path in figures:
+        print_line(str(path))
+
+
+def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter) -> list[Path]:
+    """Draw every kind of figure that is not younger than pmatrix.h5; returns all their paths."""
+    from kscli.figures import KINDS, Source
+    from kscli.figures.saving import save_figure
+    from kscli.layers import select_layers
+
+    paths = []
+    made = pm.path.stat().st_mtime_ns
+    for kind in KINDS.values():
+        path = folder / f"{kind.name}.png"
+        paths.append(path)
+        if not force and path.exists() and path.stat().st_mtime_ns > made:
+            reporter.note(f"{path} is up to date.")
+            continue
+        source = Source(pm, select_layers(kind.layers, pm.layers, str(pm.path)))
+        save_figure(kind.draw([source]), path, force=True)
+    return paths

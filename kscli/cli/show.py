@@ -1,0 +1,103 @@
+"""`kscli show`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kscli.cli import options
+from kscli.cli.output import Format, field, print_json, print_rows
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("show")(show)
+
+
+def show(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE|MODEL]...",
+            help="Artifacts, or models whose artifacts are shown.  [default: tiny]",
+            show_default=False,
+        ),
+    ] = None,
+    directory: options.Dir = Path("artifacts"),
+    output_format: options.OutputFormat = Format.table,
+) -> None:
+    """Say what an artifact holds and where it came from.
+
+    [bold]Examples[/bold]
+
+      kscli show artifacts/gpt2-small/cov.h5
+
+      kscli show gpt2-small -f json | jq '.\\[] | {path, corpus, documents}'
+    """
+    from kscli.artifacts import KIND_NAMES, Artifact
+    from kscli.layers import format_layers
+
+    descriptions = []
+    for path in [
+        path for name in what or [options.DEFAULT_MODEL] for path in _paths(name, directory)
+    ]:
+        with Artifact(path) as artifact:
+            descriptions.append(
+                {
+                    "path": str(path),
+                    "holds": KIND_NAMES[artifact.kind],
+                    "layers": format_layers(artifact.layers),
+                    **_attributes(artifact.attributes),
+                    "datasets": {
+                        name: {"shape": list(shape), "dtype": dtype}
+                        for name, (shape, dtype) in artifact.datasets().items()
+                    },
+                }
+            )
+    if output_format is Format.json:
+        print_json(descriptions)
+        return
+    for description in descriptions:
+        rows = [{"attribute": k, "value": v} for k, v in _flat(description)]
+        print_rows(rows, [field("attribute"), field("value")], output_format)
+
+
+def _paths(name: str, directory: Path) -> list[Path]:
+    from kscli.errors import ArtifactError
+    from kscli.pipeline import Places
+
+    path = Path(name)
+    if path.suffix == ".h5" or (path.is_file() and path.suffix != ".gguf"):
+        return [path]
+    folder = Places(directory, name).folder
+    found = sorted(folder.glob("*.h5"))
+    if not found:
+        raise ArtifactError(f"{folder} holds no artifact; `kscli run --model {name}` makes them.")
+    return found
+
+
+def _attributes(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes, those that hold JSON as what they hold."""
+    return {
+        name: json.loads(value) if name in ("inputs", "recipe") else value
+        for name, value in sorted(attributes.items())
+    }
+
+
+def _flat(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """The description as lines for a table; the recipe repeats the other attributes."""
+    lines: list[tuple[str, str]] = []
+    for name, value in description.items():
+        if name == "datasets":
+            lines += [
+                (f"/{dataset}", f"{tuple(about['shape'])} {about['dtype']}")
+                for dataset, about in value.items()
+            ]
+        elif name == "inputs":
+            lines += [(f"input {kind}", fingerprint) for kind, fingerprint in value.items()]
+        elif name != "recipe":
+            lines.append((name, str(value)))
+    return lines

@@ -1,0 +1,43 @@
+"""Running the command line as a user does, in a process of its own or in this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+ROOT = Path(__file__).parent.parent
+
+
+def kscli(*arguments: str | Path) -> Result:
+    """Run a command in this process; stdout and stderr apart."""
+    from kscli.cli.app import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="kscli")
+
+
+def kscli_process(
+    *arguments: str | Path, cwd: Path | None = None, text: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "kscli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        input=text,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def one_sentence(stderr: str) -> str:
+    """The error on stderr, which must be a line or two and no traceback."""
+    lines = [line for line in stderr.strip().splitlines() if not line.startswith("warning:")]
+    assert 1 <= len(lines) <= 2, stderr
+    assert lines[0].startswith("error: "), stderr
+    assert "Traceback" not in stderr
+    return " ".join(lines)

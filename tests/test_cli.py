@@ -1,0 +1,328 @@
+"""The command line over files that exist: printing, formats, exit codes, errors."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from artifact_kit import write_cov, write_keys, write_toy
+from cli_kit import ROOT, kscli, kscli_process, one_sentence
+
+FORBIDDEN = ("torch", "transformers", "datasets", "matplotlib")
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder of artifacts with one model, `toy`, and room for others."""
+    write_toy(tmp_path)
+    return tmp_path
+
+
+def test_topk_prints_the_largest_entries_of_p(toy: Path) -> None:
+    result = kscli("topk", "-m", "toy", "--dir", toy, "--layer", "1", "-k", "4", "-f", "json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    with h5py.File(toy / "toy" / "pmatrix.h5") as file:
+        P = file["P"][1]
+    np.fill_diagonal(P, -np.inf)
+    best = np.sort(P.ravel())[::-1][:4]
+    assert [row["p"] for row in rows] == best.tolist()
+    for rank, row in enumerate(rows, start=1):
+        assert row["rank"] == rank
+        assert row["layer"] == 1
+        assert P[row["i"], row["j"]] == row["p"]
+        assert row["subject_i"] == f"Größe {row['i']}"
+        assert row["target_j"] == f"target {row['j']}"
+        assert row["prompt_j"] == f"The {{}} of place {row['j']} is"
+        assert row["same_last_token"] is ({row["i"], row["j"]} == {0, 1})
+
+
+def test_topk_of_absolute_values_and_of_several_layers(toy: Path) -> None:
+    result = kscli(
+        "topk", "-m", "toy", "--dir", toy, "--layer", "all", "-k", "2", "--abs", "-f", "json"
+    )
+    rows = json.loads(result.stdout)
+    assert [row["layer"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    with h5py.File(toy / "toy" / "pmatrix.h5") as file:
+        P = np.abs(file["P"][2])
+    np.fill_diagonal(P, 0)
+    assert abs(rows[4]["p"]) == P.max()
+
+
+def test_stats_prints_and_writes_the_statistics(toy: Path) -> None:
+    result = kscli("stats", "-m", "toy", "--dir", toy, "-f", "json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    assert {"model", "layer", "m", "mean", "std", "skewness", "kurtosis"} <= set(rows[0])
+    assert rows[0]["model"] == "toy"
+    assert rows[0]["m"] == 6
+    with h5py.File(toy / "toy" / "stats.h5") as file:
+        for name in ("mean", "std", "skewness", "kurtosis"):
+            assert file[name][()].tolist() == [row[name] for row in rows]
+            assert file[name].dims[0][0] == file["layer"]
+
+
+def test_stats_of_an_older_pmatrix_are_kept_and_said_to_be_so(toy: Path) -> None:
+    kscli("stats", "-m", "toy", "--dir", toy)
+    path = toy / "toy" / "stats.h5"
+    before = path.read_bytes()
+    write_keys(toy / "toy" / "keys.h5", np.random.default_rng(5).random((3, 6, 12), np.float32))
+    assert kscli("pmatrix", "-m", "toy", "--dir", toy, "--force").exit_code == 0
+    result = kscli("stats", "-m", "toy", "--dir", toy)
+    assert result.exit_code == 0
+    assert "warning:" in result.stderr
+    assert "--force" in result.stderr
+    assert path.read_bytes() == before
+    kscli("stats", "-m", "toy", "--dir", toy, "--force")
+    assert path.read_bytes() != before
+
+
+def test_every_format_prints_the_same_rows(toy: Path) -> None:
+    outputs = {
+        name: kscli("topk", "-m", "toy", "--dir", toy, "-k", "3", "-f", name).stdout
+        for name in ("table", "json", "csv", "tsv", "markdown", "latex")
+    }
+    rows = json.loads(outputs["json"])
+    for name, delimiter in (("csv", ","), ("tsv", "\t")):
+        read = list(csv.DictReader(io.StringIO(outputs[name]), delimiter=delimiter))
+        assert [float(row["p"]) for row in read] == [row["p"] for row in rows]
+        assert list(read[0]) == list(rows[0])
+    assert outputs["markdown"].count("\n") == 5
+    assert "The [Größe" in outputs["table"]
+    assert outputs["latex"].startswith("\\begin{tabular}")
+    assert all(f"{rows[0]['p']:.2f}" in outputs[name] for name in ("table", "markdown", "latex"))
+
+
+def test_latex_and_markdown_escape_what_they_would_read(tmp_path: Path) -> None:
+    from kscli.cli.output import Format, field, print_rows
+
+    rows = [{"text": r"a|b & 50% \ _x_ {y} $1 #2 ~ ^"}]
+    for output, expected in (
+        (Format.markdown, r"a\|b & 50%"),
+        (Format.latex, r"a|b \& 50\% \textbackslash{} \_x\_ \{y\} \$1 \#2 \textasciitilde{}"),
+    ):
+        stream = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            print_rows(rows, [field("text")], output)
+        assert expected in stream.getvalue()
+
+
+def test_undefined_is_null_in_json_and_empty_in_csv(tmp_path: Path) -> None:
+    """One fact has no pairs, so no statistic is defined."""
+    from artifact_kit import LAYERS, PROVENANCE
+
+    from kscli.artifacts import Provenance, write_artifact
+    from kscli.facts import Fact
+
+    details = {"facts_name": "one", "facts_identity": "x", "token": "subject-last"}
+    keys = tmp_path / "toy" / "keys.h5"
+    with write_artifact(keys, "keys", Provenance(**PROVENANCE, details=details)) as writer:
+        writer.layers(LAYERS)
+        writer.facts([Fact("{} is", "a", "b")])
+        writer.array("token_id", np.array([1]))
+        writer.array("position", np.array([0]))
+        writer.over_layers("keys", (1, 12), np.float32)
+        for index in range(3):
+            writer.put("keys", index, np.ones((1, 12)))
+    write_cov(tmp_path / "toy" / "cov.h5")
+    assert kscli("pmatrix", "-m", "toy", "--dir", tmp_path).exit_code == 0
+    printed = kscli("stats", "-m", "toy", "--dir", tmp_path, "-f", "json").stdout
+    row = json.loads(printed, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))[0]
+    assert row["m"] == 1
+    assert row["kurtosis"] is None
+    lines = kscli("stats", "-m", "toy", "--dir", tmp_path, "-f", "csv").stdout.splitlines()
+    assert lines[1].startswith("toy,0,1,,")
+    assert json.loads(kscli("topk", "-m", "toy", "--dir", tmp_path, "-f", "json").stdout) == []
+    assert kscli("topk", "-m", "toy", "--dir", tmp_path).exit_code == 0
+
+
+def test_show_says_what_a_file_is(toy: Path) -> None:
+    shown = json.loads(kscli("show", "toy", "--dir", toy, "-f", "json").stdout)
+    assert [Path(item["path"]).name for item in shown] == ["cov.h5", "keys.h5", "pmatrix.h5"]
+    pmatrix = shown[2]
+    assert pmatrix["kind"] == "pmatrix"
+    assert pmatrix["layers"] == "0-2"
+    assert pmatrix["model_id"] == "someone/toy"
+    assert pmatrix["datasets"]["P"] == {"shape": [3, 6, 6], "dtype": "float64"}
+    assert pmatrix["inputs"] == {"cov": shown[0]["fingerprint"], "keys": shown[1]["fingerprint"]}
+    text = kscli("show", toy / "toy" / "cov.h5").stdout
+    assert "second moments" in text
+    assert "sha256:w" in text
+
+
+def test_pmatrix_takes_explicit_paths_and_finds_the_models_folder(tmp_path: Path) -> None:
+    cov = write_cov(tmp_path / "a" / "cov.h5")
+    keys = write_keys(tmp_path / "b" / "keys.h5")
+    result = kscli("pmatrix", "--cov", cov, "--keys", keys, "--dir", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "toy" / "pmatrix.h5").exists()
+
+
+def test_pmatrix_again_is_up_to_date_and_with_a_ridge_is_refused(toy: Path) -> None:
+    path = toy / "toy" / "pmatrix.h5"
+    before = path.read_bytes()
+    again = kscli("pmatrix", "-m", "toy", "--dir", toy)
+    assert again.exit_code == 0
+    assert "up to date" in again.stderr
+    other = kscli("pmatrix", "-m", "toy", "--dir", toy, "--ridge", "0.1")
+    assert other.exit_code == 1
+    assert "ridge changed; add --force" in one_sentence(other.stderr)
+    assert path.read_bytes() == before
+
+
+def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
+    write_keys(tmp_path / "toy" / "keys.h5")
+    write_cov(tmp_path / "toy" / "cov.h5", count=100)
+    result = kscli("pmatrix", "-m", "toy", "--dir", tmp_path)
+    assert result.exit_code == 0
+    assert "warning: " in result.stderr
+    assert "100 tokens, 8.3 a dimension" in result.stderr
+    write_cov(tmp_path / "toy" / "cov.h5", count=11)
+    result = kscli("pmatrix", "-m", "toy", "--dir", tmp_path, "--force")
+    assert result.exit_code == 1
+    assert "--ridge" in one_sentence(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["topk", "-m", "toy", "--layer", "99"], 2, "no layer 99; it has 0-2"),
+        (["topk", "-m", "toy", "--layer", "x"], 2, "not understood"),
+        (["topk", "-m", "absent"], 1, "does not exist"),
+        (["stats", "-m", "toy", "-o", "/proc/nope/stats.h5"], 1, "was not written"),
+        (["stats", "-m", "toy", "-m", "toy", "-o", "x.h5"], 2, "--output names one file"),
+        (["plot", "pie", "-m", "toy"], 2, "heatmap"),
+        (["plot", "heatmap", "-m", "toy", "-o", "figure.bmp"], 2, ".png"),
+        (["show", "absent.h5"], 1, "does not exist"),
+        (["show", "absent"], 1, "no artifact"),
+        (["pmatrix", "-m", "toy", "--layers", "7"], 2, "no layer 7"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], code: int, said: str, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KSCLI_DIR", str(toy))
+    monkeypatch.chdir(toy)
+    before = sorted(toy.rglob("*"))
+    result = kscli(*arguments)
+    assert result.exit_code == code, result.stderr
+    assert said in one_sentence(result.stderr)
+    assert result.stdout == ""
+    assert sorted(toy.rglob("*")) == before
+
+
+def test_an_unknown_option_is_wrong_usage() -> None:
+    assert kscli("topk", "--no-such-option").exit_code == 2
+    assert kscli("no-such-command").exit_code == 2
+    assert kscli("topk", "-k", "0").exit_code == 2
+    assert kscli("extract", "--token", "middle").exit_code == 2
+
+
+def test_keys_of_one_model_with_the_covariance_of_another(tmp_path: Path) -> None:
+    write_cov(tmp_path / "toy" / "cov.h5", weights="sha256:other")
+    write_keys(tmp_path / "toy" / "keys.h5")
+    result = kscli("pmatrix", "-m", "toy", "--dir", tmp_path)
+    assert result.exit_code == 1
+    assert "differ in weights" in one_sentence(result.stderr)
+    assert not (tmp_path / "toy" / "pmatrix.h5").exists()
+
+
+def test_a_layer_that_only_the_keys_have_is_named(tmp_path: Path) -> None:
+    write_cov(tmp_path / "toy" / "cov.h5")
+    write_keys(tmp_path / "toy" / "keys.h5", layers=(0, 5))
+    result = kscli("pmatrix", "-m", "toy", "--dir", tmp_path)
+    assert result.exit_code == 1
+    assert "no layer 5; it holds 0-2" in one_sentence(result.stderr)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["topk", "-m", "toy"], ["stats", "-m", "toy"], ["show", "toy"], ["models"]],
+)
+def test_light_commands_import_nothing_heavy(command: list[str], toy: Path) -> None:
+    program = (
+        "import sys\n"
+        "from kscli.__main__ import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print([m for m in {FORBIDDEN} if m in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "KSCLI_DIR": str(toy)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_help_imports_no_numpy_either() -> None:
+    program = (
+        "import sys, kscli.cli.app\n"
+        "heavy = [m for m in ('numpy', 'h5py', 'scipy', 'pydantic', 'huggingface_hub') "
+        "if m in sys.modules]\n"
+        "print(heavy)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_has_examples_in_its_help() -> None:
+    for command in (
+        "run",
+        "cache-cov",
+        "extract",
+        "pmatrix",
+        "stats",
+        "topk",
+        "plot",
+        "models",
+        "show",
+    ):
+        result = kscli(command, "--help")
+        assert result.exit_code == 0
+        assert f"kscli {command}" in result.stdout.split("Examples")[1]
+
+
+def test_no_color_is_honoured(toy: Path) -> None:
+    done = kscli_process("topk", "-m", "absent", NO_COLOR="1", FORCE_COLOR="")
+    assert "\x1b[" not in done.stderr + done.stdout
+
+
+def test_a_closed_pipe_ends_quietly(toy: Path) -> None:
+    command = f"{sys.executable} -m kscli topk -m toy -k 1000 --layer all -f json | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "KSCLI_DIR": str(toy)},
+    )
+    assert done.stdout == "["
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_the_version_is_printed() -> None:
+    from kscli import __version__
+
+    assert kscli("--version").stdout.strip() == f"kscli {__version__}"
