@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kscli.moments import SecondMoment
+from kscli.moments import BLOCK, SecondMoment
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -60,3 +60,18 @@ def test_keys_that_are_a_view_of_a_larger_tensor() -> None:
     moment.update(part)
     expected = part.double().numpy()
     np.testing.assert_allclose(moment.matrix(), expected.T @ expected / 15, rtol=1e-5, atol=1e-6)
+
+
+def test_several_rows_of_blocks_and_a_ragged_last_one() -> None:
+    """d_m beyond one block, as real models have."""
+    torch.manual_seed(3)
+    keys = torch.randn(70, 2 * BLOCK + 37)
+    moment = SecondMoment(keys.shape[1])
+    moment.update(keys[:30])
+    moment.update(keys[30:])
+    exact = keys.double().numpy()
+    expected = exact.T @ exact / 70
+    C = moment.matrix()
+    np.testing.assert_array_equal(C, C.T)
+    scale = np.sqrt(np.outer(np.diagonal(expected), np.diagonal(expected)))
+    assert (np.abs(C - expected) / scale).max() < 41 * 2**-24
