@@ -1,0 +1,204 @@
+"""Names of models, and every way in which a model cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from families import GPT2_LIKE, save_family, save_model
+
+from kscli.errors import ModelError, UsageError
+from kscli.models.loading import ModelOptions, load_model, locate_model
+from kscli.tiny import MODEL_DIR
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of tiny in a folder of its own."""
+    return Path(shutil.copytree(MODEL_DIR, tmp_path / "my-model"))
+
+
+def test_a_folder_is_the_same_model_as_the_embedded_one(folder: Path) -> None:
+    mine, embedded = locate_model(ModelOptions(str(folder))), locate_model(ModelOptions("tiny"))
+    assert mine.identity.weights == embedded.identity.weights
+    assert mine.identity.tokenizer == embedded.identity.tokenizer
+    assert mine.identity.slug == "my-model"
+
+
+def test_the_fingerprint_follows_weights_config_and_tokenizer(folder: Path) -> None:
+    before = locate_model(ModelOptions(str(folder))).identity
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    after = locate_model(ModelOptions(str(folder))).identity
+    assert after.weights != before.weights
+    assert after.tokenizer == before.tokenizer
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("France", "Frence") + " ")
+    assert locate_model(ModelOptions(str(folder))).identity.tokenizer != before.tokenizer
+
+
+def test_an_edit_of_one_matrix_changes_the_fingerprint_of_a_large_file(tmp_path: Path) -> None:
+    """Beyond a size only blocks are hashed, but some of every tensor."""
+    from safetensors.torch import save_file
+
+    from kscli.models.fingerprint import WHOLE, fingerprint_file
+
+    tensors = {f"w{i}": torch.full((256, 512), float(i)) for i in range(24)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size > WHOLE
+    tensors["w11"] += torch.outer(torch.rand(256), torch.rand(512))
+    save_file(tensors, tmp_path / "b.safetensors")
+    first, second = (fingerprint_file(tmp_path / f"{x}.safetensors") for x in "ab")
+    assert first != second
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+    assert fingerprint_file(tmp_path / "c.safetensors") == first
+
+
+def test_no_such_folder_or_file(tmp_path: Path) -> None:
+    for name in ("absent/", "absent.gguf"):
+        with pytest.raises(ModelError, match="absent"):
+            load_model(ModelOptions(f"{tmp_path}/{name}"))
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"my-model has no weights \(model\.safetensors"):
+        load_model(ModelOptions(str(folder)))
+
+
+def test_a_folder_without_a_configuration(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(ModelOptions(str(folder)))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.9])
+def test_corrupt_safetensors(folder: Path, keep: float) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep if keep >= 1 else keep * len(data))])
+    with pytest.raises(ModelError, match=r"model\.safetensors is (damaged|truncated)"):
+        load_model(ModelOptions(str(folder)))
+    path.write_bytes(b"\xff" * 1000)
+    with pytest.raises(ModelError, match="damaged"):
+        load_model(ModelOptions(str(folder)))
+
+
+def test_weights_that_lack_a_layer_are_not_filled_with_noise(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["n_layer"] = config["n_layer"] + 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"lacks \d+ weights"):
+        load_model(ModelOptions(str(folder)))
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(ModelOptions(str(folder)))
+
+
+def test_pickled_weights_are_read_only_when_asked_for(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="--allow-pickle"):
+        load_model(ModelOptions(str(folder)))
+    assert load_model(ModelOptions(str(folder), allow_pickle=True)).decoder.d_m == 512
+
+
+def test_remote_code_runs_only_when_asked_for(folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (folder / "configuration_own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import GPT2Config\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'own'\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_model(ModelOptions(str(folder)))
+    assert not ran.exists()
+
+
+def test_an_encoder_decoder_and_a_masked_model_are_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertForMaskedLM(BertConfig(**small, intermediate_size=32))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+    for name, model in (("bert", bert), ("t5", t5)):
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ModelError, match="decoder-only causal language models"):
+            load_model(ModelOptions(str(tmp_path / name)))
+
+
+def test_a_gguf_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        load_model(ModelOptions(str(path)))
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
+    save_model("gpt2", GPT2_LIKE, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tmp_path / "model.safetensors")
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:40].clone()
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))
+    loaded = load_model(ModelOptions(str(tmp_path)))
+    with pytest.raises(ModelError, match="embeds only 40; the tokenizer belongs to another"):
+        loaded.decoder.run(torch.tensor([[1, 2999]]), [0], lambda *_: None)
+
+
+def test_a_model_whose_layers_differ_in_size_is_refused(tmp_path: Path) -> None:
+    from kscli.models.decoder import find_down_projections
+
+    layers = torch.nn.ModuleList(
+        torch.nn.ModuleDict({"up": torch.nn.Linear(8, n), "down": torch.nn.Linear(n, 8)})
+        for n in (16, 24)
+    )
+    with pytest.raises(ModelError, match=r"different intermediate sizes \[16, 24\]"):
+        find_down_projections(torch.nn.ModuleDict({"layers": layers}), 8, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ModelOptions("tiny", device="gpu"),
+        ModelOptions("tiny", device="cuda:99"),
+        ModelOptions("tiny", dtype="int8"),
+        ModelOptions("tiny", revision="main"),
+    ],
+)
+def test_wrong_options_are_wrong_usage(options: ModelOptions) -> None:
+    with pytest.raises(UsageError):
+        load_model(options)
+
+
+def test_the_forward_pass_stops_at_the_last_layer_asked_for(tmp_path: Path) -> None:
+    save_family("llama", tmp_path)
+    loaded = load_model(ModelOptions(str(tmp_path)))
+    called: list[str] = []
+    for name, module in loaded.decoder.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    seen: list[int] = []
+    loaded.decoder.run(torch.tensor([[1, 2, 3]]), [0], lambda layer, _: seen.append(layer))
+    assert seen == [0]
+    assert "model.layers.0.mlp.up_proj" in called
+    for later in ("model.layers.0.mlp.down_proj", "model.layers.1", "model.norm", "lm_head"):
+        assert later not in called
