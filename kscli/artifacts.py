@@ -69,6 +69,8 @@ class Provenance:
 
 IDENTITY = ("weights", "tokenizer", "hook", "d_m")
 EXPECTED_EQUAL = ("dtype", "special_tokens")
+# What an imported file says of all that the files it was made from do not tell.
+UNKNOWN = "unknown"
 
 
 class ArtifactWriter:
@@ -364,21 +366,33 @@ AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 def require_same_identity(first: Artifact, second: Artifact) -> list[str]:
     """Raise ArtifactError unless both are about the same model; returns lesser differences.
 
-    The lesser ones, dtype and special tokens, are sentences for a warning.
+    The lesser ones, dtype, special tokens, and what an imported file does not know of its
+    weights and tokenizer, are sentences for a warning.
     """
-    for name in IDENTITY:
+    differences = []
+    unchecked = []
+    for name in IDENTITY + EXPECTED_EQUAL:
         a, b = first.attributes[name], second.attributes[name]
-        if a != b:
+        if a == b != UNKNOWN:
+            continue
+        if UNKNOWN in (a, b) and name not in ("hook", "d_m"):
+            unchecked.append(name)
+        elif name in IDENTITY:
             raise ArtifactError(
                 f"{first.path} and {second.path} differ in {name} ({a} and {b}): "
                 "they are about different models. Make both from one."
             )
-    return [
-        f"{first.path} and {second.path} differ in {name} "
-        f"({first.attributes[name] or 'none'} and {second.attributes[name] or 'none'})."
-        for name in EXPECTED_EQUAL
-        if first.attributes[name] != second.attributes[name]
-    ]
+        else:
+            differences.append(
+                f"{first.path} and {second.path} differ in {name} "
+                f"({a or 'none'} and {b or 'none'})."
+            )
+    if unchecked:
+        differences.append(
+            f"that {first.path} and {second.path} agree in {', '.join(unchecked)} could not be "
+            "checked: an imported file does not say."
+        )
+    return differences
 
 
 def difference(path: Path, kind: Kind, recipe: Mapping[str, Any]) -> str | None:
@@ -392,6 +406,15 @@ def difference(path: Path, kind: Kind, recipe: Mapping[str, Any]) -> str | None:
         return "it cannot be read"
     changed = [name for name in recipe if made.get(name) != recipe[name]]
     return f"{', '.join(changed)} changed" if changed else None
+
+
+def is_imported(path: Path) -> bool:
+    """Whether a covariance file lies at `path` that was imported, so not made from a model."""
+    try:
+        with CovarianceFile(path) as cov:
+            return bool(cov.attributes["weights"] == UNKNOWN)
+    except ArtifactError:
+        return False
 
 
 def _open_for_reading(path: Path) -> h5py.File:

@@ -13,7 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kscli.artifacts import CovarianceFile, KeysFile, Kind, PMatrixFile, Recipe, difference
+from kscli.artifacts import (
+    CovarianceFile,
+    KeysFile,
+    Kind,
+    PMatrixFile,
+    Recipe,
+    difference,
+    is_imported,
+)
 from kscli.errors import ArtifactError
 from kscli.layers import select_layers
 from kscli.models.aliases import slug
@@ -122,9 +130,15 @@ class Session:
         return resolve_dtype(self.options.dtype, resolve_device(self.options.device))
 
     def cache_cov(self, corpus: Corpus, options: CovarianceOptions, path: Path) -> bool:
-        """Make cov.h5 at `path` unless it is up to date; whether it was made."""
+        """Make cov.h5 at `path` unless it is up to date; whether it was made.
+
+        An imported file cannot be made again, and is replaced by force alone.
+        """
         from kscli.covariance import cache_covariance, covariance_recipe
 
+        if self.existing is Existing.REMAKE and is_imported(path):
+            self.reporter.note(f"{path} was imported, and is used as it is (--force measures C).")
+            return False
         recipe = covariance_recipe(self.located.identity, corpus, options, self.dtype)
         return make(
             path,

@@ -297,6 +297,8 @@ def test_every_command_has_examples_in_its_help() -> None:
         "plot",
         "models",
         "show",
+        "export-cov",
+        "import-cov",
     ):
         result = kscli(command, "--help")
         assert result.exit_code == 0

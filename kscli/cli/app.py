@@ -14,7 +14,19 @@ import typer
 from typer.core import TyperGroup
 
 from kscli import __version__
-from kscli.cli import cache_cov, extract, models, plot, pmatrix, run, show, stats, topk
+from kscli.cli import (
+    cache_cov,
+    export_cov,
+    extract,
+    import_cov,
+    models,
+    plot,
+    pmatrix,
+    run,
+    show,
+    stats,
+    topk,
+)
 from kscli.errors import KscliError
 
 INTERRUPTED = 130
@@ -63,7 +75,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, cache_cov, extract, pmatrix, stats, topk, plot, models, show):
+for command in (
+    run,
+    cache_cov,
+    extract,
+    pmatrix,
+    stats,
+    topk,
+    plot,
+    models,
+    show,
+    export_cov,
+    import_cov,
+):
     command.register(app)
 
 

@@ -1,0 +1,82 @@
+"""`kscli export-cov`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kscli.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("export-cov")(export_cov)
+
+
+def export_cov(
+    editor: Annotated[
+        Literal["rome", "memit", "easyedit", "alphaedit"],
+        typer.Option("--for", metavar="EDITOR", help="rome, memit, easyedit or alphaedit."),
+    ],
+    stats_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="STATS_DIR", help="The editor's folder of statistics."
+        ),
+    ],
+    model: options.ModelOrNone = None,
+    cov: Annotated[
+        Path | None,
+        typer.Option(
+            "--cov", metavar="FILE", help="A cov.h5.", show_default="the model's, in DIR/MODEL/"
+        ),
+    ] = None,
+    layers: options.Layers = "all",
+    known_as: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="NAME",
+            help="The name or path by which the editor loads the model; its folder is called so.",
+            show_default="the model's Hub id",
+        ),
+    ] = None,
+    note: Annotated[
+        str | None,
+        typer.Option("--note", metavar="TEXT", help="Kept in the files; no editor reads it."),
+    ] = None,
+    directory: options.Dir = Path("artifacts"),
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write cov.h5 as the .npz files that ROME, MEMIT, EasyEdit or AlphaEdit looks for.
+
+    One file a layer, under the names that the editor's default hyper-parameters give.
+
+    [bold]Examples[/bold]
+
+      kscli export-cov -m gpt-j --for memit -o memit/data/stats
+
+      kscli export-cov -m llama3-8b --for easyedit --as ./hugging_cache/llama-3-8b -o data/stats
+
+      kscli export-cov --cov other/cov.h5 --for rome --layers 17 -o rome/data/stats
+    """
+    from kscli.cli.console import ConsoleReporter
+    from kscli.interchange import SAMPLE_SIZE, ExportOptions, export_covariance
+    from kscli.pipeline import Places
+
+    reporter = ConsoleReporter(quiet=quiet)
+    paths = export_covariance(
+        cov or Places(directory, model or options.DEFAULT_MODEL).path("cov"),
+        stats_dir,
+        ExportOptions(editor, known_as, layers, note),
+        force=force,
+        reporter=reporter,
+    )
+    reporter.note(f"wrote {len(paths)} files to {paths[0].parent}")
+    reporter.note(
+        f"Their names and sample_size say {SAMPLE_SIZE:,} documents of Wikipedia, whatever was "
+        "measured: the editors take no others."
+    )
