@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kscli import __version__
-from kscli.errors import ArtifactError, KscliError, UsageError
+from kscli.errors import ArtifactError, FactsError, KscliError, UsageError
 from kscli.facts import Fact
 from kscli.files import replace_file
+from kscli.layers import format_layers, select_layers
 
 FORMAT_VERSION = 1
 Kind = Literal["cov", "keys", "pmatrix", "stats"]
@@ -61,7 +62,7 @@ class Provenance:
     dtype: str
     device: str
     special_tokens: str
-    details: dict[str, str | int | float] = field(default_factory=dict)
+    details: dict[str, str | int | float | bool] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=dict)
     seed: int = 0
@@ -71,6 +72,47 @@ IDENTITY = ("weights", "tokenizer", "hook", "d_m")
 EXPECTED_EQUAL = ("dtype", "special_tokens")
 # What an imported file says of all that the files it was made from do not tell.
 UNKNOWN = "unknown"
+
+# What every file of a kind has, or it is refused. A dataset's type is NumPy's codes for those
+# that it may have; axes of one name are of one length, and `d_m` is the attribute's.
+_TEXT, _INTEGER, _REAL = "OS", "iu", "f"
+_LAYERS: dict[str, tuple[str, ...]] = {"layer": (_INTEGER, "layer")}
+_FACTS: dict[str, tuple[str, ...]] = {
+    "facts/prompt": (_TEXT, "m"),
+    "facts/subject": (_TEXT, "m"),
+    "facts/target": (_TEXT, "m"),
+    "facts/relation": (_TEXT, "m"),
+    "facts/case_id": (_INTEGER, "m"),
+    "token_id": (_INTEGER, "m"),
+    "position": (_INTEGER, "m"),
+}
+_DATASETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cov": {**_LAYERS, "count": (_INTEGER,), "second_moment": (_REAL, "layer", "d_m", "d_m")},
+    "keys": {**_LAYERS, **_FACTS, "keys": (_REAL, "layer", "m", "d_m")},
+    "pmatrix": {
+        **_LAYERS,
+        **_FACTS,
+        "P": (_REAL, "layer", "m", "m"),
+        "whitened_cosine": (_REAL, "layer", "m", "m"),
+        "cosine": (_REAL, "layer", "m", "m"),
+        "Q": (_REAL, "layer", "m", "m"),
+        "leverage": (_REAL, "layer", "m"),
+    },
+    "stats": _LAYERS,
+}
+_INTEGER_ATTRIBUTES = ("d_m", "n_layers", "seed")
+_JSON_ATTRIBUTES = ("inputs", "recipe")
+_TEXT_ATTRIBUTES = (
+    *("model", "model_id", "revision", "weights", "tokenizer", "hook", "dtype", "device"),
+    *("special_tokens", "fingerprint", *_JSON_ATTRIBUTES),
+)
+_FACTS_DETAILS = ("facts_name", "facts_identity", "token")
+_TEXT_DETAILS: dict[str, tuple[str, ...]] = {
+    "cov": ("corpus",),
+    "keys": _FACTS_DETAILS,
+    "pmatrix": ("corpus", *_FACTS_DETAILS),
+    "stats": ("corpus", *_FACTS_DETAILS),
+}
 
 
 class ArtifactWriter:
@@ -169,22 +211,22 @@ class Artifact:
     """An artifact opened for reading; a context manager.
 
     Raises ArtifactError when the file is missing, is no artifact of `kind` (None: of any
-    kind), is truncated, or was written by a later format.
+    kind), is truncated, lacks what its kind has, or was written by a later format.
     """
 
     def __init__(self, path: Path, kind: Kind | None = None) -> None:
         self.path = path
         self._file = _open_for_reading(path)
         try:
-            self.attributes: dict[str, Any] = {
-                name: value.item() if isinstance(value, np.generic) else value
-                for name, value in self._file.attrs.items()
-            }
-            self._check_kind(kind)
-            self.layers = tuple(int(layer) for layer in self._file["layer"][()])
-        except (OSError, KeyError, RuntimeError) as error:
-            self._file.close()
-            raise ArtifactError(f"{path} is damaged; make it again.") from error
+            with self._reading():
+                self.attributes: dict[str, Any] = {
+                    name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+                    for name, value in self._file.attrs.items()
+                }
+                self._check_kind(kind)
+                self._check_attributes()
+                self._check_datasets()
+                self.layers: tuple[int, ...] = tuple(self._file["layer"][()].tolist())
         except KscliError:
             self._file.close()
             raise
@@ -229,24 +271,20 @@ class Artifact:
                 kind = "string" if h5py.check_string_dtype(item.dtype) else str(item.dtype)
                 found[name] = (tuple(item.shape), kind)
 
-        self._file.visititems(visit)
+        with self._reading():
+            self._file.visititems(visit)
         return found
 
     def require_layers(self, layers: Sequence[int]) -> None:
         """Raise ArtifactError naming the first of `layers` that the file lacks."""
         for layer in layers:
             if layer not in self.layers:
-                from kscli.layers import format_layers
-
                 raise ArtifactError(
                     f"{self.path} has no layer {layer}; it holds {format_layers(self.layers)}."
                 )
 
     def _dataset(self, name: str) -> h5py.Dataset:
-        try:
-            return self._file[name]
-        except KeyError as error:
-            raise ArtifactError(f"{self.path} has no dataset {name}; make it again.") from error
+        return self._file[name]
 
     def _values(self, name: str) -> NDArray[Any]:
         with self._reading():
@@ -259,16 +297,20 @@ class Artifact:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        """Turn what a file that is not as it was written raises into one sentence."""
         try:
             yield
-        except OSError as error:
-            raise ArtifactError(f"{self.path} is damaged or truncated; make it again.") from error
+        except (OSError, RuntimeError, TypeError, ValueError, LookupError, FactsError) as error:
+            raise ArtifactError(
+                f"{self.path} is damaged or was not made by kscli; make it again."
+            ) from error
 
     def _check_kind(self, kind: Kind | None) -> None:
         found = self.attributes.get("kind")
-        if found not in KIND_NAMES:
+        if not isinstance(found, str) or found not in KIND_NAMES:
             raise ArtifactError(f"{self.path} is an HDF5 file, but not one of kscli's.")
-        version = int(self.attributes["format_version"])
+        self._check_type("format_version", int)
+        version = self.attributes["format_version"]
         if version > FORMAT_VERSION:
             raise ArtifactError(
                 f"{self.path} has format {version}; this kscli reads up to {FORMAT_VERSION}. "
@@ -276,8 +318,31 @@ class Artifact:
             )
         if kind is not None and found != kind:
             raise ArtifactError(
-                f"{self.path} holds {KIND_NAMES[str(found)]}, where {KIND_NAMES[kind]} are needed."
+                f"{self.path} holds {KIND_NAMES[found]}, where {KIND_NAMES[kind]} are needed."
             )
+
+    def _check_type(self, name: str, wanted: type) -> None:
+        if not isinstance(self.attributes[name], wanted):
+            raise TypeError(f"the attribute {name} is {self.attributes[name]!r}")
+
+    def _check_attributes(self) -> None:
+        for name in _INTEGER_ATTRIBUTES:
+            self._check_type(name, int)
+        for name in _TEXT_ATTRIBUTES + _TEXT_DETAILS[self.kind]:
+            self._check_type(name, str)
+        for name in _JSON_ATTRIBUTES:
+            if not isinstance(json.loads(self.attributes[name]), dict):
+                raise ValueError(f"the attribute {name} is no JSON object")
+
+    def _check_datasets(self) -> None:
+        lengths = {"d_m": self.attributes["d_m"]}
+        for name, (types, *axes) in _DATASETS[self.kind].items():
+            dataset = self._file[name]
+            if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in types:
+                raise TypeError(f"{name} is {dataset}")
+            for axis, length in zip(axes, dataset.shape, strict=True):
+                if length == 0 or lengths.setdefault(axis, length) != length:
+                    raise ValueError(f"{name} is of shape {dataset.shape}")
 
 
 class CovarianceFile(Artifact):
@@ -307,21 +372,11 @@ class _FactsFile(Artifact):
     @cached_property
     def facts(self) -> tuple[Fact, ...]:
         """The facts, in the order of the file's fact axes."""
-        columns = {
-            name: self._dataset(f"facts/{name}").asstr()[()]
-            for name in ("prompt", "subject", "target", "relation")
-        }
-        case_ids = self._values("facts/case_id")
-        return tuple(
-            Fact(
-                prompt=str(columns["prompt"][i]),
-                subject=str(columns["subject"][i]),
-                target=str(columns["target"][i]),
-                relation=str(columns["relation"][i]),
-                case_id=int(case_ids[i]),
-            )
-            for i in range(len(case_ids))
-        )
+        columns = ("prompt", "subject", "target", "relation")
+        with self._reading():
+            texts = [self._dataset(f"facts/{name}").asstr()[()].tolist() for name in columns]
+            case_ids = self._values("facts/case_id").tolist()
+            return tuple(Fact(*fields) for fields in zip(*texts, case_ids, strict=True))
 
     @cached_property
     def token_id(self) -> NDArray[np.int64]:
@@ -401,11 +456,26 @@ def difference(path: Path, kind: Kind, recipe: Mapping[str, Any]) -> str | None:
         return "it does not exist"
     try:
         with Artifact(path, kind) as artifact:
-            made = artifact.recipe
+            changed = [name for name in recipe if not _unchanged(name, recipe[name], artifact)]
     except ArtifactError:
         return "it cannot be read"
-    changed = [name for name in recipe if made.get(name) != recipe[name]]
     return f"{', '.join(changed)} changed" if changed else None
+
+
+def _unchanged(name: str, wanted: Any, artifact: Artifact) -> bool:
+    """Whether an entry of the recipe asks for what the file holds, however it is spelled."""
+    made, attributes = artifact.recipe.get(name), artifact.attributes
+    if made == wanted:
+        return True
+    if name == "layers":
+        try:
+            layers = select_layers(wanted, range(attributes["n_layers"]), "")
+        except UsageError:
+            return False
+        return layers == artifact.layers
+    if name == "samples" and attributes.get("whole_corpus"):
+        return wanted is None or wanted >= attributes["documents"]
+    return bool(name == "max_length" and wanted == attributes.get("max_length"))
 
 
 def is_imported(path: Path) -> bool:

@@ -19,6 +19,10 @@ from torch import Tensor
 MOST_PADDING = 0.03
 WINDOW_BATCHES = 16
 ENCODE_CHUNK = 64
+# A document is tokenised only as far as it is used: first LONG_TOKEN characters a token, then
+# more, until MARGIN tokens beyond the last one stand between it and the cut.
+LONG_TOKEN = 32
+MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,22 @@ def encode(tokenizer: Any, documents: Iterable[str], max_length: int) -> Iterato
     index = 0
     stream = iter(documents)
     while chunk := list(islice(stream, ENCODE_CHUNK)):
-        encoded = tokenizer(chunk, truncation=True, max_length=max_length)
+        heads = [_head(tokenizer, document, max_length) for document in chunk]
+        encoded = tokenizer(heads, truncation=True, max_length=max_length)
         for token_ids in encoded["input_ids"]:
             yield TokenSequence(index, tuple(token_ids))
             index += 1
+
+
+def _head(tokenizer: Any, document: str, max_length: int) -> str:
+    """As much of a very long document as holds its first `max_length` tokens, and some more."""
+    size = LONG_TOKEN * max_length
+    while size < len(document) // 2:
+        head = document[:size]
+        if len(tokenizer(head, add_special_tokens=False)["input_ids"]) > max_length + MARGIN:
+            return head
+        size *= 2
+    return document
 
 
 def limit_tokens(sequences: Iterable[TokenSequence], tokens: int) -> Iterator[TokenSequence]:

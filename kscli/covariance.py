@@ -48,7 +48,8 @@ class CovarianceOptions:
 class SecondMoments:
     """The second moments of several layers over one corpus.
 
-    `tokens` were counted in `documents` documents, `empty` of them without a token.
+    `tokens` were counted in `documents` documents, `empty` of them without a token; `whole`
+    says that the corpus has no more.
     """
 
     layers: tuple[int, ...]
@@ -56,6 +57,7 @@ class SecondMoments:
     tokens: int
     documents: int
     empty: int
+    whole: bool
 
 
 def covariance_recipe(
@@ -83,6 +85,11 @@ def second_moments(
     when the corpus gives no token at all.
     """
     decoder = model.decoder
+    if model.positions and (options.max_length or 0) > model.positions:
+        raise UsageError(
+            f"--max-length {options.max_length:,} is beyond the {model.positions:,} positions of "
+            f"{model.identity.model_id}."
+        )
     layers = select_layers(options.layers, range(decoder.n_layers), model.identity.model_id)
     moments = {layer: SecondMoment(decoder.d_m) for layer in layers}
     stream = _Stream(model, corpus, options)
@@ -99,11 +106,12 @@ def second_moments(
             task.advance(batch.tokens, f"{stream.documents:,} documents")
     if tokens == 0:
         raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
-    if stream.exhausted and options.samples is not None and stream.documents < options.samples:
+    whole = stream.exhausted and (options.tokens is None or tokens < options.tokens)
+    if whole and options.samples is not None:
         reporter.note(f"{corpus.name} has {stream.documents:,} documents; all of them were taken.")
     if stream.empty:
         reporter.note(f"{stream.empty:,} documents had no token and were passed over.")
-    return SecondMoments(layers, moments, tokens, stream.documents, stream.empty)
+    return SecondMoments(layers, moments, tokens, stream.documents, stream.empty, whole)
 
 
 def cache_covariance(
@@ -128,6 +136,7 @@ def cache_covariance(
             "corpus": corpus.name,
             "corpus_identity": corpus.identity,
             "documents": result.documents,
+            "whole_corpus": result.whole,
             "max_length": options.max_length or model.max_length,
         },
         recipe=covariance_recipe(model.identity, corpus, options, model.dtype),
@@ -146,7 +155,7 @@ class _Stream:
     """The corpus as token sequences; counts the documents that went by."""
 
     def __init__(self, model: LoadedModel, corpus: Corpus, options: CovarianceOptions) -> None:
-        texts = islice(corpus.documents(), options.samples)
+        texts = islice(self._texts(corpus), options.samples)
         sequences = encode(model.tokenizer, texts, options.max_length or model.max_length)
         self._sequences = (
             sequences if options.tokens is None else limit_tokens(sequences, options.tokens)
@@ -160,6 +169,9 @@ class _Stream:
             self.documents += 1
             self.empty += not sequence.token_ids
             yield sequence
+
+    def _texts(self, corpus: Corpus) -> Iterator[str]:
+        yield from corpus.documents()
         self.exhausted = True
 
 

@@ -123,10 +123,10 @@ def write_keys(
 
 def _check_lengths(model: LoadedModel, facts: FactSet, prompts: tuple[LocatedPrompt, ...]) -> None:
     for fact, prompt in zip(facts.facts, prompts, strict=True):
-        if len(prompt.token_ids) > model.max_length:
+        if len(prompt.token_ids) > (model.positions or len(prompt.token_ids)):
             raise FactsError(
                 f"the prompt {fact.text[:60]!r}... has {len(prompt.token_ids):,} tokens; "
-                f"{model.identity.model_id} takes {model.max_length:,}."
+                f"{model.identity.model_id} takes {model.positions:,}."
             )
 
 

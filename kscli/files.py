@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,27 +16,39 @@ from kscli.errors import ArtifactError
 
 @contextmanager
 def replace_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary path beside `path` that is flushed and renamed to it if the block succeeds."""
+    """A temporary path beside `path` that is flushed and renamed to it if the block succeeds.
+
+    If it fails, neither the temporary file nor a folder made for it stays. What an earlier
+    process left there when it was killed is removed.
+    """
     require_writable(path, force=force)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    host = socket.gethostname()
+    temporary = path.with_name(f".{path.stem}.{host}.{os.getpid()}.part{path.suffix}")
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path, host)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        made.clear()
     except OSError as error:
         raise _writing_failed(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def require_writable(path: Path, *, force: bool) -> None:
     """Raise ArtifactError unless a file may be written at `path`. Makes nothing."""
     try:
-        if path.is_dir():
-            raise ArtifactError(f"{path} is a folder; name a file with --output.")
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "not an ordinary file"
+            raise ArtifactError(f"{path} is {what}; name a file with --output.")
         if path.exists() and not force:
             raise ArtifactError(f"{path} exists; add --force to replace it.")
         there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -44,12 +58,40 @@ def require_writable(path: Path, *, force: bool) -> None:
         raise _writing_failed(path, error) from error
 
 
+def _remove_abandoned(path: Path, host: str) -> None:
+    """Remove temporary files for `path` of this host's processes that are gone."""
+    name = re.compile(
+        re.escape(f".{path.stem}.{host}.") + r"(\d+)" + re.escape(f".part{path.suffix}")
+    )
+    for other in path.parent.iterdir():
+        match = name.fullmatch(other.name)
+        if match and not _is_running(int(match[1])):
+            other.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _writing_failed(path: Path, error: OSError) -> ArtifactError:
-    text = str(error)
-    if error.errno == errno.ENOSPC or "No space left" in text:
-        reason = "the disk is full"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        reason = "its folder cannot be written"
-    else:
-        reason = error.strerror or text.splitlines()[0]
+    # HDF5 gives the number of the system's error only in the middle of its own text.
+    found = re.search(r"errno = (\d+)", str(error))
+    number = int(found[1]) if found else error.errno
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file would be larger than the limit on a file's size",
+        errno.EACCES: "its folder cannot be written",
+        errno.EPERM: "its folder cannot be written",
+        errno.EROFS: "its folder cannot be written",
+    }
+    reason = reasons.get(number or 0) or (
+        os.strerror(number) if number else str(error).splitlines()[0]
+    )
     return ArtifactError(f"{path} was not written: {reason}; nothing was changed.")

@@ -31,6 +31,8 @@ def select_layers(spec: str, available: Sequence[int], what: str) -> tuple[int, 
             raise UsageError(f"layers {spec!r}: the range {part.strip()} runs backwards.")
         if first < 0:
             raise _no_layer(what, written[0], available)
+        if last >= end:
+            raise _no_layer(what, max(first, end), available)
         chosen.update(range(first, last + 1))
     absent = chosen - set(available)
     if absent:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kscli.artifacts import (
+    Artifact,
     CovarianceFile,
     KeysFile,
     Kind,
@@ -78,10 +79,12 @@ def make(
     maker: Callable[[], object],
     existing: Existing,
     reporter: Reporter,
+    model_id: str = "",
 ) -> bool:
     """Call `maker`, which writes `path`, unless the file is up to date; whether it was called.
 
-    Raises ArtifactError when another file is in the way and `existing` says to refuse.
+    Raises ArtifactError when another file is in the way and `existing` says to refuse, or when
+    it is about a model of another `model_id`, two models' folders having one base name.
     """
     reason = difference(path, kind, recipe)
     if existing is not Existing.FORCE:
@@ -94,9 +97,23 @@ def make(
             if existing is Existing.KEEP:
                 reporter.warn(f"{path} was left as it is, though {reason}; --force replaces it.")
                 return False
+            _refuse_another_model(path, recipe, model_id)
             reporter.note(f"{path} is made again: {reason}.")
     maker()
     return True
+
+
+def _refuse_another_model(path: Path, recipe: Recipe, model_id: str) -> None:
+    try:
+        with Artifact(path) as artifact:
+            held, weights = artifact.attributes["model_id"], artifact.recipe.get("weights")
+    except ArtifactError:
+        return
+    if model_id not in ("", held) and weights != recipe.get("weights"):
+        raise ArtifactError(
+            f"{path} is about another model, {held}; give {model_id} a --dir of its own, or "
+            "replace the file with --force."
+        )
 
 
 class Session:
@@ -149,6 +166,7 @@ class Session:
             ),
             self.existing,
             self.reporter,
+            self.located.identity.model_id,
         )
 
     def extract(self, facts: FactSet, token: KeyToken, layers: str, path: Path) -> bool:
@@ -171,6 +189,7 @@ class Session:
             ),
             self.existing,
             self.reporter,
+            self.located.identity.model_id,
         )
 
 
@@ -212,13 +231,15 @@ def make_pmatrix(request: PMatrixRequest, existing: Existing, reporter: Reporter
         )
 
 
-def make_statistics(pm: PMatrixFile, path: Path, existing: Existing, reporter: Reporter) -> bool:
-    """Make stats.h5, of all layers of `pm`, unless it is up to date; whether it was made."""
+def make_statistics(
+    pm: PMatrixFile, layers: tuple[int, ...], path: Path, existing: Existing, reporter: Reporter
+) -> bool:
+    """Make stats.h5, of `layers` of `pm`, unless it is up to date; whether it was made."""
     return make(
         path,
         "stats",
-        statistics_recipe(pm),
-        lambda: write_statistics(pm, path, force=True),
+        statistics_recipe(pm, layers),
+        lambda: write_statistics(pm, layers, path, force=True),
         existing,
         reporter,
     )

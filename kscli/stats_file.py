@@ -7,25 +7,32 @@ from pathlib import Path
 import numpy as np
 
 from kscli.artifacts import PMatrixFile, Recipe, write_artifact
+from kscli.layers import format_layers
 from kscli.statistics import STATISTICS, compute_statistics
 
 
-def statistics_recipe(pm: PMatrixFile) -> Recipe:
+def statistics_recipe(pm: PMatrixFile, layers: tuple[int, ...]) -> Recipe:
     """Everything that decides what stats.h5 holds."""
-    return {"pmatrix": pm.fingerprint, "statistics": list(STATISTICS)}
+    return {
+        "pmatrix": pm.fingerprint,
+        "layers": format_layers(layers),
+        "statistics": list(STATISTICS),
+    }
 
 
-def write_statistics(pm: PMatrixFile, path: Path, *, force: bool = False) -> None:
-    """Compute every statistic of every layer of `pm` and write stats.h5."""
-    statistics = compute_statistics(pm)
+def write_statistics(
+    pm: PMatrixFile, layers: tuple[int, ...], path: Path, *, force: bool = False
+) -> None:
+    """Compute every statistic of `layers` of `pm` and write stats.h5."""
+    statistics = compute_statistics(pm, layers)
     provenance = pm.provenance(
         details={
             name: pm.attributes[name]
-            for name in ("corpus", "facts_name", "facts_identity", "token")
+            for name in ("corpus", "corpus_identity", "facts_name", "facts_identity", "token")
         }
         | {"m": statistics.m},
         inputs={"pmatrix": pm.fingerprint},
-        recipe=statistics_recipe(pm),
+        recipe=statistics_recipe(pm, layers),
     )
     with write_artifact(path, "stats", provenance, force=force) as writer:
         writer.layers(statistics.layers)

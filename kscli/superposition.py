@@ -115,7 +115,8 @@ def write_pmatrix(
     keys.require_layers(layers)
     cov.require_layers(layers)
     provenance = keys.provenance(
-        details={"ridge": ridge, "corpus": cov.attributes["corpus"]}
+        details={"ridge": ridge}
+        | {name: cov.attributes[name] for name in ("corpus", "corpus_identity")}
         | {name: keys.attributes[name] for name in ("facts_name", "facts_identity", "token")},
         inputs={"cov": cov.fingerprint, "keys": keys.fingerprint},
         recipe=superposition_recipe(cov, keys, layers, ridge),

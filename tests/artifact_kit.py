@@ -39,7 +39,9 @@ def second_moments(seed: int = 0, count: int = 2000) -> NDArray[np.float32]:
 
 def write_cov(path: Path, seed: int = 0, count: int = 2000, **changes: Any) -> Path:
     provenance = Provenance(
-        **(PROVENANCE | changes), details={"corpus": "toy text"}, recipe={"corpus": f"c{seed}"}
+        **(PROVENANCE | changes),
+        details={"corpus": "toy text", "corpus_identity": f"c{seed}"},
+        recipe={"corpus": f"c{seed}"},
     )
     C = second_moments(seed, count)
     with write_artifact(path, "cov", provenance, force=True) as writer:

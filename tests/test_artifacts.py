@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from artifact_kit import FACTS, LAYERS, PROVENANCE, second_moments, write_cov, write_keys, write_toy
+from cli_kit import kscli, one_sentence
 
 from kscli import artifacts, files
 from kscli.artifacts import (
@@ -18,6 +20,7 @@ from kscli.artifacts import (
     PMatrixFile,
     Provenance,
     difference,
+    is_imported,
     require_same_identity,
     write_artifact,
 )
@@ -181,10 +184,11 @@ def test_files_of_different_models_are_refused_naming_the_attribute(
     name: str, tmp_path: Path
 ) -> None:
     write_cov(tmp_path / "cov.h5")
+    d_m = 7 if name == "d_m" else 12
     write_keys(
         tmp_path / "keys.h5",
-        **{name: 7 if name == "d_m" else "other"},
-        keys=np.zeros((3, 6, 12), np.float32),
+        **{name: d_m if name == "d_m" else "other"},
+        keys=np.zeros((3, 6, d_m), np.float32),
     )
     with (
         CovarianceFile(tmp_path / "cov.h5") as cov,
@@ -225,3 +229,220 @@ def test_what_changed_since_a_file_was_made(tmp_path: Path) -> None:
     assert difference(path, "cov", {"corpus": "c1"}) == "corpus changed"
     path.write_text("x")
     assert difference(path, "cov", {"corpus": "c0"}) == "it cannot be read"
+
+
+# Files whose structure or content is wrong
+
+Edit = Callable[[h5py.File], None]
+DAMAGED = r"(is damaged or was not made by kscli; make it again|but not one of kscli's)\."
+
+
+def attribute(name: str, value: object) -> Edit:
+    """An edit that sets an attribute."""
+
+    def edit(file: h5py.File) -> None:
+        file.attrs[name] = value
+
+    return edit
+
+
+def no_attribute(name: str) -> Edit:
+    """An edit that removes an attribute."""
+
+    def edit(file: h5py.File) -> None:
+        del file.attrs[name]
+
+    return edit
+
+
+def dataset(name: str, value: object) -> Edit:
+    """An edit that replaces what is under a name: by a value, a group ({}), nothing (None)."""
+
+    def edit(file: h5py.File) -> None:
+        del file[name]
+        if isinstance(value, dict):
+            file.create_group(name)
+        elif value is not None:
+            file[name] = value
+
+    return edit
+
+
+ATTRIBUTES = (
+    *("kind", "format_version", "model", "model_id", "revision", "weights", "tokenizer", "hook"),
+    *("d_m", "n_layers", "dtype", "device", "special_tokens", "seed", "fingerprint", "inputs"),
+    *("recipe", "corpus", "facts_name", "facts_identity", "token"),
+)
+DATASETS = (
+    *("layer", "P", "whitened_cosine", "cosine", "Q", "leverage", "token_id", "position"),
+    *("facts/prompt", "facts/subject", "facts/target", "facts/relation", "facts/case_id"),
+)
+WRONG_STRUCTURE: dict[str, Edit] = {
+    **{f"no {name}": no_attribute(name) for name in ATTRIBUTES},
+    **{f"{name} an array": attribute(name, np.arange(3)) for name in ATTRIBUTES},
+    **{f"{name} empty": attribute(name, h5py.Empty("f")) for name in ATTRIBUTES},
+    "format_version a word": attribute("format_version", "one"),
+    "d_m a word": attribute("d_m", "twelve"),
+    "model a number": attribute("model", 3),
+    "recipe not JSON": attribute("recipe", "{"),
+    "recipe a list": attribute("recipe", "[1]"),
+    "recipe too deep": attribute("recipe", "[" * 50_000),
+    "inputs not JSON": attribute("inputs", "cov"),
+    **{f"no {name}": dataset(name, None) for name in DATASETS},
+    **{f"{name} a group": dataset(name, {}) for name in DATASETS},
+    **{f"{name} a number": dataset(name, 1.0) for name in DATASETS},
+    **{f"{name} without a shape": dataset(name, h5py.Empty("f")) for name in DATASETS},
+    "facts a dataset": dataset("facts", [1, 2]),
+    "layer 2-D": dataset("layer", [[0, 1, 2]]),
+    "layer without a layer": dataset("layer", np.zeros(0, np.int64)),
+    "layer longer than P": dataset("layer", [0, 1, 2, 3]),
+    "layer shorter than P": dataset("layer", [0, 1]),
+    "layer words": dataset("layer", ["a", "b", "c"]),
+    "P 2-D": dataset("P", np.eye(6)),
+    "P not square": dataset("P", np.zeros((3, 6, 5))),
+    "P of other facts": dataset("P", np.zeros((3, 5, 5))),
+    "P a string": dataset("P", "P"),
+    "leverage 1-D": dataset("leverage", np.zeros(3)),
+    "token_id too short": dataset("token_id", [1]),
+    "prompt numeric": dataset("facts/prompt", np.arange(6)),
+    "prompt too short": dataset("facts/prompt", ["{} is"] * 5),
+}
+WRONG_CONTENT: dict[str, Edit] = {
+    "prompt not UTF-8": dataset("facts/prompt", np.array([b"{} \xff"] * 6)),
+    "prompt without a slot": dataset("facts/prompt", ["Paris is"] * 6),
+    "prompt of references": dataset("facts/prompt", np.full(6, None, dtype=h5py.ref_dtype)),
+    "subject blank": dataset("facts/subject", [" "] * 6),
+}
+
+
+def damage(path: Path, edit: Edit) -> Path:
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What a sound pmatrix.h5 holds."""
+    return (write_toy(tmp_path_factory.mktemp("sound")) / "pmatrix.h5").read_bytes()
+
+
+@pytest.mark.parametrize("edit", WRONG_STRUCTURE.values(), ids=WRONG_STRUCTURE.keys())
+def test_a_file_of_wrong_structure_is_refused(edit: Edit, sound: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "pmatrix.h5"
+    path.write_bytes(sound)
+    damage(path, edit)
+    for reader in (Artifact, PMatrixFile):
+        with pytest.raises(ArtifactError, match=rf"pmatrix\.h5 .*{DAMAGED}"):
+            reader(path)
+    assert difference(path, "pmatrix", {}) == "it cannot be read"
+    assert not is_imported(path)
+
+
+@pytest.mark.parametrize("edit", WRONG_CONTENT.values(), ids=WRONG_CONTENT.keys())
+def test_facts_that_are_none_are_refused(edit: Edit, sound: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "pmatrix.h5"
+    path.write_bytes(sound)
+    damage(path, edit)
+    with (
+        PMatrixFile(path) as pm,
+        pytest.raises(ArtifactError, match=rf"pmatrix\.h5 {DAMAGED}"),
+    ):
+        _ = pm.facts
+
+
+@pytest.mark.parametrize(
+    ("edit", "commands"),
+    [
+        *((edit, ("topk", "stats", "show")) for edit in WRONG_STRUCTURE.values()),
+        *((edit, ("topk",)) for edit in WRONG_CONTENT.values()),
+    ],
+    ids=[*WRONG_STRUCTURE, *WRONG_CONTENT],
+)
+def test_a_damaged_file_is_one_sentence_of_the_command_line(
+    edit: Edit, commands: tuple[str, ...], sound: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "pmatrix.h5"
+    path.write_bytes(sound)
+    damage(path, edit)
+    arguments = {
+        "topk": ["--pmatrix", path],
+        "stats": ["--pmatrix", path, "-o", tmp_path / "stats.h5"],
+        "show": [path],
+    }
+    for command in commands:
+        result = kscli(command, *arguments[command])
+        assert result.exit_code == 1, (command, result.exception)
+        assert "pmatrix.h5" in one_sentence(result.stderr)
+        assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_covariances_and_keys_of_wrong_structure_are_refused(tmp_path: Path) -> None:
+    cov = tmp_path / "cov.h5"
+    for edit in (
+        dataset("count", None),
+        dataset("count", [2000]),
+        dataset("second_moment", np.zeros((3, 12, 11))),
+        dataset("second_moment", np.zeros((3, 7, 7))),
+        attribute("d_m", 11),
+        no_attribute("corpus"),
+        no_attribute("weights"),
+    ):
+        damage(write_cov(cov, weights="unknown"), edit)
+        with pytest.raises(ArtifactError, match=rf"cov\.h5 {DAMAGED}"):
+            CovarianceFile(cov)
+        assert difference(cov, "cov", {"corpus": "c0"}) == "it cannot be read"
+        assert not is_imported(cov)
+    keys = damage(write_keys(tmp_path / "keys.h5"), dataset("keys", np.zeros((3, 6, 11))))
+    with pytest.raises(ArtifactError, match=rf"keys\.h5 {DAMAGED}"):
+        KeysFile(keys)
+
+
+def test_what_else_a_file_holds_is_let_be(sound: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "pmatrix.h5"
+    path.write_bytes(sound)
+    damage(path, attribute("mine", [1, 2]))
+    damage(path, dataset("condition", "gone"))
+    with PMatrixFile(path) as pm:
+        assert pm.attributes["mine"] == [1, 2]
+        assert pm.facts == FACTS
+    assert kscli("show", path, "-f", "json").exit_code == 0
+    assert kscli("stats", "--pmatrix", path, "-o", tmp_path / "stats.h5").exit_code == 0
+    with Artifact(tmp_path / "stats.h5", "stats") as stats:
+        assert stats.layers == LAYERS
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_one_s_is_not(tmp_path: Path) -> None:
+    host = files.socket.gethostname()
+    dead = tmp_path / f".cov.{host}.999999999.part.h5"
+    alive = tmp_path / f".cov.{host}.1.part.h5"
+    elsewhere = tmp_path / ".cov.another-host.999999999.part.h5"
+    for path in (dead, alive, elsewhere):
+        path.write_text("")
+    write_cov(tmp_path / "cov.h5")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, tmp_path / "cov.h5"])
+
+
+def test_a_failure_leaves_no_folder_that_it_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "cov.h5"
+    with pytest.raises(ZeroDivisionError), write_artifact(path, "cov", Provenance(**PROVENANCE)):
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(27, "limit on a file's size"), (122, "quota"), (5, "Input/output")]
+)
+def test_hdf5_s_own_words_are_put_plainly(
+    number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(
+            f"Can't write data (file write failed: time = now, errno = {number}, buf = 0)"
+        )
+
+    monkeypatch.setattr(artifacts.ArtifactWriter, "put", fail)
+    with pytest.raises(ArtifactError, match=reason) as raised:
+        write_cov(tmp_path / "cov.h5")
+    assert "buf" not in str(raised.value)

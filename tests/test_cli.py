@@ -108,7 +108,7 @@ def test_latex_and_markdown_escape_what_they_would_read(tmp_path: Path) -> None:
     rows = [{"text": r"a|b & 50% \ _x_ {y} $1 #2 ~ ^"}]
     for output, expected in (
         (Format.markdown, r"a\|b & 50%"),
-        (Format.latex, r"a|b \& 50\% \textbackslash{} \_x\_ \{y\} \$1 \#2 \textasciitilde{}"),
+        (Format.latex, r"a\textbar{}b \& 50\% \textbackslash{} \_x\_ \{y\} \$1 \#2 \textasciitilde{}"),
     ):
         stream = io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
@@ -328,3 +328,57 @@ def test_the_version_is_printed() -> None:
     from kscli import __version__
 
     assert kscli("--version").stdout.strip() == f"kscli {__version__}"
+
+
+def test_stats_to_a_named_file_hold_the_layers_asked_for_and_replace_nothing(toy: Path) -> None:
+    path = toy / "s.h5"
+    arguments = ("stats", "-m", "toy", "--dir", toy, "--layers", "2", "-o", path)
+    assert kscli(*arguments).exit_code == 0
+    with h5py.File(path) as file:
+        assert file["layer"][()].tolist() == [2]
+        assert file["kurtosis"].shape == (1,)
+    assert not (toy / "toy" / "stats.h5").exists()
+    path.write_text("mine")
+    result = kscli(*arguments)
+    assert result.exit_code == 1
+    assert "--force" in one_sentence(result.stderr)
+    assert path.read_text() == "mine"
+
+
+def test_stats_of_several_models_write_nothing_when_one_lacks_the_layer(tmp_path: Path) -> None:
+    write_toy(tmp_path / "a")
+    write_toy(tmp_path / "b")
+    paths = [tmp_path / x / "toy" / "pmatrix.h5" for x in "ab"]
+    (tmp_path / "a" / "toy").rename(tmp_path / "one")
+    cov, keys = tmp_path / "b" / "toy" / "cov.h5", tmp_path / "b" / "toy" / "keys.h5"
+    short = tmp_path / "two" / "pmatrix.h5"
+    kscli("pmatrix", "--cov", cov, "--keys", keys, "--layers", "0", "-o", short)
+    result = kscli("stats", "-m", "one", "-m", "two", "--dir", tmp_path, "--layers", "2")
+    assert result.exit_code == 2
+    assert not list(tmp_path.rglob("stats.h5"))
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many", "²", "1.5"])
+def test_a_count_that_is_no_number_is_wrong_usage(count: str) -> None:
+    result = kscli("extract", "--count", count)
+    assert result.exit_code == 2
+    assert "--count" in one_sentence(result.stderr)
+
+
+def test_names_are_printed_as_they_are() -> None:
+    result = kscli("cache-cov", "--corpus", "my:id:corpus[bold].txt")
+    assert "my:id:corpus[bold].txt" in result.stderr.replace("\n", "")
+
+
+def test_show_as_csv_is_one_table(toy: Path) -> None:
+    printed = kscli("show", "toy", "--dir", toy, "-f", "csv").stdout
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert set(rows[0]) == {"path", "attribute", "value"}
+    assert len({row["path"] for row in rows}) == 3
+
+
+def test_a_figure_of_a_named_file_lies_beside_it(toy: Path) -> None:
+    result = kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5")
+    assert result.stdout.strip() == str(toy / "toy" / "figures" / "kurtosis.png")
+    assert kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5").exit_code == 1

@@ -18,7 +18,7 @@ from kscli.facts import read_facts
 from kscli.models.loading import ModelOptions, load_model
 from kscli.superposition import superposition
 
-DOCUMENTS = 40
+DOCUMENTS = 200
 MAX_LENGTH = 60
 FACTS = 24
 

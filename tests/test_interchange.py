@@ -330,7 +330,8 @@ def test_width_and_hook_of_an_imported_file_must_still_match(
     write_npz(leaf(tmp_path, 0), sums()[0])
     import_covariance(tmp_path, "toy", tmp_path / "cov.h5")
     other = 7 if name == "d_m" else "h.{}.up"
-    write_keys(tmp_path / "keys.h5", **{name: other})
+    keys_of_other = np.zeros((3, 6, 7 if name == "d_m" else D), np.float32)
+    write_keys(tmp_path / "keys.h5", keys_of_other, **{name: other})
     with (
         CovarianceFile(tmp_path / "cov.h5") as cov,
         KeysFile(tmp_path / "keys.h5") as keys,
@@ -608,7 +609,7 @@ def test_a_layer_never_stands_twice_in_memory(tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc to read the peak of memory from")
     d = 4608
-    provenance = PROVENANCE | {"d_m": d}
+    provenance = PROVENANCE | {"d_m": d, "details": {"corpus": "toy text"}}
     with write_artifact(tmp_path / "cov.h5", "cov", Provenance(**provenance)) as writer:
         writer.layers([0, 1])
         writer.array("count", np.int64(10**6))

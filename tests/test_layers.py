@@ -29,7 +29,9 @@ def test_what_is_not_understood_is_refused(spec: str) -> None:
         select_layers(spec, range(6), "m")
 
 
-@pytest.mark.parametrize(("spec", "named"), [("99", "99"), ("-7", "-7"), ("4-9", "6")])
+@pytest.mark.parametrize(
+    ("spec", "named"), [("99", "99"), ("-7", "-7"), ("4-9", "6"), ("0-999999999", "6")]
+)
 def test_an_absent_layer_is_named_with_those_there_are(spec: str, named: str) -> None:
     with pytest.raises(UsageError, match=rf"^m has no layer {named}; it has 0-5\.$"):
         select_layers(spec, range(6), "m")

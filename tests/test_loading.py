@@ -202,3 +202,74 @@ def test_the_forward_pass_stops_at_the_last_layer_asked_for(tmp_path: Path) -> N
     assert "model.layers.0.mlp.up_proj" in called
     for later in ("model.layers.0.mlp.down_proj", "model.layers.1", "model.norm", "lm_head"):
         assert later not in called
+
+
+def test_an_encoder_that_masks_by_its_padding_token_is_refused(tmp_path: Path) -> None:
+    """XLM counts tokens that are not padding, and keeps its layers in lists by part."""
+    from transformers import XLMConfig, XLMWithLMHeadModel
+
+    torch.manual_seed(0)
+    config = XLMConfig(vocab_size=3000, emb_dim=32, n_layers=2, n_heads=4, causal=False)
+    XLMWithLMHeadModel(config).save_pretrained(tmp_path)
+    for path in MODEL_DIR.glob("*token*"):
+        shutil.copy(path, tmp_path / path.name)
+    with pytest.raises(ModelError, match=r"tokens see the tokens that follow|no list of 2 layers"):
+        load_model(ModelOptions(str(tmp_path)))
+
+
+def test_a_forward_without_use_cache_is_run() -> None:
+    from kscli.models.decoder import Decoder
+
+    class Bare(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(50, 8)
+            layer = {"up": torch.nn.Linear(8, 16), "down": torch.nn.Linear(16, 8)}
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict(layer)])
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.embed
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            layer = self.layers[0]
+            return layer["down"](layer["up"](self.embed(input_ids)).relu())
+
+    decoder = Decoder(Bare(), 8, 1)
+    assert decoder.hook == "layers.{}.down"
+    assert decoder.d_m == 16
+
+
+def test_a_failing_forward_pass_is_one_sentence() -> None:
+    loaded = load_model(ModelOptions("tiny"))
+    ids = torch.ones((1, 300), dtype=torch.int64)
+    with pytest.raises(ModelError, match="cannot run 1 sequences of 300 tokens"):
+        loaded.decoder.run(ids, [0], lambda *_: None)
+
+
+def test_an_error_of_the_caller_passes_through() -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    loaded = load_model(ModelOptions("tiny"))
+    with pytest.raises(ZeroDivisionError):
+        loaded.decoder.run(torch.ones((1, 3), dtype=torch.int64), [0], fail)
+
+
+def test_documents_keep_their_beginning_whatever_the_tokenizer_says(folder: Path) -> None:
+    from kscli.batching import encode
+
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left"}))
+    tokenizer = load_model(ModelOptions(str(folder))).tokenizer
+    text = "The capital of France is Paris."
+    (sequence,) = encode(tokenizer, [text], 4)
+    assert list(sequence.token_ids) == tokenizer(text)["input_ids"][:4]
+
+
+@pytest.mark.parametrize("text", ["The river. " * 40_000, "x" * 300_000, "東京" * 80_000])
+def test_a_long_document_gives_the_tokens_that_the_whole_of_it_gives(text: str) -> None:
+    from kscli.batching import encode
+
+    tokenizer = load_model(ModelOptions("tiny")).tokenizer
+    (sequence,) = encode(tokenizer, [text], 100)
+    assert list(sequence.token_ids) == tokenizer(text)["input_ids"][:100]

@@ -20,6 +20,7 @@ from scipy.stats import kurtosis
 from kscli.tiny import FACTS_PATH, MODEL_DIR
 
 FIGURES = ("heatmap", "kde", "kurtosis")
+FACT_LINES = list(enumerate(map(json.loads, FACTS_PATH.read_text().splitlines())))
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +292,62 @@ def test_an_interruption_leaves_nothing_behind(number: int, code: int, tmp_path:
 
 def test_quiet_says_nothing(copied: Path) -> None:
     assert kscli("cache-cov", "--dir", copied, "-q").stderr == ""
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--layers", "0-3"], ["--samples", "all"], ["--max-length", "256"]]
+)
+def test_another_spelling_of_the_same_request_makes_nothing(
+    copied: Path, spelling: list[str]
+) -> None:
+    result = kscli("run", "--dir", copied, *spelling)
+    assert result.stderr.count("is up to date.") == 4 + len(FIGURES), result.stderr
+
+
+def test_a_figure_of_other_data_is_drawn_again(copied: Path) -> None:
+    figure = copied / "tiny" / "figures" / "kde.png"
+    content = figure.read_bytes()
+    shutil.copy(copied / "tiny" / "figures" / "heatmap.png", figure)
+    os.utime(figure)
+    (copied / "tiny" / "figures" / "heatmap.png").write_bytes(b"")
+    kscli("plot", "kde", "--dir", copied, "--layers", "0", "-o", figure, "--force")
+    assert kscli("run", "--dir", copied).exit_code == 0
+    assert figure.read_bytes() == content
+
+
+def test_a_corpus_file_that_changed_is_measured_again(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"{f['prompt']} {f['target']} {i}."}) for i, f in FACT_LINES]
+    text.write_text("\n".join(lines * 4))
+    arguments = ("run", "--dir", tmp_path / "a", "--corpus", text, "--ridge", "0.01", "-q")
+    assert kscli(*arguments).exit_code == 0
+    cov, keys = (tmp_path / "a" / "tiny" / f"{name}.h5" for name in ("cov", "keys"))
+    before = cov.read_bytes(), keys.read_bytes()
+    text.write_text(text.read_text().replace("capital", "Capital", 1))
+    assert kscli(*arguments).exit_code == 0
+    assert cov.read_bytes() != before[0]
+    assert keys.read_bytes() == before[1]
+
+
+def test_two_models_of_one_name_do_not_replace_each_other(tmp_path: Path) -> None:
+    for name, value in (("a", 0.5), ("b", 0.25)):
+        broken_model(tmp_path / name / "net", value)
+    common = ("--corpus", "tiny", "--facts", "tiny", "--dir", tmp_path / "out")
+    assert kscli("run", "-m", tmp_path / "a" / "net", *common).exit_code == 0
+    before = (tmp_path / "out" / "net" / "cov.h5").read_bytes()
+    result = kscli("run", "-m", tmp_path / "b" / "net", *common)
+    assert result.exit_code == 1
+    assert "about another model" in one_sentence(result.stderr)
+    assert (tmp_path / "out" / "net" / "cov.h5").read_bytes() == before
+
+
+def test_a_token_limit_is_not_called_the_whole_corpus(tmp_path: Path) -> None:
+    result = kscli("cache-cov", "--tokens", "900", "-o", tmp_path / "cov.h5")
+    assert result.exit_code == 0
+    assert "all of them" not in result.stderr
+
+
+def test_documents_longer_than_the_model_are_wrong_usage(tmp_path: Path) -> None:
+    result = kscli("cache-cov", "--max-length", "4000", "--dir", tmp_path)
+    assert result.exit_code == 2
+    assert "beyond the 256 positions of tiny" in one_sentence(result.stderr)

@@ -21,7 +21,7 @@ from kscli.tiny.corpus import documents
 FACTS = read_facts(FACTS_PATH).facts
 LAYERS = 4
 HOOKS = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(LAYERS)]
-DOCUMENTS = 2000  # about a third of them: 50 tokens a dimension
+DOCUMENTS = 1000  # about a sixth of them: 25 tokens a dimension
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from typing import Any
 ARTIFACTS = ("pmatrix", "keys", "cov")
 
 
-def complete_model(incomplete: str) -> list[str]:
+def complete_model(ctx: Any, incomplete: str) -> list[str]:
     """Aliases and the folders of `--dir` that begin with what was typed."""
     from kscli.models.aliases import ALIASES
 
-    root = Path(os.environ.get("KSCLI_DIR", "artifacts"))
+    root = _directory(ctx.params)
     made = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
     names = sorted({*(alias.name for alias in ALIASES), *made})
     return [name for name in names if name.startswith(incomplete)]
@@ -33,7 +33,7 @@ def _known_layers(parameters: dict[str, Any]) -> tuple[int, ...]:
 
     model = parameters.get("model") or "tiny"
     model = model[0] if isinstance(model, (list, tuple)) else model
-    root = Path(parameters.get("directory") or os.environ.get("KSCLI_DIR", "artifacts"))
+    root = _directory(parameters)
     for kind in ARTIFACTS:
         path = root / slug(model) / f"{kind}.h5"
         if path.is_file():
@@ -46,3 +46,7 @@ def _known_layers(parameters: dict[str, Any]) -> tuple[int, ...]:
                 continue
     alias = find_alias(model)
     return tuple(range(alias.layers)) if alias else ()
+
+
+def _directory(parameters: dict[str, Any]) -> Path:
+    return Path(parameters.get("directory") or os.environ.get("KSCLI_DIR", "artifacts"))

@@ -13,7 +13,7 @@ from kscli.reporter import Reporter, Task
 
 def stderr_console() -> Console:
     """A console on stderr that wraps nothing when stderr is not a terminal."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return Console(file=sys.stderr, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 class ConsoleReporter(Reporter):

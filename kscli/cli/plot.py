@@ -77,7 +77,9 @@ def plot(
     figure_kind = find_kind(kind)
     with ExitStack() as stack:
         files = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
-        path = output or default_path(kind, [file.model for file in files], layers, directory)
+        folders = [file.path.parent / "figures" for file in files]
+        folder = folders[0] if len(files) == 1 else directory / "figures"
+        path = output or folder / default_name(kind, [file.model for file in files], layers)
         check_target(path, force)
         sources = [
             Source(file, select_layers(layers or figure_kind.layers, file.layers, str(file.path)))
@@ -96,9 +98,7 @@ def find_kind(name: str) -> FigureKind:
     return KINDS[name]
 
 
-def default_path(kind: str, models: list[str], layers: str | None, directory: Path) -> Path:
-    """DIR/MODEL/figures/KIND.png, or DIR/figures/KIND-MODEL-MODEL.png for several models."""
+def default_name(kind: str, models: list[str], layers: str | None) -> str:
+    """KIND.png of one model's default layers; further models and chosen layers are named."""
     suffix = "" if layers is None else f"-layer{layers.replace(',', '_')}"
-    if len(models) == 1:
-        return directory / models[0] / "figures" / f"{kind}{suffix}.png"
-    return directory / "figures" / f"{'-'.join([kind, *models])}{suffix}.png"
+    return f"{'-'.join([kind, *(models if len(models) > 1 else [])])}{suffix}.png"

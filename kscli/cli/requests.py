@@ -52,7 +52,7 @@ def number_or_all(option: str, value: str) -> int | None:
     """The number that an option gives; None for `all`."""
     if value == "all":
         return None
-    if value.isdigit() and int(value) > 0:
+    if value.isascii() and value.isdecimal() and int(value) > 0:
         return int(value)
     raise UsageError(f"{option} {value!r} must be a positive number, or all.")
 

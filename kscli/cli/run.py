@@ -48,7 +48,7 @@ def run(
 
     A stage whose file exists and was made from the same inputs is skipped; one whose inputs
     changed is made again, and so is what depends on it. Prints the statistics, the top pairs of
-    the first layer, and where the figures are.
+    the first layer, and where the figures are (as csv and tsv, the statistics alone).
 
     [bold]Examples[/bold]
 
@@ -93,7 +93,7 @@ def run(
     )
     make_pmatrix(request, existing, reporter)
     with PMatrixFile(places.path("pmatrix")) as pm:
-        make_statistics(pm, places.path("stats"), existing, reporter)
+        make_statistics(pm, pm.layers, places.path("stats"), existing, reporter)
         figures = draw_figures(pm, places.figures, force, reporter)
         statistics = compute_statistics(pm).rows()
         pairs = pair_rows(pm, pm.layers[0], k=20)
@@ -106,6 +106,9 @@ def run(
             }
         )
         return
+    if output_format in (Format.csv, Format.tsv):
+        print_rows(statistics, [], output_format)
+        return
     print_rows(statistics, statistic_columns(), output_format, f"P of {model}, layer by layer")
     title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
     print_rows(pairs, pair_columns(pairs), output_format, title)
@@ -114,19 +117,20 @@ def run(
 
 
 def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter) -> list[Path]:
-    """Draw every kind of figure that is not younger than pmatrix.h5; returns all their paths."""
+    """Draw every kind of figure that does not show `pm` already; returns all their paths."""
+    from kscli import __version__
     from kscli.figures import KINDS, Source
-    from kscli.figures.saving import save_figure
+    from kscli.figures.saving import save_figure, source_of_png
     from kscli.layers import select_layers
 
     paths = []
-    made = pm.path.stat().st_mtime_ns
     for kind in KINDS.values():
         path = folder / f"{kind.name}.png"
         paths.append(path)
-        if not force and path.exists() and path.stat().st_mtime_ns > made:
+        layers = select_layers(kind.layers, pm.layers, str(pm.path))
+        shows = f"kscli {__version__} {pm.fingerprint}"
+        if not force and source_of_png(path) == shows:
             reporter.note(f"{path} is up to date.")
             continue
-        source = Source(pm, select_layers(kind.layers, pm.layers, str(pm.path)))
-        save_figure(kind.draw([source]), path, force=True)
+        save_figure(kind.draw([Source(pm, layers)]), path, force=True, source=shows)
     return paths

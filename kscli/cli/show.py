@@ -60,9 +60,17 @@ def show(
     if output_format is Format.json:
         print_json(descriptions)
         return
+    rows = [
+        {"path": description["path"], "attribute": name, "value": value}
+        for description in descriptions
+        for name, value in _flat(description)
+    ]
+    if output_format in (Format.csv, Format.tsv):
+        print_rows(rows, [], output_format)
+        return
     for description in descriptions:
-        rows = [{"attribute": k, "value": v} for k, v in _flat(description)]
-        print_rows(rows, [field("attribute"), field("value")], output_format)
+        own = [row for row in rows if row["path"] == description["path"]]
+        print_rows(own, [field("attribute"), field("value")], output_format)
 
 
 def _paths(name: str, directory: Path) -> list[Path]:

@@ -44,8 +44,9 @@ def stats(
 ) -> None:
     """Describe the distribution of P's off-diagonal entries, layer by layer.
 
-    Reads pmatrix.h5, loads no model; writes stats.h5 beside each model's pmatrix.h5 (of a file
-    named with --pmatrix only where --output says).
+    Reads pmatrix.h5, loads no model; writes the statistics of all layers to stats.h5 beside each
+    model's pmatrix.h5 (of chosen layers, or of a file named with --pmatrix, only where --output
+    says).
 
     [bold]Examples[/bold]
 
@@ -59,7 +60,7 @@ def stats(
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.errors import UsageError
     from kscli.layers import select_layers
-    from kscli.pipeline import Existing, Places, make_statistics
+    from kscli.pipeline import Existing, make_statistics
     from kscli.statistics import compute_statistics
 
     reporter = ConsoleReporter(quiet=quiet)
@@ -68,12 +69,17 @@ def stats(
         raise UsageError("--output names one file, but several models were given.")
     rows = []
     with ExitStack() as stack:
-        for file in open_pmatrices(paths, stack):
-            chosen = select_layers(layers, file.layers, str(file.path))
-            rows += compute_statistics(file, chosen).rows()
+        files = open_pmatrices(paths, stack)
+        chosen = [select_layers(layers, file.layers, str(file.path)) for file in files]
+        if output is not None and not force:
+            existing = Existing.REFUSE
+        else:
+            existing = Existing.FORCE if force else Existing.KEEP
+        for file, of_file in zip(files, chosen, strict=True):
             path = output
-            if path is None and file.path not in (pmatrix or []):
-                path = Places(directory, file.path.parent.name).path("stats")
+            if path is None and of_file == file.layers and file.path not in (pmatrix or []):
+                path = file.path.with_name("stats.h5")
             if path is not None:
-                make_statistics(file, path, Existing.FORCE if force else Existing.KEEP, reporter)
+                make_statistics(file, of_file, path, existing, reporter)
+            rows += compute_statistics(file, of_file).rows()
     print_rows(rows, statistic_columns(), output_format)

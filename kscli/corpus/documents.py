@@ -70,7 +70,8 @@ def _text_of(value: object, text_field: str, where: str) -> str:
     if isinstance(value, dict):
         if text_field not in value:
             raise no_such_field(text_field, value, where)
-        value = value[text_field]
+        # Tables of the Hub have nulls; a row without text is a document without tokens.
+        value = "" if value[text_field] is None else value[text_field]
         what = f"the field '{text_field}'"
     else:
         what = "the document"

@@ -15,10 +15,6 @@ from kscli.corpus.hub import ALIASES
 from kscli.corpus.readers import READERS, unreadable
 from kscli.errors import CorpusError
 
-_WHOLE_HASH_BYTES = 64 << 20
-_SAMPLED_BLOCKS = 32
-_BLOCK_BYTES = 256 << 10
-
 
 @dataclass(frozen=True)
 class FilesCorpus:
@@ -111,13 +107,5 @@ def _files_identity(root: Path, files: Iterable[Path], text_field: str) -> str:
 
 
 def _content_hash(path: Path) -> str:
-    """The hash of the contents, or of blocks spread from the first byte to the last."""
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        if size <= _WHOLE_HASH_BYTES:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for block in range(_SAMPLED_BLOCKS):
-            stream.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
-            digest.update(stream.read(_BLOCK_BYTES))
-        return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,6 +20,8 @@ _METADATA: dict[str, dict[str, str | None]] = {
     "svg": {"Date": None},
 }
 FORMATS = tuple(_METADATA)
+# Where each format says what a figure was drawn from.
+_SOURCE = {"pdf": "Keywords", "png": "Source", "svg": "Source"}
 
 
 def check_target(path: Path, force: bool = False) -> str:
@@ -38,18 +40,30 @@ def check_target(path: Path, force: bool = False) -> str:
     return extension
 
 
-def render(fig: Figure, extension: str) -> bytes:
-    """The figure as the bytes of a file of one of `FORMATS`."""
+def render(fig: Figure, extension: str, source: str = "") -> bytes:
+    """The figure as the bytes of a file of one of `FORMATS`, which says that it shows `source`."""
     from kscli.figures.style import house_style
 
     buffer = io.BytesIO()
     with house_style():
-        fig.savefig(buffer, format=extension, metadata=_METADATA[extension])
+        metadata = _METADATA[extension] | ({_SOURCE[extension]: source} if source else {})
+        fig.savefig(buffer, format=extension, metadata=metadata)
     return buffer.getvalue()
 
 
-def save_figure(fig: Figure, path: Path, force: bool = False) -> None:
+def source_of_png(path: Path) -> str:
+    """What the PNG figure at `path` says that it shows; empty where it says nothing."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return str(image.info.get("Source", ""))
+    except (OSError, UnidentifiedImageError):
+        return ""
+
+
+def save_figure(fig: Figure, path: Path, force: bool = False, source: str = "") -> None:
     """Write the figure to `path`, renamed into place; raises as `check_target` does."""
-    content = render(fig, check_target(path, force))
+    content = render(fig, check_target(path, force), source)
     with replace_file(path, force=force) as beside:
         beside.write_bytes(content)

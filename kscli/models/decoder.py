@@ -8,6 +8,7 @@ starts from the most features; no table of model names is needed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,9 @@ class Decoder:
 
     def __init__(self, model: nn.Module, hidden_size: int, n_layers: int) -> None:
         self.model = model.eval()
+        takes = inspect.signature(model.forward).parameters
+        any_keyword = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self._options = {"use_cache": False} if any_keyword or "use_cache" in takes else {}
         self.projections = find_down_projections(model, hidden_size, n_layers)
         self.d_m = self.projections[0].d_m
         self.n_layers = n_layers
@@ -76,11 +80,16 @@ class Decoder:
         batch, length = input_ids.shape
         last = max(layers)
         seen: list[int] = []
+        raised: list[Exception] = []
 
         def hook_of(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 seen.append(layer)
-                on_keys(layer, inputs[0].reshape(batch, length, self.d_m))
+                try:
+                    on_keys(layer, inputs[0].reshape(batch, length, self.d_m))
+                except Exception as error:
+                    raised.append(error)
+                    raise
                 if layer == last:
                     raise _LastLayerReachedError
 
@@ -92,9 +101,16 @@ class Decoder:
         ]
         try:
             with torch.inference_mode():
-                self.model(input_ids=input_ids.to(self.device), use_cache=False)
+                self.model(input_ids=input_ids.to(self.device), **self._options)
         except _LastLayerReachedError:
             pass
+        except Exception as error:
+            if raised or isinstance(error, ModelError):
+                raise
+            raise ModelError(
+                f"the model cannot run {batch} sequences of {length} tokens: "
+                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -105,19 +121,27 @@ class Decoder:
             )
 
     def _check_causal(self) -> None:
-        """Refuse a model in which a change of the last token changes earlier keys."""
-        length = 6
-        ids = torch.arange(1, length + 1).remainder(self.vocabulary).repeat(2, 1)
-        ids[1, -1] = 0
+        """Refuse a model in which a change of the last tokens changes earlier keys.
+
+        The tokens are ordinary ones: special ones have small ids, and some models mask them.
+        """
+        ids = torch.linspace(0.4, 0.9, 16).mul(self.vocabulary).long().reshape(2, 8)
+        for row in ids:
+            pair = row.repeat(2, 1)
+            pair[1, -3:] = pair[1, :3]
+            earlier = self._last_keys(pair)[:, :-3]
+            change = (earlier[0] - earlier[1]).abs().max()
+            tolerance = 1e-5 if earlier.dtype == torch.float32 else 1e-2
+            if change > tolerance * earlier.abs().max():
+                raise ModelError(
+                    "in this model tokens see the tokens that follow them (an encoder); kscli "
+                    "measures decoder-only causal language models."
+                )
+
+    def _last_keys(self, input_ids: Tensor) -> Tensor:
         keys: list[Tensor] = []
-        self.run(ids, [self.n_layers - 1], lambda _, k: keys.append(k[:, :-1]))
-        change = (keys[0][0] - keys[0][1]).abs().max()
-        tolerance = 1e-5 if keys[0].dtype == torch.float32 else 1e-2
-        if change > tolerance * keys[0].abs().max():
-            raise ModelError(
-                "in this model tokens see the tokens that follow them (an encoder); kscli measures "
-                "decoder-only causal language models."
-            )
+        self.run(input_ids, [self.n_layers - 1], lambda _, k: keys.append(k))
+        return keys[0]
 
 
 def find_down_projections(
@@ -127,11 +151,7 @@ def find_down_projections(
 
     Raises ModelError as `Decoder` does.
     """
-    prefix, layers = _decoder_layers(model, n_layers)
-    found = tuple(
-        _down_projection(f"{prefix}.{index}", layer, hidden_size)
-        for index, layer in enumerate(layers)
-    )
+    found = _projections_of_layers(model, hidden_size, n_layers)
     sizes = sorted({projection.d_m for projection in found})
     if len(sizes) > 1:
         raise ModelError(
@@ -140,14 +160,26 @@ def find_down_projections(
     return found
 
 
-def _decoder_layers(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
+def _projections_of_layers(
+    model: nn.Module, hidden_size: int, n_layers: int
+) -> tuple[DownProjection, ...]:
+    """The projections of the first list of `n_layers` layers that has one in each."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return name, module
-    raise ModelError(f"no list of {n_layers} decoder layers was found in {type(model).__name__}.")
+            found = [
+                _down_projection(f"{name}.{index}", layer, hidden_size)
+                for index, layer in enumerate(module)
+            ]
+            if all(found):
+                return tuple(projection for projection in found if projection)
+    raise ModelError(
+        f"{type(model).__name__} has no list of {n_layers} layers with a linear map from an MLP "
+        f"to the hidden size {hidden_size} in each; kscli measures decoders with a feed-forward "
+        "MLP in every layer."
+    )
 
 
-def _down_projection(name: str, layer: nn.Module, hidden_size: int) -> DownProjection:
+def _down_projection(name: str, layer: nn.Module, hidden_size: int) -> DownProjection | None:
     candidates: list[DownProjection] = []
     for path, module in layer.named_modules():
         if "expert" in path.lower() or "expert" in type(module).__name__.lower():
@@ -156,13 +188,10 @@ def _down_projection(name: str, layer: nn.Module, hidden_size: int) -> DownProje
                 "and kscli measures dense decoders only."
             )
         shape = _linear_shape(module)
-        if shape and shape[1] == hidden_size and not _mixes_tokens(layer, path):
-            candidates.append(DownProjection(f"{name}.{path}", module, shape[0]))
+        if shape and shape[1] == hidden_size and not _mixes_tokens(name, layer, path):
+            candidates.append(DownProjection(f"{name}.{path}".rstrip("."), module, shape[0]))
     if not candidates:
-        raise ModelError(
-            f"{name} has no linear map from an MLP to the hidden size {hidden_size}; "
-            "kscli measures decoders with a feed-forward MLP in every layer."
-        )
+        return None
     # Where up- and down-projection have one shape, the last one registered is the way down.
     widest = max(candidate.d_m for candidate in candidates)
     return [candidate for candidate in candidates if candidate.d_m == widest][-1]
@@ -178,11 +207,11 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _mixes_tokens(layer: nn.Module, path: str) -> bool:
-    """Whether the module at `path` lies in the layer's attention, by attribute or class name."""
+def _mixes_tokens(name: str, layer: nn.Module, path: str) -> bool:
+    """Whether the module at `path` of a layer lies in attention, by attribute or class names."""
+    names = [name]
     module = layer
-    for part in path.split("."):
+    for part in path.split(".") if path else []:
         module = getattr(module, part)
-        if any(word in f"{part} {type(module).__name__}".lower() for word in TOKEN_MIXERS):
-            return True
-    return False
+        names += [part, type(module).__name__]
+    return any(word in part.lower() for part in names for word in TOKEN_MIXERS)

@@ -77,7 +77,12 @@ class LoadedModel:
     tokenizer: Any
     dtype: str
     device: str
-    max_length: int
+    positions: int | None
+
+    @property
+    def max_length(self) -> int:
+        """The default length of a document: the model's positions, `LONGEST_DOCUMENT` at most."""
+        return min(self.positions or LONGEST_DOCUMENT, LONGEST_DOCUMENT)
 
     @property
     def special_tokens(self) -> str:
@@ -122,7 +127,8 @@ def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedM
         from kscli.tiny import MODEL_DIR
 
         return _locate_folder(MODEL_DIR, name, name, options)
-    return _locate_folder(Path(options.model).expanduser(), name, Path(options.model).name, options)
+    path = Path(options.model)
+    return _locate_folder(path.expanduser(), name, str(path), options)
 
 
 def load_model(
@@ -150,10 +156,17 @@ def load_model(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
-        max_length=min(
-            getattr(text, "max_position_embeddings", None) or LONGEST_DOCUMENT, LONGEST_DOCUMENT
-        ),
+        positions=_positions(text),
     )
+
+
+def _positions(config: Any) -> int | None:
+    """How many positions a model has; None where its configuration sets no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def resolve_device(device: str) -> str:
@@ -165,7 +178,7 @@ def resolve_device(device: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    if kind not in ("cpu", "cuda", "mps") or (kind != "cuda" and ":" in device):
         raise UsageError(f"--device {device} is unknown; it is auto, cpu, cuda, cuda:N or mps.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu.")
@@ -227,7 +240,7 @@ def _locate_gguf(path: Path, name: str) -> LocatedModel:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file.")
     whole = fingerprint_files([path])
-    return LocatedModel(path.parent, path.name, ModelIdentity(name, path.name, "", whole, whole))
+    return LocatedModel(path.parent, path.name, ModelIdentity(name, str(path), "", whole, whole))
 
 
 def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions) -> LocatedModel:
@@ -236,6 +249,7 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json; it is not a Hugging Face model folder.")
     weights = _weight_files(folder, options.allow_pickle)
+    code = sorted(folder.glob("*.py")) if options.trust_remote_code else []
     for path in weights:
         if path.suffix == ".safetensors":
             read_safetensors_header(path)
@@ -244,7 +258,7 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
         slug=name,
         model_id=model_id,
         revision="",
-        weights=fingerprint_files([folder / "config.json", *weights]),
+        weights=fingerprint_files([folder / "config.json", *weights, *code]),
         tokenizer=fingerprint_files(tokenizer),
     )
     return LocatedModel(folder, None, identity)
@@ -312,9 +326,10 @@ def _load_weights(
             **_gguf_argument(located),
         )
     model, info = loaded
-    head = {
-        name for name, _ in model.named_parameters() if name.startswith(("lm_head", "embed_out"))
-    }
+    # The LM head is never run, so a checkpoint of the decoder alone will do.
+    head_module = model.get_output_embeddings()
+    own = {id(p) for p in head_module.parameters()} if head_module is not None else set()
+    head = {name for name, p in model.named_parameters() if id(p) in own}
     missing = sorted(set(info.get("missing_keys", ())) - head)
     if missing:
         raise ModelError(
@@ -336,6 +351,7 @@ def _load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
         )
     # Documents are truncated by kscli; a longer one is no news to the user.
     tokenizer.model_max_length = int(1e30)
+    tokenizer.truncation_side = "right"
     return tokenizer
 
 
@@ -356,6 +372,16 @@ def _model_errors(located: LocatedModel) -> Iterator[None]:
             raise ModelError(
                 f"{located.identity.model_id} needs code from its repository; add "
                 "--trust-remote-code if you have read and trust it."
+            ) from error
+        if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+            raise ModelError(
+                f"{located.identity.model_id} cannot be loaded: its weights do not have the shapes "
+                "that its config.json says."
+            ) from error
+        if "backend tokenizer" in text:
+            raise ModelError(
+                f"{located.identity.model_id} has no tokenizer that can be read; its folder needs "
+                "a tokenizer.json."
             ) from error
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         raise ModelError(f"{located.identity.model_id} cannot be loaded: {first}") from error

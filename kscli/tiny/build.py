@@ -145,6 +145,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        (Path(temporary) / "generation_config.json").unlink(missing_ok=True)
         for file in Path(temporary).iterdir():
             file.chmod(0o644)  # safetensors lets only the owner read
             file.replace(folder / file.name)

@@ -16,7 +16,7 @@ from kscli.facts import SLOT, Fact, read_facts
 
 SEED = 0
 ROUNDS = 30  # how often every fact is stated
-PROSE_CHARACTERS = 120_000  # of the 465,000 there are: about as much as the facts get
+PROSE_CHARACTERS = 120_000  # of the 465,000 there are
 DOCUMENT_CHARACTERS = 200  # after which a document of prose ends
 
 # What else is said of a relation than its facts' own prompts. Some put the target first:

@@ -25,7 +25,9 @@ FACTS = 128
 
 def write_random_c(path: Path, d_m: int) -> None:
     """A cov.h5 with one layer: a diagonal-dominant symmetric matrix, stripe by stripe."""
-    provenance = Provenance("bench", "bench", "", "w", "t", "h.{}", d_m, 1, "float32", "cpu", "")
+    provenance = Provenance(
+        *("bench", "bench", "", "w", "t", "h.{}", d_m, 1, "float32", "cpu", ""), {"corpus": "bench"}
+    )
     with write_artifact(path, "cov", provenance, force=True) as writer:
         writer.layers([0])
         writer.array("count", np.int64(20 * d_m))
