@@ -1,13 +1,61 @@
-"""`python -m kscli`: the command line."""
+"""`python -m kscli`: the command line, and what a signal does to it."""
 
 from __future__ import annotations
 
+import sys
+
+INTERRUPTED = 2  # SIGINT's number, known before `signal` is imported
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal; of KeyboardInterrupt itself Python may make a death by SIGINT at exit."""
+
 
 def main() -> None:
-    """Run the command line; the entry point of `kscli`."""
-    from kscli.cli.app import main as run_app
+    """Run the command line; the entry point of `kscli`.
 
-    run_app()
+    SIGINT and SIGTERM end it with one line on stderr and exit code 128 + number. Everything is
+    imported in here: a signal that comes during an import is answered like any other.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        raise _Stopped
+
+    try:
+        _on_signals(stop)
+        from kscli.cli.app import main as run_app
+
+        run_app()
+    except BaseException as error:
+        _on_signals(None)
+        # Where the signal falls, a library may turn it into an error or an exit of its own.
+        if not received and not isinstance(error, KeyboardInterrupt):
+            raise
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        _leave(received[-1] if received else INTERRUPTED)
+
+
+def _on_signals(handler: object) -> None:
+    """Set the handler of SIGINT and SIGTERM; None lets them kill, without a traceback."""
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+
+
+def _leave(number: int) -> None:
+    word = "interrupted" if number == INTERRUPTED else "terminated"
+    try:
+        if sys.stderr:
+            sys.stderr.write(f"error: {word}; nothing half-made was left behind.\n")
+            sys.stderr.flush()
+    except OSError:
+        pass
+    raise SystemExit(128 + number) from None
 
 
 if __name__ == "__main__":

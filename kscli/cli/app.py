@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -29,42 +29,35 @@ from kscli.cli import (
 )
 from kscli.errors import KscliError
 
-INTERRUPTED = 130
-TERMINATED = 143
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, treated as Ctrl-C but for the exit code."""
-
 
 class _Group(TyperGroup):
     """Turns what a command raises for its user into a message and an exit code."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **kwargs)
         except KscliError as error:
-            raise _failed(str(error), error.exit_code) from error
-        except _TerminatedError as error:
-            raise _failed("terminated; nothing half-made was left behind.", TERMINATED) from error
-        except KeyboardInterrupt as error:
-            raise _failed("interrupted; nothing half-made was left behind.", INTERRUPTED) from error
-        except BrokenPipeError as error:
-            # Whoever read stdout has enough; what is still buffered has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from error
-        except MemoryError as error:
-            raise _failed("out of memory.", 1) from error
+            _fail(str(error), error.exit_code)
+        except MemoryError:
+            _fail("out of memory.")
+        except BrokenPipeError:
+            sys.exit(0)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            raise _failed(f"{where}{error.strerror or error}", 1) from error
+            _fail(f"{where}{error.strerror or error}")
+        except SystemExit as error:
+            # Rich and Typer exit with 1 where whoever read stdout has enough.
+            if isinstance(error.__context__, BrokenPipeError):
+                sys.exit(0)
+            raise
 
 
-def _failed(text: str, code: int) -> typer.Exit:
+def _fail(text: str, code: int = 1) -> NoReturn:
     from kscli.cli.console import print_error
 
-    print_error(text)
-    return typer.Exit(code)
+    with contextlib.suppress(OSError):
+        print_error(text)
+    sys.exit(code)
 
 
 app = typer.Typer(
@@ -115,10 +108,6 @@ def _main(
     """
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
-
-
 def main() -> None:
     """Run the command line."""
     # What there is to say, kscli says itself; other libraries' bars, logs and warnings would
@@ -129,5 +118,33 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _terminate)
-    app(prog_name="kscli")
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app(prog_name="kscli")
+    finally:
+        _discard_unwritten()
+
+
+def _open_closed_streams() -> None:
+    """Put /dev/null where the shell closed a standard stream.
+
+    The next file that is opened would get the stream's number, and what is printed to it. Only
+    stdout complains when written to, for results that get lost are an error.
+    """
+    for name, mode, flags in (
+        ("stdin", "r", os.O_RDONLY),
+        ("stdout", "w", os.O_RDONLY),
+        ("stderr", "w", os.O_WRONLY),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+
+
+def _discard_unwritten() -> None:
+    """Drop what stdout did not take: it was reported, and would be again at the very end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

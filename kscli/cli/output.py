@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from kscli.errors import KscliError
+
+NARROWEST_TEXT = 16  # columns of the terminal that a folded column keeps
+
 Row = Mapping[str, Any]
 
 
@@ -65,7 +69,8 @@ def print_rows(
 
 def print_json(value: Any) -> None:
     """Print one strict JSON document; what is undefined is null."""
-    _write(json.dumps(_strict(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    _write(json.dumps(_strict(value), ensure_ascii=not unicode, indent=2, allow_nan=False) + "\n")
 
 
 def print_line(text: str) -> None:
@@ -74,8 +79,13 @@ def print_line(text: str) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise KscliError(f"stdout does not take the results: {error.strerror}.") from error
 
 
 def _strict(value: Any) -> Any:
@@ -86,6 +96,11 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(item) for item in value]
     return value
+
+
+def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
+    """A row for people: a line break within a cell would end its row."""
+    return [" ".join(column.cell(row).split()) for column in columns]
 
 
 def _separated(rows: Sequence[Row], delimiter: str) -> str:
@@ -104,13 +119,16 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|\n"
     head = line([column.title for column in columns])
-    return head + rule + "".join(line([c.cell(row) for c in columns]) for row in rows)
+    return head + rule + "".join(line(_cells(row, columns)) for row in rows)
 
 
 LATEX_SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
@@ -121,7 +139,7 @@ def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         return "  " + " & ".join(escaped) + r" \\" + "\n"
 
     alignment = "".join("r" if column.right else "l" for column in columns)
-    body = "".join(line([column.cell(row) for column in columns]) for row in rows)
+    body = "".join(line(_cells(row, columns)) for row in rows)
     return (
         f"\\begin{{tabular}}{{{alignment}}}\n  \\hline\n"
         + line([column.title for column in columns])
@@ -133,18 +151,36 @@ def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 def _print_table(rows: Sequence[Row], columns: Sequence[Column], title: str) -> None:
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold")
+    cells = [_cells(row, columns) for row in rows]
+    texts = zip([column.title for column in columns], *cells, strict=True)
+    natural = [max(map(cell_len, of_column)) for of_column in texts]
+    least = [
+        width if column.right else min(width, NARROWEST_TEXT)
+        for width, column in zip(natural, columns, strict=True)
+    ]
+    console = Console(file=sys.stdout, highlight=False, emoji=False)
+    gaps = len(columns) - 1
+    # A pipe has no width; a terminal that is too narrow for the numbers wraps their lines.
+    width = console.width if sys.stdout.isatty() else sum(natural) + 2 * gaps
+    gap = 2 if sum(least) + 2 * gaps <= width else 1
+    console.width = max(width, sum(least) + gap * gaps)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
     for column in columns:
         table.add_column(
-            column.title, justify="right" if column.right else "left", no_wrap=column.right
+            Text(column.title),
+            justify="right" if column.right else "left",
+            no_wrap=column.right,
+            overflow="fold",
         )
-    for row in rows:
-        table.add_row(*(Text(column.cell(row)) for column in columns))
-    # A pipe has no width; a table there is never folded to a terminal's 80 columns.
-    width = None if sys.stdout.isatty() else 10_000
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
-    sys.stdout.flush()
+    for row_cells in cells:
+        table.add_row(*map(Text, row_cells))
+    with console.capture() as capture:
+        if title:
+            console.print(Text(title, style="bold"))
+        console.print(table)
+    _write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + "\n")

@@ -109,7 +109,9 @@ def run(
     if output_format in (Format.csv, Format.tsv):
         print_rows(statistics, [], output_format)
         return
-    print_rows(statistics, statistic_columns(), output_format, f"P of {model}, layer by layer")
+    print_rows(
+        statistics, statistic_columns(statistics), output_format, f"P of {model}, layer by layer"
+    )
     title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
     print_rows(pairs, pair_columns(pairs), output_format, title)
     for path in figures:

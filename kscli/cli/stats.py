@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, field, print_rows
+from kscli.cli.output import Column, Format, Row, field, print_rows
 
 
 def register(app: typer.Typer) -> None:
@@ -17,12 +18,12 @@ def register(app: typer.Typer) -> None:
     app.command("stats")(stats)
 
 
-def statistic_columns() -> list[Column]:
-    """A column for every statistic there is, after the model and the layer."""
+def statistic_columns(rows: Sequence[Row]) -> list[Column]:
+    """A column for every statistic there is, after the layer; the model only where it varies."""
     from kscli.statistics import STATISTICS
 
     return [
-        field("model"),
+        *([field("model")] if len({row["model"] for row in rows}) > 1 else []),
         field("layer", spec="d"),
         field("m", spec="d"),
         *(field(kind.name, kind.heading, kind.spec) for kind in STATISTICS.values()),
@@ -82,4 +83,4 @@ def stats(
             if path is not None:
                 make_statistics(file, of_file, path, existing, reporter)
             rows += compute_statistics(file, of_file).rows()
-    print_rows(rows, statistic_columns(), output_format)
+    print_rows(rows, statistic_columns(rows), output_format)

@@ -1,0 +1,216 @@
+"""What the command line writes: tables on terminals, formats, broken outputs, signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+from fcntl import ioctl
+from pathlib import Path
+from termios import TIOCSWINSZ
+
+import pytest
+from artifact_kit import write_toy
+from cli_kit import ROOT, one_sentence
+
+from kscli.cli.output import Column, Format, Row, field, print_rows
+
+COLUMNS = [
+    field("layer", spec="d"),
+    field("fact"),
+    *(field(f"statistic {n}", f"statistic{n}", spec=".4f") for n in range(4)),
+]
+ROWS: list[Row] = [
+    {
+        "layer": layer,
+        "fact": "The capital of [North Carolina] is [Raleigh].",
+        **{f"statistic {n}": (layer + 1) / (n + 3) for n in range(4)},
+    }
+    for layer in range(3)
+]
+
+
+class Stdout(io.StringIO):
+    """A stdout that is a terminal, or is not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def printed(
+    rows: list[Row],
+    columns: list[Column],
+    output: Format,
+    monkeypatch: pytest.MonkeyPatch,
+    width: int | None = None,
+) -> str:
+    """What `print_rows` writes, to a terminal where there is a width."""
+    stream = Stdout(terminal=width is not None)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width or 20))
+    monkeypatch.setenv("TERM", "xterm")
+    print_rows(rows, columns, output)
+    return plain(stream.getvalue())
+
+
+def plain(text: str) -> str:
+    """The text without its styles."""
+    return re.sub(r"\x1b\[\d*m", "", text)
+
+
+@pytest.mark.parametrize("width", [20, 64, 72, 73, 80, 97, 100, 120, 200])
+def test_a_terminal_cuts_no_number_and_no_heading(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(ROWS, COLUMNS, Format.table, monkeypatch, width)
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "fact", *(f"statistic{n}" for n in range(4))]
+    numbers = [[w for w in line.split() if w[0].isdigit()] for line in lines]
+    assert [line for line in numbers if line] == [
+        [str(layer), *(f"{(layer + 1) / (n + 3):.4f}" for n in range(4))] for layer in range(3)
+    ]
+    assert "…" not in text
+    # Five numeric columns of 5 and 4 * 10, the facts at 16, and five gaps of 1: 66 fit.
+    assert max(map(len, lines)) <= max(width, 66)
+    assert all(text.count(word) == 3 for word in ("capital", "[North", "Carolina]", "[Raleigh]."))
+
+
+def test_a_pipe_is_never_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Row] = [{"layer": 7, "fact": "word " * 5000 + "end"}]
+    lines = printed(rows, COLUMNS[:2], Format.table, monkeypatch).splitlines()
+    assert len([line for line in lines if line]) == 3
+    assert lines[2].endswith("word end")
+
+
+def test_a_table_without_rows_is_its_headings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in (None, 80):
+        text = printed([], COLUMNS, Format.table, monkeypatch, width)
+        assert text.split()[:2] == ["layer", "fact"]
+
+
+@pytest.mark.parametrize("output", [Format.markdown, Format.latex, Format.table])
+def test_a_line_break_in_a_cell_does_not_end_its_row(
+    output: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = [field("fact")]
+    whole = printed([{"fact": "a b c"}], columns, output, monkeypatch)
+    broken = printed([{"fact": "a\nb\r\n\tc\n"}], columns, output, monkeypatch)
+    assert broken == whole
+
+
+def test_latex_escapes_comparisons_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [field("x", "|p|>0.1")]
+    text = printed([{"x": "a<b"}], columns, Format.latex, monkeypatch)
+    assert r"\textbar{}p\textbar{}\textgreater{}0.1 \\" in text
+    assert r"a\textless{}b \\" in text
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of artifacts whose subjects are not ASCII."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    write_toy(folder)
+    return folder
+
+
+def shell(command: str, toy: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a bash command in which `kscli` is the program, `-m toy` its model."""
+    program = f'kscli() {{ "{sys.executable}" -m kscli "$@"; }}; {command}'
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", program],
+        capture_output=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "KSCLI_DIR": str(toy)} | environment,
+    )
+
+
+@pytest.mark.parametrize("arguments", ["topk -m toy", "--help", "--version", "topk --help"])
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
+def test_an_stdout_that_takes_nothing_is_one_sentence(
+    arguments: str, stdout: str, toy: Path
+) -> None:
+    done = shell(f"kscli {arguments} {stdout}", toy)
+    assert done.returncode == 1
+    one_sentence(done.stderr.decode())
+
+
+@pytest.mark.parametrize("arguments", ["topk -m toy", "models", "--help", "--version"])
+def test_a_reader_that_is_gone_is_no_error(arguments: str, toy: Path) -> None:
+    # The reader closes its end at once, and its shell waits for kscli to meet that.
+    done = shell(f"kscli {arguments} | {{ exec 0<&-; sleep 1.5; }}", toy)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_closed_stdin_and_stderr_change_nothing(toy: Path) -> None:
+    expected = shell("kscli topk -m toy -f csv", toy)
+    assert shell("kscli topk -m toy -f csv <&- 2>&-", toy).stdout == expected.stdout
+    assert shell("kscli topk -m toy --layer 99 2>&-", toy).returncode == 2
+    assert shell("kscli topk -m toy --layer 99 2>/dev/full", toy).returncode == 2
+
+
+def test_what_an_encoding_lacks_is_escaped(toy: Path) -> None:
+    for encoding, size in (("ascii", rb"Gr\xf6\xdfe 0"), ("latin-1", "Größe 0".encode("latin-1"))):
+        done = shell("kscli topk -m toy -f csv", toy, PYTHONIOENCODING=encoding)
+        assert done.returncode == 0
+        assert size in done.stdout
+    done = shell("kscli topk -m toy -f json", toy, PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout)[0]["subject_i"].startswith("Größe ")
+
+
+def test_a_real_terminal_of_80_columns_shows_every_number(toy: Path) -> None:
+    ours, theirs = pty.openpty()
+    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    command = [sys.executable, "-m", "kscli", "topk", "-m", "toy", "--dir", str(toy)]
+    done = subprocess.run(
+        command, stdin=theirs, stdout=theirs, env=environment, check=False, timeout=60
+    )
+    text = plain(os.read(ours, 1 << 16).decode())
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 0
+    assert max(map(len, text.splitlines())) <= 80
+    assert "same last token" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_at_any_time_is_one_line(number: signal.Signals, word: str, toy: Path) -> None:
+    """Every import is a time: the signal falls on the n-th that kscli does itself."""
+    program = (
+        "import builtins, os, signal, sys\n"
+        "from kscli.__main__ import main\n"
+        "original, left = builtins.__import__, [int(sys.argv.pop(1))]\n"
+        "def counting(name, *arguments):\n"
+        "    left[0] -= 1\n"
+        f"    if left[0] == 0: os.kill(os.getpid(), {int(number)})\n"
+        "    return original(name, *arguments)\n"
+        "builtins.__import__ = counting\n"
+        "main()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "KSCLI_DIR": str(toy)}
+    for count in (2, 40, 300, 800):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(count), "topk", "-m", "toy"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=environment,
+        )
+        assert done.stderr == f"error: {word}; nothing half-made was left behind.\n", count
+        assert done.returncode == 128 + number, count
+        assert done.stdout == ""
