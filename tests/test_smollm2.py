@@ -21,7 +21,7 @@ LAYERS = (0, 12, 29)
 DOCUMENTS = 6
 MAX_LENGTH = 128
 FACTS = 16
-RIDGE = 1e-3
+RIDGE = 1.0
 
 
 @pytest.fixture(scope="module")
