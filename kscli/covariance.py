@@ -177,7 +177,12 @@ class _Stream:
 
 def _not_finite(layer: int, keys: Tensor, batch: TokenBatch, dtype: str) -> NumericsError:
     bad = (~torch.isfinite(keys).all(dim=2)).any(dim=1).nonzero()[:, 0].tolist()
-    document = batch.sequences[bad[0]].index if bad else batch.sequences[0].index
+    if not bad:
+        return NumericsError(
+            f"the keys of layer {layer} are so large that their products overflow float32; "
+            "nothing was written."
+        )
+    document = batch.sequences[bad[0]].index
     remedy = "use --dtype bfloat16 or float32." if dtype == "float16" else "are the weights sound?"
     return NumericsError(
         f"a key of layer {layer} is NaN or infinite in document {document} (counted from 0); "

@@ -100,7 +100,7 @@ def test_weights_that_lack_a_layer_are_not_filled_with_noise(folder: Path) -> No
 def test_weights_of_another_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"do not have the shapes that its config\.json says"):
         load_model(ModelOptions(str(folder)))
 
 
@@ -128,6 +128,20 @@ def test_remote_code_runs_only_when_asked_for(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ModelError, match="--trust-remote-code"):
         load_model(ModelOptions(str(folder)))
     assert not ran.exists()
+
+
+def test_code_that_may_run_is_part_of_the_fingerprint(folder: Path) -> None:
+    trusting = ModelOptions(str(folder), trust_remote_code=True)
+    before = locate_model(trusting).identity.weights
+    (folder / "modeling_own.py").write_text("x = 1\n")
+    assert locate_model(trusting).identity.weights != before
+    assert locate_model(ModelOptions(str(folder))).identity.weights == before
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="my-model"):
+        load_model(ModelOptions(str(folder)))
 
 
 def test_an_encoder_decoder_and_a_masked_model_are_refused(tmp_path: Path) -> None:
@@ -181,6 +195,7 @@ def test_a_model_whose_layers_differ_in_size_is_refused(tmp_path: Path) -> None:
     [
         ModelOptions("tiny", device="gpu"),
         ModelOptions("tiny", device="cuda:99"),
+        ModelOptions("tiny", device="cpu:banana"),
         ModelOptions("tiny", dtype="int8"),
         ModelOptions("tiny", revision="main"),
     ],

@@ -21,7 +21,7 @@ BLOCKS_PER_FILE = 256
 BLOCKS_PER_TENSOR = 3
 HEADER_LIMIT = 100 << 20
 
-TOKENIZER_FILES = (
+_TOKENIZER_NAMES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -29,10 +29,13 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+}
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken")
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model's folder, by its name, belongs to the tokenizer."""
+    return name in _TOKENIZER_NAMES or ("/" not in name and name.endswith(_TOKENIZER_SUFFIXES))
 
 
 def fingerprint_file(path: Path) -> str:

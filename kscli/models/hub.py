@@ -27,21 +27,12 @@ from huggingface_hub.utils.tqdm import tqdm
 from kscli import hub
 from kscli.errors import ModelError
 from kscli.models.aliases import ALIASES, close_aliases
+from kscli.models.fingerprint import is_tokenizer_file
 from kscli.reporter import SILENT, Reporter, Task
 
 CONFIG = "config.json"
 SAFE_WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
-TOKENIZER_NAMES = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-}
-TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -142,14 +133,10 @@ def _needed_files(
         )
     return [
         CONFIG,
-        *sorted(name for name in names if _is_tokenizer_file(name)),
+        *sorted(name for name in names if is_tokenizer_file(name)),
         *sorted(name for name in names if request.trust_remote_code and name.endswith(".py")),
         *_weight_files(request, names, read),
     ]
-
-
-def _is_tokenizer_file(name: str) -> bool:
-    return name in TOKENIZER_NAMES or ("/" not in name and name.endswith(TOKENIZER_SUFFIXES))
 
 
 def _weight_files(
@@ -209,7 +196,7 @@ def _cached_model(request: _Request, *, listed_only: bool) -> FetchedModel | Non
             return None
         raise
     complete = all((folder / name).is_file() for name in files)
-    has_tokenizer = any(_is_tokenizer_file(name) for name in files)
+    has_tokenizer = any(is_tokenizer_file(name) for name in files)
     return FetchedModel(folder, folder.name) if complete and has_tokenizer else None
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from kscli.errors import KscliError, ModelError, UsageError
 from kscli.models.aliases import classify, find_alias, slug
 from kscli.models.fingerprint import (
-    TOKENIZER_FILES,
     fingerprint_files,
+    is_tokenizer_file,
     read_safetensors_header,
 )
 from kscli.reporter import SILENT, Reporter
@@ -253,7 +253,7 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
     for path in weights:
         if path.suffix == ".safetensors":
             read_safetensors_header(path)
-    tokenizer = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
+    tokenizer = [p for p in folder.iterdir() if p.is_file() and is_tokenizer_file(p.name)]
     identity = ModelIdentity(
         slug=name,
         model_id=model_id,
