@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import h5py
 import numpy as np
@@ -413,9 +413,6 @@ class PMatrixFile(_FactsFile):
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""
         return self._of_layer("leverage", layer)
-
-
-AnyArtifact = TypeVar("AnyArtifact", bound=Artifact)
 
 
 def require_same_identity(first: Artifact, second: Artifact) -> list[str]:

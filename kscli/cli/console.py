@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from kscli.reporter import Reporter, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def stderr_console() -> Console:
@@ -59,10 +63,7 @@ class ConsoleReporter(Reporter):
 
 
 class _BarTask(Task):
-    def __init__(self, progress: object, label: str, total: float | None, unit: str) -> None:
-        from rich.progress import Progress
-
-        assert isinstance(progress, Progress)
+    def __init__(self, progress: Progress, label: str, total: float | None, unit: str) -> None:
         self._progress = progress
         self._unit = unit
         self._done = 0.0

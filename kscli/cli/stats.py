@@ -72,10 +72,8 @@ def stats(
     with ExitStack() as stack:
         files = open_pmatrices(paths, stack)
         chosen = [select_layers(layers, file.layers, str(file.path)) for file in files]
-        if output is not None and not force:
-            existing = Existing.REFUSE
-        else:
-            existing = Existing.FORCE if force else Existing.KEEP
+        in_the_way = Existing.KEEP if output is None else Existing.REFUSE
+        existing = Existing.FORCE if force else in_the_way
         for file, of_file in zip(files, chosen, strict=True):
             path = output
             if path is None and of_file == file.layers and file.path not in (pmatrix or []):
