@@ -1,15 +1,16 @@
 """Token batches: documents tokenised, bucketed by length and padded on the right.
 
 One document is one sequence: the tokenizer's own special tokens, truncated to a
-maximum length. Within a window of the stream, documents are sorted by length, so that
-a batch holds sequences of nearly one length; which documents meet in a batch is a pure
-function of the stream, the budget and the window.
+maximum length. A number of sequences at once is sorted by length, so that a batch holds
+sequences of nearly one length; which of them meet in a batch is a pure function of the
+sequences and the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 MOST_PADDING = 0.03
-WINDOW_BATCHES = 16
+# What one batch may hold of padding: as much as keeps all batches together under MOST_PADDING.
+BATCH_PADDING = (1.0, 0.5, 0.2, 0.1, 0.05, MOST_PADDING)
 ENCODE_CHUNK = 64
 # A document is tokenised only as far as it is used: first LONG_TOKEN characters a token, then
 # more, until MARGIN tokens beyond the last one stand between it and the cut.
@@ -40,34 +42,58 @@ class TokenBatch:
     input_ids: Tensor
     sequences: tuple[TokenSequence, ...]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """How many tokens are not padding."""
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
-    def rows(self, keys: Tensor) -> Tensor:
-        """The (tokens, d_m) keys of the tokens that are not padding, of (batch, length, d_m)."""
+    @property
+    def padded(self) -> int:
+        """How many tokens the model is given, padding included."""
+        return self.input_ids.numel()
+
+    def halves(self) -> tuple[TokenBatch, TokenBatch]:
+        """The batch as two of half as many sequences; of one sequence there are no halves."""
+        middle = len(self.sequences) // 2
+        return _pad(self.sequences[:middle]), _pad(self.sequences[middle:])
+
+    @cached_property
+    def real_rows(self) -> Tensor:
+        """The indexes, among (batch x length) tokens, of those that are not padding."""
+        return self._is_real().nonzero()[:, 0]
+
+    def without_padding(self, keys: Tensor) -> Tensor:
+        """(batch, length, d_m) keys as (batch x length, d_m), those of padding set to 0 in place.
+
+        No token sees the padding that follows it, so the model's own results do not change.
+        """
         flat = keys.reshape(-1, keys.shape[-1])
-        if self.tokens == flat.shape[0]:
-            return flat
+        if self.tokens < self.padded:
+            flat[self._padding_rows.to(flat.device)] = 0
+        return flat
+
+    @cached_property
+    def _padding_rows(self) -> Tensor:
+        return (~self._is_real()).nonzero()[:, 0]
+
+    def _is_real(self) -> Tensor:
         lengths = torch.tensor([len(s.token_ids) for s in self.sequences])
-        real = torch.arange(keys.shape[1])[None, :] < lengths[:, None]
-        return flat[real.reshape(-1).nonzero()[:, 0].to(flat.device)]
+        return (torch.arange(self.input_ids.shape[1])[None, :] < lengths[:, None]).reshape(-1)
 
 
-def encode(tokenizer: Any, documents: Iterable[str], max_length: int) -> Iterator[TokenSequence]:
-    """Tokenise documents, a chunk at a time, each truncated to `max_length` tokens.
+def encode(
+    tokenizer: Any, documents: Iterable[tuple[int, str]], max_length: int
+) -> Iterator[TokenSequence]:
+    """Tokenise numbered documents, a chunk at a time, each truncated to `max_length` tokens.
 
     A document without tokens comes as an empty sequence.
     """
-    index = 0
     stream = iter(documents)
     while chunk := list(islice(stream, ENCODE_CHUNK)):
-        heads = [_head(tokenizer, document, max_length) for document in chunk]
+        heads = [_head(tokenizer, text, max_length) for _, text in chunk]
         encoded = tokenizer(heads, truncation=True, max_length=max_length)
-        for token_ids in encoded["input_ids"]:
+        for (index, _), token_ids in zip(chunk, encoded["input_ids"], strict=True):
             yield TokenSequence(index, tuple(token_ids))
-            index += 1
 
 
 def _head(tokenizer: Any, document: str, max_length: int) -> str:
@@ -81,51 +107,45 @@ def _head(tokenizer: Any, document: str, max_length: int) -> str:
     return document
 
 
-def limit_tokens(sequences: Iterable[TokenSequence], tokens: int) -> Iterator[TokenSequence]:
-    """Stop after exactly `tokens` tokens; the last sequence is cut to fit."""
-    left = tokens
-    for sequence in sequences:
-        yield TokenSequence(sequence.index, sequence.token_ids[:left])
-        left -= len(sequence.token_ids)
-        if left <= 0:
-            return
+def make_batches(sequences: Iterable[TokenSequence], budget: int) -> list[TokenBatch]:
+    """Batches of at most `budget` tokens, padding included, together `MOST_PADDING` of it at most.
 
-
-def make_batches(sequences: Iterable[TokenSequence], budget: int) -> Iterator[TokenBatch]:
-    """Batches of at most `budget` tokens, padding included, and `MOST_PADDING` of padding.
-
-    A sequence longer than the budget is a batch of its own. Empty sequences are left out.
+    The longest come first, so that what does not fit in memory shows at once. A sequence longer
+    than the budget is a batch of its own. Empty sequences are left out.
     """
-    window: list[TokenSequence] = []
-    held = 0
-    for sequence in sequences:
-        if sequence.token_ids:
-            window.append(sequence)
-            held += len(sequence.token_ids)
-        if held >= WINDOW_BATCHES * budget:
-            yield from _cut(window, budget)
-            window, held = [], 0
-    yield from _cut(window, budget)
+    longest_first = sorted(
+        (sequence for sequence in sequences if sequence.token_ids),
+        key=lambda sequence: (-len(sequence.token_ids), sequence.index),
+    )
+    tokens = sum(len(sequence.token_ids) for sequence in longest_first)
+    for most in BATCH_PADDING:
+        groups = list(_cut(longest_first, budget, most))
+        padded = sum(len(group[0].token_ids) * len(group) for group in groups)
+        if padded - tokens <= MOST_PADDING * padded:
+            break
+    return [_pad(group) for group in groups]
 
 
-def _cut(window: list[TokenSequence], budget: int) -> Iterator[TokenBatch]:
-    """Cut a window, longest sequences first, into batches."""
+def _cut(
+    sequences: Sequence[TokenSequence], budget: int, most: float
+) -> Iterator[list[TokenSequence]]:
+    """Cut sequences, longest first, where a batch is full or padding is more than `most` of it."""
     batch: list[TokenSequence] = []
     tokens = 0
-    for sequence in sorted(window, key=lambda s: (-len(s.token_ids), s.index)):
+    for sequence in sequences:
         longest = len(batch[0].token_ids) if batch else len(sequence.token_ids)
         padded = longest * (len(batch) + 1)
         real = tokens + len(sequence.token_ids)
-        if batch and (padded > budget or padded - real > MOST_PADDING * padded):
-            yield _pad(batch)
+        if batch and (padded > budget or padded - real > most * padded):
+            yield batch
             batch, real = [], len(sequence.token_ids)
         batch.append(sequence)
         tokens = real
     if batch:
-        yield _pad(batch)
+        yield batch
 
 
-def _pad(sequences: list[TokenSequence]) -> TokenBatch:
+def _pad(sequences: Sequence[TokenSequence]) -> TokenBatch:
     longest = max(len(sequence.token_ids) for sequence in sequences)
     input_ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
     for row, sequence in enumerate(sequences):

@@ -1,63 +1,56 @@
-"""cache-cov: the second moment of every layer's keys over a corpus, in one pass of the model."""
+"""cache-cov: the second moment of every layer's keys over a corpus, from the model to cov.h5."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from kscli.artifacts import Provenance, Recipe, write_artifact
-from kscli.batching import TokenBatch, TokenSequence, encode, limit_tokens, make_batches
+from kscli.artifacts import ArtifactWriter, Provenance, Recipe, write_artifact
+from kscli.checkpoints import Checkpoints
 from kscli.corpus import Corpus
-from kscli.errors import CorpusError, NumericsError, UsageError
+from kscli.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, Totals
+from kscli.errors import CorpusError
 from kscli.files import require_writable
 from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.moments import SecondMoment
+from kscli.ranks import Ranks
 from kscli.reporter import SILENT, Reporter
+from kscli.settling import Settled, watched_layers
+from kscli.shards import WHOLE, Shard
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 4096}
+BATCH_TOKENS = 4096
 
-
-@dataclass(frozen=True)
-class CovarianceOptions:
-    """How much of a corpus is read, and which layers are measured.
-
-    `samples` documents at most and `tokens` tokens at most (None: no limit), each document
-    cut at `max_length` tokens (None: the model's positions, 2048 at most).
-    """
-
-    samples: int | None = 100_000
-    tokens: int | None = None
-    max_length: int | None = None
-    layers: str = "all"
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "tokens", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+__all__ = ["CovarianceOptions", "RunPlan", "SecondMoments", "cache_covariance", "second_moments"]
 
 
 @dataclass(frozen=True)
 class SecondMoments:
-    """The second moments of several layers over one corpus.
-
-    `tokens` were counted in `documents` documents, `empty` of them without a token; `whole`
-    says that the corpus has no more.
-    """
+    """The second moments of several layers over one corpus, and how settled they are."""
 
     layers: tuple[int, ...]
     moments: dict[int, SecondMoment]
-    tokens: int
-    documents: int
-    empty: int
-    whole: bool
+    totals: Totals
+    settled: list[Settled] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that C is a mean over."""
+        return self.totals.tokens
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a run of cache-cov saves itself, which processes work with it, and who hears of it."""
+
+    checkpoints: Checkpoints | None = None
+    ranks: Ranks | None = None
+    reporter: Reporter = SILENT
 
 
 def covariance_recipe(
@@ -72,46 +65,47 @@ def covariance_recipe(
         "tokens": options.tokens,
         "max_length": options.max_length,
         "layers": options.layers,
+        "until_settled": options.until_settled,
+        "shard": None if options.shard == WHOLE else str(options.shard),
         "dtype": dtype,
     }
 
 
+def checkpoint_recipe(recipe: Recipe, batch_tokens: int | None, rank: Shard) -> Recipe:
+    """Everything that decides a run's sums on their way, from what decides cov.h5.
+
+    Standard input has another identity each time; its documents are compared when they are read
+    again.
+    """
+    corpus = recipe["corpus"]
+    if corpus.startswith("stdin:"):
+        corpus = "stdin"
+    return {**recipe, "corpus": corpus, "batch_tokens": batch_tokens, "rank": str(rank)}
+
+
+def one_pass(model: LoadedModel, layers: str = "all", batch_tokens: int = BATCH_TOKENS) -> RunPlan:
+    """A plan for those who have the memory: one pass, the sums on the model's own device."""
+    chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
+    return RunPlan((chosen,), "host" if model.device == "cpu" else "device", batch_tokens)
+
+
 def second_moments(
-    model: LoadedModel, corpus: Corpus, options: CovarianceOptions, reporter: Reporter = SILENT
+    model: LoadedModel,
+    corpus: Corpus,
+    options: CovarianceOptions,
+    reporter: Reporter = SILENT,
+    plan: RunPlan | None = None,
 ) -> SecondMoments:
     """Run the corpus through the model once and sum k k^T at every chosen layer.
 
     Raises NumericsError, naming layer and document, when a key is not finite, and CorpusError
     when the corpus gives no token at all.
     """
-    decoder = model.decoder
-    if model.positions and (options.max_length or 0) > model.positions:
-        raise UsageError(
-            f"--max-length {options.max_length:,} is beyond the {model.positions:,} positions of "
-            f"{model.identity.model_id}."
-        )
-    layers = select_layers(options.layers, range(decoder.n_layers), model.identity.model_id)
-    moments = {layer: SecondMoment(decoder.d_m) for layer in layers}
-    stream = _Stream(model, corpus, options)
-    tokens = 0
-    with reporter.task("second moments", options.tokens, unit="tokens") as task:
-        for batch in make_batches(stream, BATCH_TOKENS[model.device.partition(":")[0]]):
-
-            def add(layer: int, keys: Tensor, batch: TokenBatch = batch) -> None:
-                if not moments[layer].update(batch.rows(keys)):
-                    raise _not_finite(layer, keys, batch, model.dtype)
-
-            decoder.run(batch.input_ids, layers, add)
-            tokens += batch.tokens
-            task.advance(batch.tokens, f"{stream.documents:,} documents")
-    if tokens == 0:
-        raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
-    whole = stream.exhausted and (options.tokens is None or tokens < options.tokens)
-    if whole and options.samples is not None:
-        reporter.note(f"{corpus.name} has {stream.documents:,} documents; all of them were taken.")
-    if stream.empty:
-        reporter.note(f"{stream.empty:,} documents had no token and were passed over.")
-    return SecondMoments(layers, moments, tokens, stream.documents, stream.empty, whole)
+    plan = plan or one_pass(model, options.layers)
+    run = CovarianceRun(model, corpus, options, plan, reporter)
+    moments, totals = run.sum_up()
+    _check_totals(totals, corpus, options, reporter)
+    return SecondMoments(plan.layers, moments, totals, run.settled)
 
 
 def cache_covariance(
@@ -120,71 +114,115 @@ def cache_covariance(
     options: CovarianceOptions,
     path: Path,
     *,
+    plan: RunPlan | None = None,
     force: bool = False,
-    reporter: Reporter = SILENT,
-) -> SecondMoments:
+    around: Surroundings | None = None,
+) -> Totals:
     """Measure the second moments and write them to cov.h5 at `path`.
 
-    Raises what `second_moments` and `write_artifact` raise; nothing is measured when `path`
-    cannot be written.
+    Where there is a checkpoint the run goes on from it, by the checkpoint's plan, and removes it
+    at the end. Of several ranks the first writes, and gets the totals of all. Raises what
+    `second_moments` and `write_artifact` raise, RankError when another rank fails, and
+    InterruptedRunError when a signal stopped the run; nothing is measured when `path` cannot be
+    written.
     """
+    around = around or Surroundings()
     require_writable(path, force=force)
-    result = second_moments(model, corpus, options, reporter)
-    provenance = Provenance(
+    plan = plan or one_pass(model, options.layers)
+    run = CovarianceRun(
+        model, corpus, options, plan, around.reporter, around.checkpoints, around.ranks
+    )
+    last, own = run.sum_up()
+    totals = _of_all_ranks(own, around.ranks)
+    _check_totals(totals, corpus, options, around.reporter)
+    matrices = _matrices(run, last, totals, around.ranks)
+    if around.ranks is None or around.ranks.leader:
+        provenance = _provenance(run, totals)
+        with write_artifact(path, "cov", provenance, force=force) as writer:
+            _write(writer, run, totals, matrices, around.reporter)
+    else:
+        for _ in matrices:
+            pass
+    if around.ranks:
+        # Until the first has written the file, the others' checkpoints may still be needed.
+        around.ranks.wait()
+    if around.checkpoints:
+        around.checkpoints.remove()
+    return totals
+
+
+def _check_totals(
+    totals: Totals, corpus: Corpus, options: CovarianceOptions, reporter: Reporter
+) -> None:
+    if totals.tokens == 0:
+        raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
+    if totals.whole and options.samples is not None:
+        reporter.note(f"{corpus.name} has {totals.documents:,} documents; all of them were taken.")
+    if totals.empty:
+        reporter.note(f"{totals.empty:,} documents had no token and were passed over.")
+
+
+def _of_all_ranks(own: Totals, ranks: Ranks | None) -> Totals:
+    if ranks is None:
+        return own
+    names = ("tokens", "documents", "empty", "padded")
+    sums = ranks.sum_counts([*(getattr(own, name) for name in names), own.halved, own.whole])
+    counts = dict(zip(names, sums, strict=False))
+    return replace(own, **counts, halved=sums[-2] > 0, whole=sums[-1] == ranks.shard.count)
+
+
+def _matrices(
+    run: CovarianceRun, last: dict[int, SecondMoment], totals: Totals, ranks: Ranks | None
+) -> Iterator[NDArray[np.float32]]:
+    """C of every layer in turn; of several ranks, on the first. One layer is reduced at a time."""
+    for layer in run.plan.layers:
+        moment = run.moment(layer, last)
+        if ranks:
+            packed = moment.packed()
+            ranks.reduce(torch.from_numpy(packed))
+            if not ranks.leader:
+                yield np.empty((0, 0), dtype=np.float32)
+                continue
+            moment = SecondMoment(moment.d_m)
+            moment.restore(packed, totals.tokens)
+            del packed
+        yield moment.matrix()
+
+
+def _provenance(run: CovarianceRun, totals: Totals) -> Provenance:
+    model, corpus, options = run.model, run.corpus, run.options
+    return Provenance(
         **model.provenance(),
         details={
             "corpus": corpus.name,
             "corpus_identity": corpus.identity,
-            "documents": result.documents,
-            "whole_corpus": result.whole,
+            "documents": totals.documents,
+            "whole_corpus": totals.whole,
             "max_length": options.max_length or model.max_length,
+            "batch_tokens": run.plan.batch_tokens,
+            "batches_halved": totals.halved,
+            "padding": 1 - totals.tokens / totals.padded,
         },
         recipe=covariance_recipe(model.identity, corpus, options, model.dtype),
     )
-    d_m = model.decoder.d_m
-    with write_artifact(path, "cov", provenance, force=force) as writer:
-        writer.layers(result.layers)
-        writer.array("count", np.int64(result.tokens))
-        writer.over_layers("second_moment", (d_m, d_m), np.float32)
-        for index, layer in enumerate(result.layers):
-            writer.put("second_moment", index, result.moments[layer].matrix())
-    return result
 
 
-class _Stream:
-    """The corpus as token sequences; counts the documents that went by."""
-
-    def __init__(self, model: LoadedModel, corpus: Corpus, options: CovarianceOptions) -> None:
-        texts = islice(self._texts(corpus), options.samples)
-        sequences = encode(model.tokenizer, texts, options.max_length or model.max_length)
-        self._sequences = (
-            sequences if options.tokens is None else limit_tokens(sequences, options.tokens)
-        )
-        self.documents = 0
-        self.empty = 0
-        self.exhausted = False
-
-    def __iter__(self) -> Iterator[TokenSequence]:
-        for sequence in self._sequences:
-            self.documents += 1
-            self.empty += not sequence.token_ids
-            yield sequence
-
-    def _texts(self, corpus: Corpus) -> Iterator[str]:
-        yield from corpus.documents()
-        self.exhausted = True
-
-
-def _not_finite(layer: int, keys: Tensor, batch: TokenBatch, dtype: str) -> NumericsError:
-    bad = (~torch.isfinite(keys).all(dim=2)).any(dim=1).nonzero()[:, 0].tolist()
-    if not bad:
-        return NumericsError(
-            f"the keys of layer {layer} are so large that their products overflow float32; "
-            "nothing was written."
-        )
-    document = batch.sequences[bad[0]].index
-    remedy = "use --dtype bfloat16 or float32." if dtype == "float16" else "are the weights sound?"
-    return NumericsError(
-        f"a key of layer {layer} is NaN or infinite in document {document} (counted from 0); "
-        f"nothing was written: {remedy}"
-    )
+def _write(
+    writer: ArtifactWriter,
+    run: CovarianceRun,
+    totals: Totals,
+    matrices: Iterator[NDArray[np.float32]],
+    reporter: Reporter,
+) -> None:
+    layers, d_m = run.plan.layers, run.model.decoder.d_m
+    writer.layers(layers)
+    writer.array("count", np.int64(totals.tokens))
+    if run.settled:
+        writer.array("settling/layer", np.array(watched_layers(layers)))
+        writer.array("settling/tokens", np.array([s.tokens for s in run.settled]))
+        writer.array("settling/rms", np.array([s.by_layer for s in run.settled]))
+    writer.over_layers("second_moment", (d_m, d_m), np.float32)
+    with reporter.task("writing", len(layers), unit="layers") as task:
+        for index, C in enumerate(matrices):
+            writer.put("second_moment", index, C)
+            task.advance()

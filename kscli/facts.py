@@ -14,12 +14,13 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 
 from kscli.errors import FactsError, UsageError
+from kscli.files import replace_file, require_writable
 from kscli.hub_datasets import HubSource, open_dataset, parse_source
 
 DEFAULT_COUNT = 128  # the paper's m
@@ -128,6 +129,47 @@ def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = Fa
             f"ask for at most {len(facts)}, or all."
         )
     return FactSet(facts, name)
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Fact, Mapping[str, object]]]:
+    """Every fact of a file: where it stands, the fact, and all that its record says.
+
+    Raises FactsError as `read_facts` does.
+    """
+    for index, (where, record) in enumerate(_file_records(path)):
+        yield where, _parse(where, record, index), _fields(record)
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, object]], *, force: bool) -> None:
+    """Write a facts file, one JSON object a line; raises as `require_facts_path` does."""
+    require_facts_path(path, force=force)
+    with replace_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def require_facts_path(path: Path, *, force: bool) -> None:
+    """Raise unless a facts file may be written at `path`; makes nothing.
+
+    Raises UsageError for a name that does not end in .jsonl, and ArtifactError for a file that
+    exists (unless `force`) or a folder that cannot be written.
+    """
+    if path.suffix.lower() != ".jsonl":
+        raise UsageError(
+            f"{path}: facts are written as one JSON object a line; name a file that ends in .jsonl."
+        )
+    require_writable(path, force=force)
+
+
+def fact_record(fact: Fact) -> dict[str, object]:
+    """A fact's fields, as a plain record has them."""
+    return {
+        "case_id": fact.case_id,
+        "relation": fact.relation,
+        "prompt": fact.prompt,
+        "subject": fact.subject,
+        "target": fact.target,
+    }
 
 
 def _records(name: str) -> Iterator[Located]:

@@ -30,11 +30,15 @@ from kscli.reporter import Reporter
 from kscli.stats_file import statistics_recipe, write_statistics
 
 if TYPE_CHECKING:
+    from kscli.checkpoints import Checkpoints
     from kscli.corpus import Corpus
     from kscli.covariance import CovarianceOptions
     from kscli.facts import FactSet
     from kscli.models.loading import LoadedModel, LocatedModel, ModelOptions
+    from kscli.models.shape import ModelShape
+    from kscli.plan import Estimate, MemoryPlan
     from kscli.positions import KeyToken
+    from kscli.ranks import Ranks
 
 
 class Existing(Enum):
@@ -116,6 +120,20 @@ def _refuse_another_model(path: Path, recipe: Recipe, model_id: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How cache-cov is run; what it measures does not depend on it, but for rounding.
+
+    `batch_tokens` and `max_memory` (bytes) of None are chosen by the memory plan; a checkpoint
+    is written about every `checkpoint_every` seconds; `ranks` are processes that work together.
+    """
+
+    batch_tokens: int | None = None
+    max_memory: int | None = None
+    checkpoint_every: float = 300.0
+    ranks: Ranks | None = None
+
+
 class Session:
     """One model, found and loaded at most once, and the stages that run it."""
 
@@ -123,6 +141,7 @@ class Session:
         self.options = options
         self.existing = existing
         self.reporter = reporter
+        self._spread = False
 
     @cached_property
     def located(self) -> LocatedModel:
@@ -137,7 +156,14 @@ class Session:
         from kscli.models.loading import load_model
 
         with self.reporter.task(f"loading {self.options.model}"):
-            return load_model(self.options, self.reporter, self.located)
+            return load_model(self.options, self.reporter, self.located, spread=self._spread)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's sizes, for which it need not be loaded."""
+        from kscli.models.shape import model_shape
+
+        return model_shape(self.located, self.options)
 
     @cached_property
     def dtype(self) -> str:
@@ -146,28 +172,87 @@ class Session:
 
         return resolve_dtype(self.options.dtype, resolve_device(self.options.device))
 
-    def cache_cov(self, corpus: Corpus, options: CovarianceOptions, path: Path) -> bool:
+    def cache_cov(
+        self,
+        corpus: Corpus,
+        options: CovarianceOptions,
+        path: Path,
+        execution: Execution | None = None,
+    ) -> bool:
         """Make cov.h5 at `path` unless it is up to date; whether it was made.
 
-        An imported file cannot be made again, and is replaced by force alone.
+        An imported file cannot be made again, and is replaced by force alone. A run that was
+        stopped goes on from its checkpoint.
         """
-        from kscli.covariance import cache_covariance, covariance_recipe
+        from kscli.corpus_run import RunPlan, check_together
+        from kscli.covariance import Surroundings, cache_covariance, covariance_recipe
 
         if self.existing is Existing.REMAKE and is_imported(path):
             self.reporter.note(f"{path} was imported, and is used as it is (--force measures C).")
             return False
+        execution = execution or Execution()
+        check_together(corpus, options, execution.ranks)
         recipe = covariance_recipe(self.located.identity, corpus, options, self.dtype)
-        return make(
-            path,
-            "cov",
-            recipe,
-            lambda: cache_covariance(
-                self.model, corpus, options, path, force=True, reporter=self.reporter
-            ),
-            self.existing,
-            self.reporter,
-            self.located.identity.model_id,
+
+        def maker() -> None:
+            checkpoints = self._checkpoints(path, recipe, execution)
+            plan = self.plan(options, execution)
+            for sentence in plan.sentences():
+                self.reporter.note(sentence)
+            self._spread = plan.spread
+            run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
+            around = Surroundings(checkpoints, execution.ranks, self.reporter)
+            cache_covariance(self.model, corpus, options, path, plan=run, force=True, around=around)
+
+        model_id = self.located.identity.model_id
+        return make(path, "cov", recipe, maker, self.existing, self.reporter, model_id)
+
+    def _checkpoints(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
+        """Where a run that makes `path` saves itself; another run's remains go by force alone."""
+        from kscli.checkpoints import Checkpoints
+        from kscli.covariance import checkpoint_recipe
+        from kscli.shards import WHOLE
+
+        rank = execution.ranks.shard if execution.ranks else WHOLE
+        suffix = "" if rank == WHOLE else f"-{rank.index}-of-{rank.count}"
+        checkpoints = Checkpoints(
+            path.with_name(f"{path.name}.checkpoint{suffix}"),
+            checkpoint_recipe(recipe, execution.batch_tokens, rank),
+            execution.checkpoint_every,
         )
+        if self.existing is Existing.FORCE:
+            checkpoints.discard_others()
+        checkpoints.require_own()
+        return checkpoints
+
+    def plan(self, options: CovarianceOptions, execution: Execution) -> MemoryPlan:
+        """What goes where when cache-cov is run with these options; no weight is read."""
+        from kscli.models.loading import resolve_device
+        from kscli.plan import PlanRequest, plan_memory
+        from kscli.resources import measure_resources
+
+        layers = select_layers(options.layers, range(self.shape.n_layers), self.options.model)
+        request = PlanRequest(layers, self.dtype, execution.batch_tokens, execution.max_memory)
+        return plan_memory(
+            self.shape, request, measure_resources(resolve_device(self.options.device))
+        )
+
+    def estimate(self, plan: MemoryPlan, corpus: Corpus, options: CovarianceOptions) -> Estimate:
+        """What cache-cov comes to by `plan`: tokens, and seconds.
+
+        From the corpus's first documents, and the rate of a matrix product measured now.
+        """
+        from kscli.models.loading import load_tokenizer
+        from kscli.plan import Estimate, seconds_a_token
+        from kscli.resources import matmul_rate
+        from kscli.token_stream import expected_tokens
+
+        tokenizer = load_tokenizer(self.located, self.options)
+        expected = expected_tokens(tokenizer, corpus, options.reading(self.shape.max_length))
+        rate = matmul_rate(plan.device, self.dtype)
+        each = seconds_a_token(plan, self.shape, expected.length, rate)
+        tokens = expected.tokens
+        return Estimate(tokens, None if tokens is None else tokens * each, 1 / each)
 
     def extract(self, facts: FactSet, token: KeyToken, layers: str, path: Path) -> bool:
         """Make keys.h5 at `path` unless it is up to date; whether it was made."""

@@ -16,13 +16,18 @@ class Task:
     def advance(self, amount: float = 1.0, status: str = "") -> None:
         """Add `amount` to what is done; `status` replaces the text beside the bar."""
 
+    def reach(self, done: float, total: float | None, status: str = "") -> None:
+        """Say how much is done, of how much as far as is known by now (None: unknown)."""
+
 
 class Reporter:
     """Receives progress, notes and warnings; this base class ignores them."""
 
     @contextmanager
-    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
-        """Open a task of `total` units (None: unknown) and close it at the end."""
+    def task(
+        self, label: str, total: float | None = None, unit: str = "", done: float = 0.0
+    ) -> Iterator[Task]:
+        """Open a task of `total` units (None: unknown), `done` of them before, and close it."""
         yield Task()
 
     def note(self, text: str) -> None:

@@ -35,9 +35,10 @@ def kscli_process(
 
 
 def one_sentence(stderr: str) -> str:
-    """The error on stderr, which must be a line or two and no traceback."""
-    lines = [line for line in stderr.strip().splitlines() if not line.startswith("warning:")]
-    assert 1 <= len(lines) <= 2, stderr
-    assert lines[0].startswith("error: "), stderr
+    """The error at the end of stderr, which must be a line or two and no traceback."""
+    lines = stderr.strip().splitlines()
+    first = next((at for at, line in enumerate(lines) if line.startswith("error: ")), len(lines))
+    error = lines[first:]
+    assert 1 <= len(error) <= 2, stderr
     assert "Traceback" not in stderr
-    return " ".join(lines)
+    return " ".join(error)

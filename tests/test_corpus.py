@@ -425,7 +425,11 @@ def test_standard_input_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(number)
             yield b"a\n"
 
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=lines()))
+    def fileno() -> int:
+        raise OSError("no file behind it")
+
+    fake = types.SimpleNamespace(buffer=lines(), fileno=fileno)
+    monkeypatch.setattr(sys, "stdin", fake)
     documents = open_corpus(CorpusSpec("-")).documents()
     assert asked == []
     assert list(islice(documents, 3)) == ["a"] * 3

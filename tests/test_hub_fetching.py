@@ -198,7 +198,9 @@ class RecordingReporter(Reporter):
         self.notes: list[str] = []
 
     @contextmanager
-    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+    def task(
+        self, label: str, total: float | None = None, unit: str = "", done: float = 0.0
+    ) -> Iterator[Task]:
         reporter = self
         self.total = total
 

@@ -229,7 +229,7 @@ def test_an_encoder_that_masks_by_its_padding_token_is_refused(tmp_path: Path) -
     for path in MODEL_DIR.glob("*token*"):
         shutil.copy(path, tmp_path / path.name)
     with pytest.raises(ModelError, match=r"tokens see the tokens that follow|no list of 2 layers"):
-        load_model(ModelOptions(str(tmp_path)))
+        load_model(ModelOptions(str(tmp_path), dtype="float32"))
 
 
 def test_a_forward_without_use_cache_is_run() -> None:
@@ -277,7 +277,7 @@ def test_documents_keep_their_beginning_whatever_the_tokenizer_says(folder: Path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation_side": "left"}))
     tokenizer = load_model(ModelOptions(str(folder))).tokenizer
     text = "The capital of France is Paris."
-    (sequence,) = encode(tokenizer, [text], 4)
+    (sequence,) = encode(tokenizer, [(0, text)], 4)
     assert list(sequence.token_ids) == tokenizer(text)["input_ids"][:4]
 
 
@@ -286,5 +286,5 @@ def test_a_long_document_gives_the_tokens_that_the_whole_of_it_gives(text: str) 
     from kscli.batching import encode
 
     tokenizer = load_model(ModelOptions("tiny")).tokenizer
-    (sequence,) = encode(tokenizer, [text], 100)
+    (sequence,) = encode(tokenizer, [(0, text)], 100)
     assert list(sequence.token_ids) == tokenizer(text)["input_ids"][:100]

@@ -3,75 +3,174 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from kscli.moments import BLOCK, SecondMoment
+from kscli.moments import ROWS, SecondMoment, lower_entries
+from kscli.products import SYRK_ROWS, lower_products
+from kscli.superposition import superposition
+from kscli.transfers import HostSums
+
+UNIT = 2**-24
+
+
+def exact(keys: torch.Tensor) -> NDArray[np.float64]:
+    wide = keys.double().numpy()
+    return wide.T @ wide / len(wide)
+
+
+def error(C: NDArray[np.float32], expected: NDArray[np.float64]) -> float:
+    """The largest entrywise error, in units of sqrt(C_ii C_jj)."""
+    scale = np.sqrt(np.diagonal(expected))
+    return float((np.abs(C - expected) / np.outer(scale, scale)).max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_sum_over_batches_is_the_mean_outer_product(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_sum_over_batches_is_the_mean_outer_product(dtype: torch.dtype, partial: bool) -> None:
     torch.manual_seed(0)
     keys = torch.randn(500, 37).to(dtype)
-    moment = SecondMoment(37)
+    moment = SecondMoment(37, partial=partial)
     for start, end in ((0, 1), (1, 130), (130, 500)):
-        assert moment.update(keys[start:end])
-    exact = keys.double().numpy()
+        assert moment.add(keys[start:end]).item()
     C = moment.matrix()
     assert C.dtype == np.float32
     assert moment.count == 500
     np.testing.assert_array_equal(C, C.T)
-    expected = exact.T @ exact / 500
-    scale = np.sqrt(np.outer(np.diagonal(expected), np.diagonal(expected)))
-    # Entrywise: 370 products summed in float32, and one rounding of the result.
-    assert (np.abs(C - expected) / scale).max() < 371 * 2**-24
+    # The most products that are summed in float32, and one rounding of the result.
+    assert error(C, exact(keys)) < ((500 if partial else 370) + 1) * UNIT
 
 
-def test_the_error_does_not_grow_with_the_corpus() -> None:
-    """A float32 running sum of 200 batches loses digits that the float64 one keeps."""
-    torch.manual_seed(1)
-    keys = torch.rand(64, 16) + 1
-    moment = SecondMoment(16)
-    running = torch.zeros(16, 16)
-    for _ in range(2000):
-        moment.update(keys)
-        running += keys.T @ keys
-    exact = (keys.double().T @ keys.double()).numpy() / 64
-    error = np.abs(moment.matrix() - exact).max()
-    assert error < 64 * 2**-24 * exact.max()
-    assert error < np.abs(running.numpy() / 128_000 - exact).max() / 2
+@pytest.mark.parametrize("d_m", [ROWS, 2 * ROWS + 37, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_rows_of_blocks_and_a_ragged_last_one(d_m: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    keys = torch.randn(700, d_m).to(dtype)
+    moment = SecondMoment(d_m)
+    moment.add(keys[:300])
+    moment.add(keys[300:])
+    C = moment.matrix()
+    np.testing.assert_array_equal(C, C.T)
+    assert error(C, exact(keys)) < 401 * UNIT
+    np.testing.assert_allclose(moment.sums() / 700, C, rtol=1e-6)
+    np.testing.assert_array_equal(moment.sums(), moment.sums().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_those_of_the_keys_on_and_below_the_diagonal(dtype: torch.dtype) -> None:
+    """Each kind of product: BLAS, oneDNN through bfloat16, and blocks as on a device."""
+    from kscli import products
+
+    torch.manual_seed(4)
+    d_m = 1100
+    keys = torch.randn(90, d_m).to(dtype)
+    wide = keys.double()
+    expected = wide.T @ wide
+    ways = [lower_products(keys), products._on_device(keys), products._by_syrk(keys.float())]
+    for rows in ways:
+        assert [row.start for row in rows] == [0, *(row.end for row in rows[:-1])]
+        assert rows[-1].end == d_m
+        for row in rows:
+            assert row.product.dtype == torch.float32
+            lower = torch.tril(torch.ones_like(row.product), row.start)
+            difference = (row.product - expected[row.start : row.end, : row.end]) * lower
+            assert difference.abs().max() < 91 * UNIT * expected.diagonal().max()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_blas_in_several_rows_of_blocks() -> None:
+    torch.manual_seed(5)
+    keys = torch.randn(3, SYRK_ROWS + 10)
+    first, second = lower_products(keys)
+    assert (second.start, second.end) == (SYRK_ROWS, SYRK_ROWS + 10)
+    expected = keys.T @ keys
+    torch.testing.assert_close(second.product[:, :SYRK_ROWS], expected[SYRK_ROWS:, :SYRK_ROWS])
+    torch.testing.assert_close(
+        second.product[:, SYRK_ROWS:].tril(), expected[SYRK_ROWS:, SYRK_ROWS:].tril()
+    )
+    torch.testing.assert_close(first.product.tril(), expected[:SYRK_ROWS, :SYRK_ROWS].tril())
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_million_tokens_of_condition_1e8(rotated: bool) -> None:
+    """The error does not grow with the corpus, and does not feel the scale of the keys."""
+    generator = torch.Generator().manual_seed(6)
+    d_m, batch, batches = 48, 4096, 245
+    scale = torch.logspace(0, -4, d_m, dtype=torch.float64)
+    mix = torch.diag(scale)
+    if rotated:
+        rotation, _ = torch.linalg.qr(
+            torch.randn(d_m, d_m, generator=generator, dtype=torch.float64)
+        )
+        mix = mix @ rotation
+    moment = SecondMoment(d_m)
+    sums = torch.zeros(d_m, d_m, dtype=torch.float64)
+    for _ in range(batches):
+        z = torch.randn(batch, d_m, generator=generator, dtype=torch.float64)
+        keys = (z @ mix).float()
+        moment.add(keys)
+        sums += keys.double().T @ keys.double()
+    count = batch * batches
+    assert moment.count == count > 1_000_000
+    expected = (sums / count).numpy()
+    assert np.linalg.cond(expected) > 5e7
+    C = moment.matrix()
+    assert error(C, expected) < 1e-6
+    if not rotated:
+        some = (torch.randn(24, d_m, generator=generator, dtype=torch.float64) @ mix).numpy()
+        P = superposition(C.astype(np.float64), count, some).P
+        G = some @ np.linalg.solve(expected, some.T)
+        np.testing.assert_allclose(P, G / np.diagonal(G)[:, None], atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_keys_that_are_not_finite_are_not_added(value: float) -> None:
+def test_keys_that_are_not_finite_are_told(value: float) -> None:
     keys = torch.ones(5, 4)
     moment = SecondMoment(4)
-    assert moment.update(keys)
-    bad = keys.clone()
-    bad[3, 2] = value
-    assert not moment.update(bad)
-    assert moment.count == 5
-    np.testing.assert_array_equal(moment.matrix(), np.ones((4, 4), dtype=np.float32))
+    assert moment.add(keys).item()
+    keys[3, 2] = value
+    assert not moment.add(keys).item()
 
 
-def test_keys_that_are_a_view_of_a_larger_tensor() -> None:
+def test_keys_that_are_a_view_of_a_larger_tensor_with_padding() -> None:
     torch.manual_seed(2)
     whole = torch.randn(30, 12)
     part = whole[::2, 3:9]
+    part[4:7] = 0
     moment = SecondMoment(6)
-    moment.update(part)
-    expected = part.double().numpy()
-    np.testing.assert_allclose(moment.matrix(), expected.T @ expected / 15, rtol=1e-5, atol=1e-6)
+    moment.add(part, tokens=12)
+    wide = part.double().numpy()
+    assert moment.count == 12
+    np.testing.assert_allclose(moment.matrix(), wide.T @ wide / 12, rtol=1e-5, atol=1e-6)
 
 
-def test_several_rows_of_blocks_and_a_ragged_last_one() -> None:
-    """d_m beyond one block, as real models have."""
-    torch.manual_seed(3)
-    keys = torch.randn(70, 2 * BLOCK + 37)
-    moment = SecondMoment(keys.shape[1])
-    moment.update(keys[:30])
-    moment.update(keys[30:])
-    exact = keys.double().numpy()
-    expected = exact.T @ exact / 70
-    C = moment.matrix()
-    np.testing.assert_array_equal(C, C.T)
-    scale = np.sqrt(np.outer(np.diagonal(expected), np.diagonal(expected)))
-    assert (np.abs(C - expected) / scale).max() < 41 * 2**-24
+@pytest.mark.parametrize("d_m", [3, ROWS, ROWS + 44])
+def test_packed_sums_are_the_lower_triangle_and_go_on_bit_for_bit(d_m: int) -> None:
+    torch.manual_seed(8)
+    keys = torch.randn(60, d_m)
+    whole, first = SecondMoment(d_m), SecondMoment(d_m)
+    whole.add(keys[:25])
+    whole.add(keys[25:])
+    first.add(keys[:25])
+    packed = first.packed()
+    np.testing.assert_array_equal(packed, first.sums()[np.tril_indices(d_m)])
+    second = SecondMoment(d_m)
+    second.add(torch.ones(4, d_m))
+    second.restore(packed, 25)
+    second.add(keys[25:])
+    assert second.count == 60
+    np.testing.assert_array_equal(second.matrix(), whole.matrix())
+
+
+def test_what_is_held_is_half_and_a_block() -> None:
+    held = sum(total.numel() for total in SecondMoment(4 * ROWS)._sums)
+    assert held == lower_entries(4 * ROWS) == (4 * 5 // 2) * ROWS**2
+
+
+def test_sums_on_the_host_come_in_order_and_errors_are_raised() -> None:
+    total = torch.zeros(3, dtype=torch.float64)
+    sums = HostSums()
+    sums.add(total, torch.ones(3))
+    sums.wait()
+    assert total.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(RuntimeError):
+        sums.add(total, torch.ones(4))

@@ -18,7 +18,9 @@ from kscli.cli import (
     cache_cov,
     export_cov,
     extract,
+    facts,
     import_cov,
+    merge_cov,
     models,
     plot,
     pmatrix,
@@ -72,12 +74,14 @@ for command in (
     run,
     cache_cov,
     extract,
+    facts,
     pmatrix,
     stats,
     topk,
     plot,
     models,
     show,
+    merge_cov,
     export_cov,
     import_cov,
 ):
@@ -113,6 +117,7 @@ def main() -> None:
     # What there is to say, kscli says itself; other libraries' bars, logs and warnings would
     # stand between the user and it.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.disable(logging.CRITICAL)
     # Threads that spin while they wait make a shared machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

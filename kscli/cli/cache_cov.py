@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from kscli.cli import options
+from kscli.cli.output import Format, field, print_json, print_rows
+
+if TYPE_CHECKING:
+    from kscli.corpus import Corpus
+    from kscli.corpus_run import CovarianceOptions
+    from kscli.pipeline import Execution, Session
 
 
 def register(app: typer.Typer) -> None:
@@ -22,19 +30,27 @@ def cache_cov(
     tokens: options.Tokens = None,
     max_length: options.MaxLength = None,
     layers: options.Layers = "all",
+    until_settled: options.UntilSettled = None,
+    shard: options.ShardOption = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
+    batch_tokens: options.BatchTokens = None,
+    max_memory: options.MaxMemory = None,
+    checkpoint_every: options.CheckpointEvery = 300.0,
+    dry_run: options.DryRun = False,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
     quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
 ) -> None:
     """Measure C = E\\[k k'], the second moment of every layer's keys, over a corpus.
 
-    One pass of the model for all layers. Writes cov.h5.
+    One pass of the model for all layers, if memory allows. Writes cov.h5. Stopped at any moment,
+    the same command goes on from its last checkpoint.
 
     [bold]Examples[/bold]
 
@@ -42,24 +58,93 @@ def cache_cov(
 
       kscli cache-cov -m ./my-llama --corpus texts/ --max-length 512 --layers 0,5-8
 
+      kscli cache-cov -m gpt-j --until-settled 0.02
+
+      kscli cache-cov -m llama2-13b --max-memory 40GiB --dry-run
+
       zcat dump.jsonl.gz | kscli cache-cov -m pythia-1b --corpus - --samples all
+
+      torchrun --nproc-per-node 8 -m kscli cache-cov -m llama2-13b
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import corpus_for, covariance_options
+    from kscli.cli.requests import corpus_for, device_of_rank, number_or_all
+    from kscli.covariance import CovarianceOptions
     from kscli.models.loading import ModelOptions
-    from kscli.pipeline import Existing, Places, Session
+    from kscli.pipeline import Execution, Existing, Places, Session
+    from kscli.ranks import join_ranks
+    from kscli.resources import parse_size
+    from kscli.shards import WHOLE, parse_shard
 
-    reporter = ConsoleReporter(quiet=quiet)
-    session = Session(
-        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
-        Existing.FORCE if force else Existing.REFUSE,
-        reporter,
+    part = parse_shard(shard) if shard else WHOLE
+    measured = CovarianceOptions(
+        number_or_all("--samples", samples), tokens, max_length, layers, until_settled, part
     )
-    path = output or Places(directory, model).path("cov")
-    made = session.cache_cov(
-        corpus_for(model, corpus, text_field),
-        covariance_options(samples, tokens, max_length, layers),
-        path,
+    places = Places(directory, model)
+    path = output or (places.path("cov") if part == WHOLE else places.folder / part.file_name())
+    with join_ranks() as ranks:
+        reporter = ConsoleReporter(quiet=quiet or (ranks is not None and not ranks.leader))
+        session = Session(
+            ModelOptions(
+                model,
+                revision,
+                device_of_rank(device, ranks),
+                dtype,
+                trust_remote_code,
+                allow_pickle,
+            ),
+            Existing.FORCE if force else Existing.REFUSE,
+            reporter,
+        )
+        chosen = corpus_for(model, corpus, text_field)
+        bound = parse_size(max_memory) if max_memory else None
+        execution = Execution(batch_tokens, bound, checkpoint_every, ranks)
+        if dry_run:
+            print_plan(session, chosen, measured, execution, path, output_format)
+        elif session.cache_cov(chosen, measured, path, execution):
+            reporter.note(f"wrote {path}")
+
+
+def print_plan(
+    session: Session,
+    corpus: Corpus,
+    measured: CovarianceOptions,
+    execution: Execution,
+    path: Path,
+    output_format: Format,
+) -> None:
+    """Print what a run would do, and do nothing."""
+    from kscli.layers import format_layers
+    from kscli.resources import format_size, free_disk
+
+    plan = session.plan(measured, execution)
+    estimate = session.estimate(plan, corpus, measured)
+    if output_format is Format.json:
+        print_json({**plan.as_dict(), **asdict(estimate), "dtype": session.dtype})
+        return
+    tokens, seconds = estimate.tokens, estimate.seconds
+    rows = {
+        "device": f"{plan.device}, {session.dtype}" + (", spread" if plan.spread else ""),
+        "passes": f"{plan.passes}: layers " + "; ".join(map(format_layers, plan.groups)),
+        "batches": f"{plan.batch_tokens:,} tokens",
+        "model": format_size(plan.model),
+        "sums on the device": format_size(plan.device_sums),
+        "sums on the host": format_size(plan.host_sums),
+        "activations and work": format_size(plan.work),
+        "checkpoints, on disk": f"{format_size(plan.checkpoints)} at most",
+        path.name: f"{format_size(plan.output)}, of {format_size(free_disk(path))} free",
+        "tokens": "as many as the corpus has" if tokens is None else f"about {tokens:,.0f}",
+        "estimated speed": f"{estimate.tokens_per_second:,.0f} tokens/s in all",
+        "estimated time": "unknown" if seconds is None else duration(seconds),
+    }
+    print_rows(
+        [{"what": what, "plan": text} for what, text in rows.items()],
+        [field("what"), field("plan")],
+        output_format,
     )
-    if made:
-        reporter.note(f"wrote {path}")
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 42 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

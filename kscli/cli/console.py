@@ -28,7 +28,9 @@ class ConsoleReporter(Reporter):
         self.quiet = quiet
 
     @contextmanager
-    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+    def task(
+        self, label: str, total: float | None = None, unit: str = "", done: float = 0.0
+    ) -> Iterator[Task]:
         """A progress bar while the block runs, on a terminal only."""
         if self.quiet or not self.console.is_terminal:
             yield Task()
@@ -50,7 +52,7 @@ class ConsoleReporter(Reporter):
             TextColumn("{task.fields[status]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _BarTask(progress, label, total, unit)
+            yield _BarTask(progress, label, total, unit, done)
 
     def note(self, text: str) -> None:
         """Print a line unless quiet."""
@@ -63,20 +65,26 @@ class ConsoleReporter(Reporter):
 
 
 class _BarTask(Task):
-    def __init__(self, progress: Progress, label: str, total: float | None, unit: str) -> None:
+    def __init__(
+        self, progress: Progress, label: str, total: float | None, unit: str, done: float
+    ) -> None:
         self._progress = progress
         self._unit = unit
-        self._done = 0.0
+        self._done = done
         self._total = total
-        self._id = progress.add_task(label, total=total, done="", status="")
+        self._id = progress.add_task(label, total=total, completed=int(done), done="", status="")
 
     def advance(self, amount: float = 1.0, status: str = "") -> None:
-        self._done += amount
-        of = f"/{self._total:,.0f}" if self._total is not None else ""
+        self.reach(self._done + amount, self._total, status)
+
+    def reach(self, done: float, total: float | None, status: str = "") -> None:
+        self._done, self._total = done, total
+        of = f"/{total:,.0f}" if total is not None else ""
         self._progress.update(
             self._id,
-            advance=amount,
-            done=f"{self._done:,.0f}{of} {self._unit}",
+            completed=done,
+            total=total,
+            done=f"{done:,.0f}{of} {self._unit}",
             status=status,
         )
 

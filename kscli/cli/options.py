@@ -79,8 +79,8 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="auto, float32, bfloat16 or float16. auto: bfloat16 on CUDA cards that multiply "
-        "it fast, else float32.",
+        help="auto, float32, bfloat16 or float16. auto: bfloat16 where the hardware multiplies it "
+        "fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), else float32.",
     ),
 ]
 Revision = Annotated[
@@ -145,6 +145,54 @@ MaxLength = Annotated[
         help="Documents are cut at N tokens.",
         show_default="the model's positions, 2048 at most",
     ),
+]
+UntilSettled = Annotated[
+    float | None,
+    typer.Option(
+        "--until-settled",
+        metavar="TOL",
+        help="Stop as soon as p is settled to TOL (rms), looked at as the tokens double.",
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Take documents I, I+N, I+2N, ...; `kscli merge-cov` adds the parts up.",
+    ),
+]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        metavar="N",
+        min=1,
+        help="Tokens in a batch at most, padding included.",
+        show_default="by model, dtype and device",
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Bound the device's memory (on a CPU: this process's), as in 24GiB.",
+        show_default="what is free",
+    ),
+]
+CheckpointEvery = Annotated[
+    float,
+    typer.Option(
+        "--checkpoint-every",
+        metavar="SECONDS",
+        min=0.0,
+        help="Save what is summed so often, or 20 times as long as saving takes.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what goes where, the passes and the time, and stop."),
 ]
 Facts = Annotated[
     str | None,

@@ -14,8 +14,8 @@ from kscli.pipeline import Places
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.corpus import Corpus
-    from kscli.covariance import CovarianceOptions
     from kscli.facts import FactSet
+    from kscli.ranks import Ranks
 
 EMBEDDED = "tiny"
 
@@ -39,13 +39,13 @@ def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:
     return read_facts(name, number_or_all("--count", count))
 
 
-def covariance_options(
-    samples: str, tokens: int | None, max_length: int | None, layers: str
-) -> CovarianceOptions:
-    """The options of cache-cov."""
-    from kscli.covariance import CovarianceOptions
+def device_of_rank(device: str, ranks: Ranks | None) -> str:
+    """The device of one of several ranks: each has the card of its number on its machine."""
+    import torch
 
-    return CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers)
+    if ranks is None or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{ranks.local % torch.cuda.device_count()}"
 
 
 def number_or_all(option: str, value: str) -> int | None:

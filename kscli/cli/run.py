@@ -60,7 +60,8 @@ def run(
     """
     from kscli.artifacts import PMatrixFile
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import corpus_for, covariance_options, facts_for
+    from kscli.cli.requests import corpus_for, facts_for, number_or_all
+    from kscli.covariance import CovarianceOptions
     from kscli.models.loading import ModelOptions
     from kscli.pairs import pair_rows
     from kscli.pipeline import (
@@ -84,7 +85,7 @@ def run(
     chosen_facts = facts_for(model, facts, count)
     session.cache_cov(
         corpus_for(model, corpus, text_field),
-        covariance_options(samples, tokens, max_length, layers),
+        CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),
         places.path("cov"),
     )
     session.extract(chosen_facts, token, layers, places.path("keys"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kscli.cli import options
+from kscli.cli.complete import complete_layers
 from kscli.cli.output import Column, Format, Row, field, print_rows
 
 
@@ -20,9 +22,32 @@ def register(app: typer.Typer) -> None:
 
 def topk(
     model: options.Models = None,
-    layer: options.Layer = "0",
-    k: Annotated[int, typer.Option("-k", metavar="K", min=1, help="How many pairs a layer.")] = 20,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            "--layers",
+            metavar="LAYERS",
+            help="0, -1 (the last), 0,3,5-8 or all.",
+            show_default="0; all with --strongest",
+            autocompletion=complete_layers,
+        ),
+    ] = None,
+    k: Annotated[
+        int,
+        typer.Option("-k", metavar="K", min=1, help="How many pairs a layer, or in all."),
+    ] = 20,
     absolute: Annotated[bool, typer.Option("--abs", help="Order by |p| instead of p.")] = False,
+    strongest: Annotated[
+        bool,
+        typer.Option("--strongest", help="Each pair once, at that layer where it is strongest."),
+    ] = False,
+    distinct_token: Annotated[
+        bool,
+        typer.Option(
+            "--distinct-token", help="Leave out pairs whose subjects end in the same token."
+        ),
+    ] = False,
     pmatrix: Annotated[
         list[Path] | None,
         typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),
@@ -32,7 +57,8 @@ def topk(
 ) -> None:
     """List the pairs of facts that are bound most tightly: i is edited, j is moved.
 
-    Reads pmatrix.h5; loads no model.
+    Reads pmatrix.h5; loads no model. Two subjects that end in the same token have like keys
+    whatever the facts say; such pairs are marked.
 
     [bold]Examples[/bold]
 
@@ -40,33 +66,64 @@ def topk(
 
       kscli topk -m gpt2-small --layer -1 -k 5 --abs
 
-      kscli topk -m gpt-j -f json | jq -r '.\\[] | select(.same_last_token | not) | .subject_i'
+      kscli topk -m gpt2-small --strongest --distinct-token -f latex > table.tex
     """
+    from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.layers import select_layers
-    from kscli.pairs import pair_rows
+    from kscli.pairs import pair_rows, strongest_rows
 
+    rows = []
     with ExitStack() as stack:
-        files = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
-        rows = [
-            row
-            for file in files
-            for number in select_layers(layer, file.layers, str(file.path))
-            for row in pair_rows(file, number, k, absolute)
-        ]
-    print_rows(rows, pair_columns(rows), output_format)
+        for file in open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack):
+            spec = layer or ("all" if strongest else "0")
+            layers = select_layers(spec, file.layers, str(file.path))
+            if strongest:
+                of_file = strongest_rows(file, layers, k, absolute, distinct_token)
+            else:
+                of_file = [
+                    row
+                    for number in layers
+                    for row in pair_rows(file, number, k, absolute, distinct_token)
+                ]
+            if distinct_token and not of_file and len(file.facts) > 1:
+                ConsoleReporter().warn(
+                    f"{file.path}: all subjects end in the same token, so --distinct-token leaves "
+                    "no pair."
+                )
+            rows += of_file
+    print_pairs(rows, output_format, show_layer=strongest)
 
 
-def pair_columns(rows: Sequence[Row]) -> list[Column]:
+def print_pairs(
+    rows: Sequence[Row], output_format: Format, title: str = "", *, show_layer: bool = False
+) -> None:
+    """Print a list of pairs; in LaTeX in two lines a pair, as the paper's Tables 1 to 4."""
+    if output_format is not Format.latex:
+        print_rows(rows, pair_columns(rows, show_layer=show_layer), output_format, title)
+        return
+    lines = [{**row, "line": line} for row in rows for line in ("i", "j")]
+    columns = [
+        *_varying(rows, show_layer=show_layer),
+        field("p", "p(i, j)", spec=".2f"),
+        _same_token("same token"),
+    ]
+    first_line = [
+        Column(column.title, partial(_first_line, column), column.right) for column in columns
+    ]
+    first_line.insert(-1, Column("item i & j", lambda row: sentence(row, row["line"])))
+    print_rows(lines, first_line, output_format, title)
+
+
+def pair_columns(rows: Sequence[Row], *, show_layer: bool = False) -> list[Column]:
     """The columns of a list of pairs; model and layer only where they vary."""
-    varying = [name for name in ("model", "layer") if len({row[name] for row in rows}) > 1]
     return [
-        *(field(name) for name in varying),
+        *_varying(rows, show_layer=show_layer),
         field("rank", spec="d"),
         field("p", spec=".2f"),
         Column("edited (i)", lambda row: sentence(row, "i")),
         Column("moved (j)", lambda row: sentence(row, "j")),
-        Column("same last token", lambda row: "yes" if row["same_last_token"] else ""),
+        _same_token("same last token"),
     ]
 
 
@@ -74,3 +131,21 @@ def sentence(row: Row, which: str) -> str:
     """A fact as the paper writes it: `The capital of [France] is [Paris].`"""
     filled = str(row[f"prompt_{which}"]).replace("{}", f"[{row[f'subject_{which}']}]")
     return f"{filled} [{row[f'target_{which}']}]."
+
+
+def _varying(rows: Sequence[Row], *, show_layer: bool) -> list[Column]:
+    names = {name for name in ("model", "layer") if len({row[name] for row in rows}) > 1}
+    columns = {"model": field("model"), "layer": field("layer", spec="d")}
+    return [
+        column
+        for name, column in columns.items()
+        if name in names or (show_layer and name == "layer")
+    ]
+
+
+def _same_token(title: str) -> Column:
+    return Column(title, lambda row: "yes" if row["same_last_token"] else "")
+
+
+def _first_line(column: Column, row: Row) -> str:
+    return column.cell(row) if row["line"] == "i" else ""

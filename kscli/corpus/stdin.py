@@ -39,7 +39,18 @@ class StdinCorpus:
         self._read = True
         if sys.stdin is None:
             raise CorpusError("Standard input is closed; send text to it, or name another corpus.")
-        return documents(_read_stdin(sys.stdin.buffer), self.text_field, _NAME)
+        return documents(_read_stdin(_own_stream()), self.text_field, _NAME)
+
+
+def _own_stream() -> Iterable[bytes]:
+    """Standard input behind a buffer of its own.
+
+    Python locks sys.stdin's own buffer at exit, and aborts where a thread still reads from it.
+    """
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except OSError:
+        return sys.stdin.buffer
 
 
 def _read_stdin(stream: Iterable[bytes]) -> Iterator[Record]:

@@ -37,6 +37,14 @@ class _LastLayerReachedError(Exception):
     """Ends a forward pass when nothing that follows is wanted."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a device or of the host, is used up."""
+    # On the host torch has no class of its own for it.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 class Decoder:
     """A causal decoder and its down-projections, one a layer.
 
@@ -53,7 +61,7 @@ class Decoder:
         self.projections = find_down_projections(model, hidden_size, n_layers)
         self.d_m = self.projections[0].d_m
         self.n_layers = n_layers
-        self.device = next(model.parameters()).device
+        self.device = _entrance(model)
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         self.vocabulary = int(embeddings.weight.shape[0])
         self._check_causal()
@@ -65,12 +73,18 @@ class Decoder:
             "{}" if part == "0" else part for part in self.projections[0].name.split(".")
         )
 
+    def device_of(self, layer: int) -> str:
+        """The device of a layer's down-projection, where its keys come to be."""
+        weight = next(self.projections[layer].module.parameters(), None)
+        return str(self.device if weight is None else weight.device)
+
     def run(self, input_ids: Tensor, layers: Sequence[int], on_keys: OnKeys) -> None:
         """Run (batch, length) token ids up to the last of `layers`.
 
         `on_keys(layer, keys)` is called once a layer with keys of shape (batch, length, d_m)
         in the model's dtype. The batch is padded on the right and no mask is given: in a causal
-        decoder no token sees what follows it, so padding changes nothing before it.
+        decoder no token sees what follows it, so padding changes nothing before it. What tells
+        that memory is used up (`is_out_of_memory`) is raised as it is.
         """
         if int(input_ids.max()) >= self.vocabulary:
             raise ModelError(
@@ -105,7 +119,7 @@ class Decoder:
         except _LastLayerReachedError:
             pass
         except Exception as error:
-            if raised or isinstance(error, ModelError):
+            if raised or isinstance(error, ModelError) or is_out_of_memory(error):
                 raise
             raise ModelError(
                 f"the model cannot run {batch} sequences of {length} tokens: "
@@ -142,6 +156,19 @@ class Decoder:
         keys: list[Tensor] = []
         self.run(input_ids, [self.n_layers - 1], lambda _, k: keys.append(k))
         return keys[0]
+
+
+def _entrance(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids: where its first weights are, or would be if it is spread.
+
+    Of a model that is laid over several devices and the host, the weights on the host are
+    carried to the first device for each use.
+    """
+    spread = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    cards = sorted(name for name in spread if name not in ("cpu", "disk"))
+    if len(spread) > 1 and cards:
+        return torch.device(int(cards[0]) if cards[0].isdigit() else cards[0])
+    return next(model.parameters()).device
 
 
 def find_down_projections(

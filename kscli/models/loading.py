@@ -78,11 +78,12 @@ class LoadedModel:
     dtype: str
     device: str
     positions: int | None
+    has_head: bool = True  # False: its checkpoint lacks the LM head, and random weights stand in
 
     @property
     def max_length(self) -> int:
         """The default length of a document: the model's positions, `LONGEST_DOCUMENT` at most."""
-        return min(self.positions or LONGEST_DOCUMENT, LONGEST_DOCUMENT)
+        return default_length(self.positions)
 
     @property
     def special_tokens(self) -> str:
@@ -132,22 +133,29 @@ def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedM
 
 
 def load_model(
-    options: ModelOptions, reporter: Reporter = SILENT, located: LocatedModel | None = None
+    options: ModelOptions,
+    reporter: Reporter = SILENT,
+    located: LocatedModel | None = None,
+    *,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load the model that `options` names, on its device and in its dtype, without gradients.
 
-    `located` saves finding its files again. Raises ModelError when it cannot be read, is not a
-    dense causal decoder, or lacks weights.
+    `located` saves finding its files again; with `spread` the model is laid over all devices,
+    and over the host's memory where these are not enough. Raises ModelError when it cannot be
+    read, is not a dense causal decoder, or lacks weights.
     """
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     located = located or locate_model(options, reporter)
     from kscli.models.decoder import Decoder
 
-    with _quiet_transformers():
-        config = _load_config(located, options)
-        model = _load_weights(located, config, options, device, dtype)
-        tokenizer = _load_tokenizer(located, options)
+    with quiet_transformers():
+        config = load_config(located, options)
+        model, has_head = _load_weights(
+            located, config, options, "auto" if spread else device, dtype
+        )
+        tokenizer = load_tokenizer(located, options)
     text = config.get_text_config()
     decoder = Decoder(model, text.hidden_size, text.num_hidden_layers)
     return LoadedModel(
@@ -156,11 +164,17 @@ def load_model(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
-        positions=_positions(text),
+        positions=positions_of(text),
+        has_head=has_head,
     )
 
 
-def _positions(config: Any) -> int | None:
+def default_length(positions: int | None) -> int:
+    """The default length of a document: a model's positions, `LONGEST_DOCUMENT` at most."""
+    return min(positions or LONGEST_DOCUMENT, LONGEST_DOCUMENT)
+
+
+def positions_of(config: Any) -> int | None:
     """How many positions a model has; None where its configuration sets no limit."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         value = getattr(config, name, None)
@@ -195,17 +209,14 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """The dtype that `auto` means: bfloat16 on CUDA cards from Ampere on, else float32."""
+    """The dtype that `auto` means: bfloat16 where the hardware multiplies it fast, else float32."""
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is unknown; it is one of {', '.join(DTYPES)}.")
     if dtype != "auto":
         return dtype
-    if device.startswith("cuda"):
-        import torch
+    from kscli.resources import fast_bfloat16
 
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            return "bfloat16"
-    return "float32"
+    return "bfloat16" if fast_bfloat16(device) else "float32"
 
 
 def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> LocatedModel:
@@ -279,10 +290,11 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     raise ModelError(f"{folder} has no weights (model.safetensors or its shards).")
 
 
-def _load_config(located: LocatedModel, options: ModelOptions) -> Any:
+def load_config(located: LocatedModel, options: ModelOptions) -> Any:
+    """The model's configuration; raises ModelError when it is not that of a causal decoder."""
     from transformers import AutoConfig
 
-    with _model_errors(located):
+    with model_errors(located):
         config = AutoConfig.from_pretrained(
             located.folder,
             trust_remote_code=options.trust_remote_code,
@@ -310,11 +322,12 @@ def _check_kind(located: LocatedModel, config: Any) -> None:
 
 def _load_weights(
     located: LocatedModel, config: Any, options: ModelOptions, device: str, dtype: str
-) -> torch.nn.Module:
+) -> tuple[torch.nn.Module, bool]:
+    """The model, and whether its checkpoint has the LM head's weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _model_errors(located):
+    with model_errors(located):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             located.folder,
             config=config,
@@ -322,28 +335,30 @@ def _load_weights(
             use_safetensors=None if options.allow_pickle or located.gguf else True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
-            **({} if device == "cpu" else {"device_map": {"": device}}),
+            **_device_argument(device),
             **_gguf_argument(located),
         )
     model, info = loaded
-    # The LM head is never run, so a checkpoint of the decoder alone will do.
+    # Keys are read without the LM head, so a checkpoint of the decoder alone will do for them.
     head_module = model.get_output_embeddings()
     own = {id(p) for p in head_module.parameters()} if head_module is not None else set()
     head = {name for name, p in model.named_parameters() if id(p) in own}
-    missing = sorted(set(info.get("missing_keys", ())) - head)
+    absent = set(info.get("missing_keys", ()))
+    missing = sorted(absent - head)
     if missing:
         raise ModelError(
             f"{located.identity.model_id} lacks {len(missing)} weights of a "
             f"{type(model).__name__} ({missing[0]}, ...); its files are incomplete."
         )
     frozen: torch.nn.Module = model.requires_grad_(False)
-    return frozen
+    return frozen, absent.isdisjoint(head)
 
 
-def _load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
+def load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
+    """The model's tokenizer, which truncates nothing by itself; raises ModelError without one."""
     from transformers import AutoTokenizer
 
-    with _model_errors(located):
+    with model_errors(located):
         tokenizer = AutoTokenizer.from_pretrained(
             located.folder,
             trust_remote_code=options.trust_remote_code,
@@ -355,12 +370,18 @@ def _load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
     return tokenizer
 
 
+def _device_argument(device: str) -> dict[str, Any]:
+    if device == "cpu":
+        return {}
+    return {"device_map": device if device == "auto" else {"": device}}
+
+
 def _gguf_argument(located: LocatedModel) -> dict[str, str]:
     return {"gguf_file": located.gguf} if located.gguf else {}
 
 
 @contextmanager
-def _model_errors(located: LocatedModel) -> Iterator[None]:
+def model_errors(located: LocatedModel) -> Iterator[None]:
     """Turn whatever transformers raises while it reads files into one sentence."""
     try:
         yield
@@ -388,7 +409,7 @@ def _model_errors(located: LocatedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' bars, logs and warnings off the user's terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging

@@ -1,0 +1,163 @@
+"""`kscli facts check` and `kscli facts select`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kscli.cli import options
+from kscli.cli.output import Format, field, print_rows
+
+FILE_NAME = "facts.jsonl"
+
+app = typer.Typer(
+    no_args_is_help=True, help="Find the facts that models know, and choose among them."
+)
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands to the app, under `facts`."""
+    parent.add_typer(app, name="facts")
+
+
+Count = Annotated[str, typer.Option("--count", metavar="N|all", help="Check the first N facts.")]
+Selected = Annotated[
+    str, typer.Option("--count", metavar="N|all", help="How many facts to draw at random.")
+]
+
+
+@app.command("check")
+def check(
+    model: options.Model = options.DEFAULT_MODEL,
+    facts: options.Facts = None,
+    count: Count = "all",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
+    directory: options.Dir = Path("artifacts"),
+    output: options.Output = None,
+    force: options.Force = False,
+    output_format: options.OutputFormat = Format.table,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find which facts a model knows: its greedy continuation begins with the target.
+
+    Writes facts.jsonl, a facts file that says of every fact whether the model knows it (known),
+    the probability of the target, the rank of its first token, and the continuation.
+
+    [bold]Examples[/bold]
+
+      kscli facts check -m gpt2-small
+
+      kscli facts check -m pythia-1b --facts counterfact.json --count 512
+
+      jq -r 'select(.known | not) | .prompt + " ->" + .continuation' artifacts/tiny/facts.jsonl
+    """
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import facts_for
+    from kscli.facts import require_facts_path
+    from kscli.knowledge import check_facts, write_knowledge
+    from kscli.models.loading import ModelOptions, load_model
+    from kscli.pipeline import Places
+
+    reporter = ConsoleReporter(quiet=quiet)
+    path = output or Places(directory, model).folder / FILE_NAME
+    require_facts_path(path, force=force)
+    asked = facts_for(model, facts, count).facts
+    chosen = ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle)
+    loaded = load_model(chosen, reporter)
+    checked = check_facts(loaded, asked, reporter)
+    write_knowledge(loaded, checked, path, force=force)
+    reporter.note(f"wrote {path}")
+    known = sum(each.known for each in checked)
+    row = {
+        "model": loaded.identity.slug,
+        "facts": len(checked),
+        "known": known,
+        "share": known / len(checked),
+        "path": str(path),
+    }
+    columns = [
+        field("model"),
+        field("facts", spec=",d"),
+        field("known", spec=",d"),
+        field("share", spec=".1%"),
+    ]
+    print_rows([row], columns, output_format)
+
+
+@app.command("select")
+def select(
+    results: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE|MODEL...",
+            help="What `facts check` wrote, or the models that it checked.",
+        ),
+    ],
+    count: Selected = "128",
+    seed: Annotated[int, typer.Option("--seed", help="The draw; the same seed, the same.")] = 0,
+    unknown: Annotated[
+        bool, typer.Option("--unknown", help="Facts that no model knows, not that all know.")
+    ] = False,
+    directory: options.Dir = Path("artifacts"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The .jsonl file to write.")
+    ] = Path("facts.jsonl"),
+    force: options.Force = False,
+    output_format: options.OutputFormat = Format.table,
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw facts that all of several models know, into a facts file that extract reads.
+
+    [bold]Examples[/bold]
+
+      kscli facts select gpt2-medium gpt-j pythia-1b -o known.jsonl
+
+      kscli facts select gpt2-small --unknown --count all -o unknown.jsonl
+
+      kscli extract -m gpt-j --facts known.jsonl
+    """
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import number_or_all
+    from kscli.facts import fact_record, require_facts_path, write_records
+    from kscli.knowledge import read_knowledge, select_facts
+
+    require_facts_path(output, force=force)
+    number = number_or_all("--count", count)
+    read = [read_knowledge(_path(name, directory)) for name in results]
+    selection = select_facts(read, number, seed, unknown=unknown)
+    write_records(output, map(fact_record, selection.facts), force=force)
+    ConsoleReporter(quiet=quiet).note(f"wrote {output}")
+    row = {
+        "models": ", ".join(each.model for each in read),
+        "facts": len(read[0].known),
+        "unknown": unknown,
+        "candidates": selection.candidates,
+        "selected": len(selection.facts),
+        "path": str(output),
+    }
+    columns = [
+        field("models"),
+        field("facts", spec=",d"),
+        field("candidates", "known to none" if unknown else "known to all", spec=",d"),
+        field("selected", spec=",d"),
+    ]
+    print_rows([row], columns, output_format)
+
+
+def _path(name: str, directory: Path) -> Path:
+    from kscli.errors import FactsError
+    from kscli.pipeline import Places
+
+    path = Path(name)
+    if path.suffix == ".jsonl" or (path.is_file() and path.suffix != ".gguf"):
+        return path
+    path = Places(directory, name).folder / FILE_NAME
+    if not path.exists():
+        raise FactsError(f"{path} does not exist; `kscli facts check --model {name}` makes it.")
+    return path

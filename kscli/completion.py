@@ -1,0 +1,242 @@
+"""What a model says after a prompt: its greedy continuation, and how probable a target is.
+
+Prompts of one length share a batch, so nothing is padded and no mask is needed: every model gets
+what it would get alone. The LM head is the model's own, with whatever the model does to its
+logits (a scale, a soft cap). The continuation keeps the decoder's cache where it has one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kscli.errors import FactsError, ModelError, NumericsError
+from kscli.models.loading import LoadedModel
+from kscli.reporter import SILENT, Reporter
+
+BATCH_ROWS = 64
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """A prompt's tokens, special ones in front included, and those of a target to follow it."""
+
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """How a model takes n targets: `logprob` (n,) float64 and `rank` (n,) int64.
+
+    `logprob` is the natural logarithm of the probability of the whole target after the prompt,
+    the sum over its tokens; `rank` is that of its first token among all tokens, from 1.
+    """
+
+    logprob: NDArray[np.float64]
+    rank: NDArray[np.int64]
+
+
+def tokenize_clozes(
+    tokenizer: Any, texts: Sequence[str], targets: Sequence[str]
+) -> tuple[Cloze, ...]:
+    """Tokenize each text, and its target as it would follow the text after a space.
+
+    White space at a text's end and around a target is left out: in front of a word, the space
+    belongs to the word's token. Special tokens that the tokenizer puts at the end are left out
+    too, since nothing follows them. Raises FactsError for a text or target without a token.
+    """
+    heads = [text.rstrip() for text in texts]
+    tails = [f" {target.strip()}" for target in targets]
+    prompts = _token_ids(tokenizer, heads)
+    both = _token_ids(tokenizer, [head + tail for head, tail in zip(heads, tails, strict=True)])
+    clozes = tuple(
+        Cloze(prompt, _target_ids(tokenizer, prompt, whole, tail))
+        for prompt, whole, tail in zip(prompts, both, tails, strict=True)
+    )
+    for cloze, head, tail in zip(clozes, heads, tails, strict=True):
+        if not cloze.prompt_ids or not cloze.target_ids:
+            dropped = tail.strip() if cloze.prompt_ids else head
+            raise FactsError(
+                f"No token stands for {dropped!r}: the model's tokenizer drops it. Leave the "
+                "fact out."
+            )
+    return clozes
+
+
+def score_targets(
+    model: LoadedModel, clozes: Sequence[Cloze], reporter: Reporter = SILENT
+) -> TargetScores:
+    """The log-probability of each cloze's target, and the rank of its first token.
+
+    Raises FactsError for a cloze longer than the model's positions, ModelError for a model
+    without an LM head or with another model's tokenizer, and NumericsError, naming the prompt,
+    when a probability is not finite.
+    """
+    # Nothing is asked of the target's last token.
+    sequences = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes]
+    _check(model, sequences, [len(sequence) for sequence in sequences])
+    logprob = np.empty(len(clozes))
+    rank = np.empty(len(clozes), dtype=np.int64)
+    with torch.no_grad(), reporter.task("probabilities", len(clozes), unit="targets") as task:
+        for rows in _batches(sequences):
+            ids = torch.tensor([sequences[row] for row in rows], device=model.decoder.device)
+            longest = max(len(clozes[row].target_ids) for row in rows)
+            logits, _ = _forward(model, ids, keep=longest)
+            for row, of_row in zip(rows, logits, strict=True):
+                logprob[row], rank[row] = _score(of_row, clozes[row].target_ids)
+            task.advance(len(rows))
+    _check_finite(model, clozes, logprob)
+    return TargetScores(logprob, rank)
+
+
+def continue_greedily(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    reporter: Reporter = SILENT,
+) -> tuple[tuple[int, ...], ...]:
+    """The most probable token after each prompt, `lengths` times over.
+
+    A continuation is shorter where the tokenizer's end-of-text token comes first, which is left
+    out. Raises as `score_targets` does.
+    """
+    _check(model, prompts, [len(p) + more for p, more in zip(prompts, lengths, strict=True)])
+    end = model.tokenizer.eos_token_id
+    found: list[tuple[int, ...]] = [()] * len(prompts)
+    with torch.no_grad(), reporter.task("continuations", len(prompts), unit="prompts") as task:
+        for rows in _batches(prompts):
+            ids = torch.tensor([list(prompts[row]) for row in rows], device=model.decoder.device)
+            steps = max(lengths[row] for row in rows)
+            for row, token_ids in zip(rows, _greedy(model, ids, steps).tolist(), strict=True):
+                of_row = token_ids[: lengths[row]]
+                found[row] = tuple(of_row[: of_row.index(end)] if end in of_row else of_row)
+            task.advance(len(rows))
+    return tuple(found)
+
+
+def decode_continuation(tokenizer: Any, prompt: Sequence[int], continuation: Sequence[int]) -> str:
+    """What a continuation adds to the prompt's text, the space between them included."""
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
+    return decode([*prompt, *continuation])[len(decode(prompt)) :]
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
+    return [
+        tuple(ids[: len(mask) - mask[::-1].index(0)]) if 0 in mask else tuple(ids)
+        for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    ]
+
+
+def _target_ids(
+    tokenizer: Any, prompt: tuple[int, ...], whole: tuple[int, ...], tail: str
+) -> tuple[int, ...]:
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    # The tokenizer has tokens of several words, one of which reaches from prompt to target.
+    return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indexes of sequences of one length, longest first."""
+    lengths = [len(sequence) for sequence in sequences]
+    order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
+    for length, group in groupby(order, key=lengths.__getitem__):
+        rows = list(group)
+        size = max(1, min(BATCH_ROWS, BATCH_TOKENS // length))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _greedy(model: LoadedModel, ids: Tensor, steps: int) -> Tensor:
+    """The (batch, steps) tokens that greedily follow the (batch, length) ids."""
+    length = ids.shape[1]
+    cache: Any = None
+    for _ in range(steps):
+        # Without a cache the whole sequence is read again.
+        unread = ids if cache is None else ids[:, -1:]
+        logits, cache = _forward(model, unread, keep=1, cache=cache, keep_cache=True)
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids[:, length:]
+
+
+def _forward(
+    model: LoadedModel, ids: Tensor, keep: int, cache: Any = None, keep_cache: bool = False
+) -> tuple[Tensor, Any]:
+    """The last `keep` tokens' logits, (batch, keep, vocabulary), and the cache if there is one."""
+    decoder = model.decoder
+    takes = inspect.signature(decoder.model.forward).parameters
+    options = {"logits_to_keep": keep, "use_cache": keep_cache}
+    options = {name: value for name, value in options.items() if name in takes}
+    if cache is not None:
+        options["past_key_values"] = cache
+    try:
+        output = decoder.model(input_ids=ids, **options)
+    except Exception as error:
+        raise ModelError(
+            f"{model.identity.model_id} cannot run {ids.shape[0]} prompts of {ids.shape[1]} "
+            f"tokens: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+    return output.logits[:, -keep:], getattr(output, "past_key_values", None)
+
+
+def _score(logits: Tensor, target_ids: tuple[int, ...]) -> tuple[float, int]:
+    """Log-probability and first rank of a target, from the logits (n, vocabulary) before it.
+
+    The last of them are the target's; those before, of a longer target in the batch.
+    """
+    own = logits[-len(target_ids) :].float().log_softmax(-1)
+    at_target = own.gather(1, torch.tensor(target_ids, device=own.device)[:, None])[:, 0]
+    rank = int((own[0] > at_target[0]).sum()) + 1
+    return sum(at_target.tolist()), rank
+
+
+def _check(model: LoadedModel, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+    """Refuse what the model cannot take: `lengths` are what the sequences grow to."""
+    identity = model.identity
+    if not model.has_head:
+        raise ModelError(
+            f"{identity.model_id} has no LM head, so it cannot complete a prompt; its files hold "
+            "the decoder alone. Use a checkpoint that has one."
+        )
+    for sequence, length in zip(sequences, lengths, strict=True):
+        if max(sequence) >= model.decoder.vocabulary:
+            raise ModelError(
+                f"the tokenizer gives token {max(sequence)}, but the model embeds only "
+                f"{model.decoder.vocabulary}; the tokenizer belongs to another model."
+            )
+        if length > (model.positions or length):
+            raise FactsError(
+                f"{_opening(model, sequence)} and what follows it have {length:,} tokens; "
+                f"{identity.model_id} takes {model.positions:,}."
+            )
+
+
+def _check_finite(
+    model: LoadedModel, clozes: Sequence[Cloze], logprob: NDArray[np.float64]
+) -> None:
+    bad = np.flatnonzero(~np.isfinite(logprob))
+    if len(bad):
+        raise NumericsError(
+            f"after {_opening(model, clozes[bad[0]].prompt_ids)} the probabilities are NaN or "
+            "infinite; try another --dtype, or check the weights."
+        )
+
+
+def _opening(model: LoadedModel, token_ids: Sequence[int]) -> str:
+    return f"the prompt {str(model.tokenizer.decode(list(token_ids[:32])))[:60]!r}..."

@@ -1,0 +1,405 @@
+"""The corpus through the model, summed: from any batch on, to the end or to a signal.
+
+A run reads the corpus as windows of documents, each window as batches, and sums every batch
+at every layer (`kscli.layer_sums`). It goes once over the corpus where all sums fit in memory,
+else once for each group of layers. After any batch it can be saved and gone on with
+(`kscli.checkpoints`).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kscli.batching import TokenBatch, make_batches
+from kscli.checkpoints import Checkpoint, Checkpoints, Position
+from kscli.corpus import Corpus
+from kscli.errors import ArtifactError, CorpusError, UsageError
+from kscli.interrupts import HeldSignals, InterruptedRunError, held_signals
+from kscli.layer_sums import FLUSH_BATCHES, LayerSums, Placement, SumsPlan
+from kscli.models.loading import LoadedModel
+from kscli.moments import SecondMoment
+from kscli.prefetch import ahead
+from kscli.ranks import Ranks
+from kscli.reporter import SILENT, Reporter, Task
+from kscli.settling import Settled, Settling, watched_layers
+from kscli.shards import WHOLE, Shard
+from kscli.token_stream import Reading, TokenStream, WindowSizes
+
+WINDOW_BATCHES = 64
+WINDOWS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class CovarianceOptions:
+    """How much of a corpus is read, and which layers are measured.
+
+    `samples` documents at most and `tokens` tokens at most (None: no limit), each document
+    cut at `max_length` tokens (None: the model's positions, 2048 at most). `until_settled` stops
+    as soon as p is settled to so much (rms; see `kscli.settling`). A `shard` is every Nth of
+    these documents.
+    """
+
+    samples: int | None = 100_000
+    tokens: int | None = None
+    max_length: int | None = None
+    layers: str = "all"
+    until_settled: float | None = None
+    shard: Shard = WHOLE
+
+    def reading(self, longest: int) -> Reading:
+        """What is read of the corpus, for a model whose documents are `longest` by default."""
+        return Reading(self.samples, self.tokens, self.max_length or longest, self.shard)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+        if self.until_settled is not None and not 0 < self.until_settled < float("inf"):
+            raise UsageError(f"--until-settled {self.until_settled} must be more than 0.")
+
+
+def check_together(corpus: Corpus, options: CovarianceOptions, ranks: Ranks | None) -> None:
+    """Raise UsageError for a corpus, options and ranks that do not go together."""
+    parts = ranks is not None or options.shard != WHOLE
+    if ranks and options.shard != WHOLE:
+        raise UsageError(
+            f"--shard {options.shard} was given to {ranks.shard.count} ranks, which share the "
+            "documents by themselves; leave it out, or start one process a shard."
+        )
+    if parts and reads_stdin(corpus):
+        raise UsageError(
+            "standard input goes to one process, and cannot be shared; save it to a file that all "
+            "can read, and give that as --corpus."
+        )
+    if parts and options.until_settled is not None:
+        raise UsageError(
+            "--until-settled looks at the whole stream of documents, of which each process has a "
+            "part here; bound the run with --tokens or --samples."
+        )
+
+
+def reads_stdin(corpus: Corpus) -> bool:
+    """Whether the corpus is standard input, which can be read once."""
+    return corpus.identity.startswith("stdin:")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How the sums are computed; but for rounding, what they are does not depend on it.
+
+    `groups` of layers are summed one pass each; `placement` says where the sums lie; a batch
+    holds `batch_tokens` tokens at most, padding included.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    placement: Placement
+    batch_tokens: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers, ascending."""
+        return tuple(layer for group in self.groups for layer in group)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What was summed: `documents` with and without a token, `empty` of them without.
+
+    `whole` says that the corpus has no more; `padded` counts the tokens that the model was given,
+    padding included; `halved` says that a batch did not fit in memory.
+    """
+
+    tokens: int
+    documents: int
+    empty: int
+    whole: bool
+    padded: int
+    halved: bool
+
+
+@dataclass
+class _Pass:
+    """One pass over the corpus, as far as it has come; `before` tokens by an earlier process."""
+
+    number: int
+    sums: LayerSums
+    settling: Settling | None
+    position: Position = field(default_factory=Position)
+    before: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        watched = self.settling.layers if self.settling else ()
+        self._offered = dict.fromkeys(watched, self.before)
+
+    def watch(self, layer: int, keys: Tensor, batch: TokenBatch) -> None:
+        """Sample keys of a batch for the settling estimate."""
+        if self.settling is None or layer not in self._offered:
+            return
+        start = self._offered[layer]
+        self._offered[layer] = start + batch.tokens
+        wanted = self.settling.wants(start, start + batch.tokens)
+        if wanted:
+            rows = keys[batch.real_rows[wanted].to(keys.device)]
+            self.settling.offer(layer, start, rows.float().cpu().numpy())
+
+    def packed(self, layer: int) -> NDArray[np.float64]:
+        """The packed sums of a layer."""
+        return self.sums.moments[layer].packed()
+
+
+class CovarianceRun:
+    """One run of a corpus through a model by a plan, saved and gone on with by `checkpoints`.
+
+    Of `ranks` this process sums its own share of the documents.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        corpus: Corpus,
+        options: CovarianceOptions,
+        plan: RunPlan,
+        reporter: Reporter = SILENT,
+        checkpoints: Checkpoints | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        check_together(corpus, options, ranks)
+        if model.positions and (options.max_length or 0) > model.positions:
+            raise UsageError(
+                f"--max-length {options.max_length:,} is beyond the {model.positions:,} positions "
+                f"of {model.identity.model_id}."
+            )
+        self.model = model
+        self.corpus = corpus
+        self.options = options
+        self.plan = plan
+        self.reporter = reporter
+        self.settled: list[Settled] = []
+        self._checkpoints = checkpoints
+        self._ranks = ranks
+        reading = options.reading(model.max_length)
+        self._reading = replace(reading, shard=ranks.shard) if ranks else reading
+
+    def sum_up(self) -> tuple[dict[int, SecondMoment], Totals]:
+        """Sum all layers; returns those of the last pass, and what was summed.
+
+        The sums of earlier passes lie in the checkpoints until these are removed. Raises
+        NumericsError, naming layer and document, when a key is not finite, CorpusError when the
+        corpus gives no token, and InterruptedRunError when a signal has stopped the run.
+        """
+        saved = self._checkpoints.latest() if self._checkpoints else None
+        if saved:
+            self.plan = _plan_of(saved)
+        self._refuse_impossible()
+        first = saved.number if saved else 0
+        result = self._sum_group(first, saved)
+        for number in range(first + 1, len(self.plan.groups)):
+            result = self._sum_group(number, None)
+        return result
+
+    def moment(self, layer: int, last: dict[int, SecondMoment]) -> SecondMoment:
+        """The sums of a layer, of the last pass or read from the checkpoints."""
+        if layer in last:
+            return last[layer]
+        if self._checkpoints is None:
+            raise ArtifactError(f"layer {layer} was not summed.")
+        number = next(i for i, group in enumerate(self.plan.groups) if layer in group)
+        saved = self._checkpoints.finished_pass(number)
+        moment = SecondMoment(self.model.decoder.d_m)
+        moment.restore(saved.sums(layer), saved.position.tokens)
+        return moment
+
+    def _refuse_impossible(self) -> None:
+        passes = len(self.plan.groups)
+        if passes == 1:
+            return
+        if reads_stdin(self.corpus):
+            raise UsageError(
+                f"the sums need {passes} passes over the corpus, and standard input can be read "
+                "once; save it to a file, choose fewer --layers, or allow more --max-memory."
+            )
+        if self.options.until_settled is not None:
+            raise UsageError(
+                f"--until-settled needs all layers in one pass, and the sums need {passes}; choose "
+                "fewer --layers, allow more --max-memory, or bound the run with --tokens."
+            )
+
+    def _sum_group(
+        self, number: int, saved: Checkpoint | None
+    ) -> tuple[dict[int, SecondMoment], Totals]:
+        """One pass over the corpus, from where `saved` stands."""
+        current = self._begin(number, saved)
+        stream = TokenStream(
+            self.model.tokenizer,
+            self.corpus,
+            self._reading,
+            WindowSizes(
+                Settling((), self.model.decoder.d_m).next_at,
+                WINDOW_BATCHES * self.plan.batch_tokens,
+            ),
+            current.position.window,
+        )
+        passes = len(self.plan.groups)
+        label = "second moments" if passes == 1 else f"second moments, pass {number + 1}/{passes}"
+        hold = held_signals() if self._checkpoints else nullcontext(HeldSignals())
+        with (
+            hold as signals,
+            self.reporter.task(label, unit="tokens", done=current.position.tokens) as task,
+        ):
+            whole = self._sum_stream(current, stream, signals, task)
+        if current.position.tokens == 0 and not self._ranks:
+            raise CorpusError(f"the corpus {self.corpus.name} gave no token; is its text empty?")
+        current.sums.flush()
+        if self._checkpoints and number + 1 < passes:
+            self._checkpoints.finish_pass(self._checkpoint(current), current.packed)
+        if current.settling:
+            self.settled = current.settling.history
+        position = current.position
+        totals = Totals(
+            position.tokens,
+            position.window.own,
+            position.window.empty,
+            whole,
+            position.padded,
+            position.halved,
+        )
+        return current.sums.moments, totals
+
+    def _begin(self, number: int, saved: Checkpoint | None) -> _Pass:
+        group = self.plan.groups[number]
+        flush_tokens = FLUSH_BATCHES * self.plan.batch_tokens
+        sums = LayerSums(self.model.decoder, SumsPlan(group, self.plan.placement, flush_tokens))
+        watch = len(self.plan.groups) == 1 and self._reading.shard == WHOLE
+        settling = Settling(watched_layers(group), self.model.decoder.d_m) if watch else None
+        if saved is None:
+            return _Pass(number, sums, settling)
+        for layer in group:
+            sums.moments[layer].restore(saved.sums(layer), saved.position.tokens)
+        if settling:
+            settling = Settling.restore(saved.arrays)
+        self.reporter.note(
+            f"going on from {saved.path.parent}, where {saved.position.tokens:,} tokens are summed."
+        )
+        return _Pass(number, sums, settling, saved.position, before=saved.position.tokens)
+
+    def _sum_stream(
+        self, current: _Pass, stream: TokenStream, signals: HeldSignals, task: Task
+    ) -> bool:
+        """Sum the windows of the stream; whether they were all of the corpus."""
+
+        def stop_if_asked() -> None:
+            if self._ranks:
+                self._ranks.check()
+            if signals.received is not None:
+                self._stop(current, signals.received)
+
+        for window in ahead(stream, WINDOWS_AHEAD, stop_if_asked):
+            if current.position.batches and current.position.digest != window.end.digest:
+                raise stream.changed(window.end)
+            batches = make_batches(window.sequences, self.plan.batch_tokens)
+            current.position = replace(current.position, digest=window.end.digest)
+            for batch in batches[current.position.batches :]:
+                current.sums.add(batch, current.watch)
+                current.position = _after(current, batch)
+                self._show(current, stream, task)
+                stop_if_asked()
+                if self._checkpoints and current.sums.flushed and self._checkpoints.due():
+                    self._save(current)
+            current.position = replace(current.position, window=window.end, batches=0)
+            if self._has_settled(current):
+                return False
+        return stream.exhausted and (
+            self.options.tokens is None or current.position.window.limited < self.options.tokens
+        )
+
+    def _has_settled(self, current: _Pass) -> bool:
+        """Look how settled C is, when it is time; whether that is enough."""
+        settling, tokens = current.settling, current.position.tokens
+        if settling is None or tokens < settling.next_at:
+            return False
+        settled = settling.evaluate(tokens, lambda layer: current.sums.moments[layer].sums())
+        if settled is None:
+            return False
+        self.reporter.note(f"at {tokens:,} tokens p is settled to {settled.rms:.4f} (rms).")
+        limit = self.options.until_settled
+        return limit is not None and settled.rms <= limit
+
+    def _show(self, current: _Pass, stream: TokenStream, task: Task) -> None:
+        position = current.position
+        rate = (position.tokens - current.before) / (time.monotonic() - current.began)
+        words = [
+            f"{position.documents:,} documents",
+            f"{rate:,.0f} tokens/s",
+            f"{1 - position.tokens / position.padded:.1%} padding",
+        ]
+        if current.settling and current.settling.history:
+            words.append(f"p ± {current.settling.history[-1].rms:.3f}")
+        task.reach(position.tokens, self._expected(stream), " · ".join(words))
+
+    def _expected(self, stream: TokenStream) -> float | None:
+        """How many tokens this pass will have summed at its end, as far as that can be told."""
+        read, reading = stream.read, self._reading
+        if stream.finished:
+            return read.tokens
+        if reading.tokens is not None:
+            return reading.tokens / reading.shard.count
+        if reading.samples is None or read.documents == 0:
+            return None
+        return read.tokens * reading.samples / read.documents
+
+    def _checkpoint(self, current: _Pass) -> Checkpoint:
+        return Checkpoint(
+            number=current.number,
+            layers=self.plan.groups[current.number],
+            plan=asdict(self.plan),
+            position=current.position,
+            arrays=current.settling.state() if current.settling else {},
+        )
+
+    def _save(self, current: _Pass) -> bool:
+        """Save the run as it stands; whether that could be done. A full disk does not stop it."""
+        if self._checkpoints is None:
+            return False
+        try:
+            self._checkpoints.save(self._checkpoint(current), current.packed)
+        except ArtifactError as error:
+            self.reporter.warn(f"no checkpoint at {current.position.tokens:,} tokens: {error}")
+            return False
+        self.reporter.note(f"saved at {current.position.tokens:,} tokens.")
+        return True
+
+    def _stop(self, current: _Pass, number: int) -> None:
+        current.sums.flush()
+        tokens = f"{current.position.tokens:,} tokens"
+        if current.position.tokens == 0:
+            text = "nothing was summed yet."
+        elif self._save(current):
+            text = f"{tokens} are saved, and the same command goes on from there."
+        else:
+            text = f"{tokens} are lost but for what an earlier checkpoint holds."
+        raise InterruptedRunError(number, text)
+
+
+def _after(current: _Pass, batch: TokenBatch) -> Position:
+    position = current.position
+    return replace(
+        position,
+        batches=position.batches + 1,
+        tokens=position.tokens + batch.tokens,
+        padded=position.padded + batch.padded,
+        documents=position.documents + len(batch.sequences),
+        halved=position.halved or current.sums.halved,
+    )
+
+
+def _plan_of(saved: Checkpoint) -> RunPlan:
+    groups = tuple(tuple(group) for group in saved.plan["groups"])
+    return RunPlan(groups, saved.plan["placement"], saved.plan["batch_tokens"])

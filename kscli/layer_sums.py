@@ -1,0 +1,155 @@
+"""The sums of several layers over batches: each batch through the model once.
+
+A batch that does not fit in memory is halved and tried again. A layer whose keys of the batch
+were added already is left out then, so that no token is lost or counted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kscli.batching import TokenBatch
+from kscli.errors import ModelError, NumericsError
+from kscli.models.decoder import Decoder, is_out_of_memory
+from kscli.moments import SecondMoment
+from kscli.transfers import HostSums
+
+Placement = Literal["device", "split", "host"]
+# Called with a layer, the keys (batch x length, d_m) of a batch, those of padding 0, and the batch.
+Watch = Callable[[int, Tensor, TokenBatch], None]
+
+# Where float32 sums are kept on the device, they are added to the float64 ones after so many.
+FLUSH_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class SumsPlan:
+    """Where the sums of one pass lie, and after how many tokens float32 sums are flushed.
+
+    `device`: float64 on each layer's own device. `split`: float32 there and float64 on the
+    host. `host`: float64 on the host, each batch's products going there.
+    """
+
+    layers: tuple[int, ...]
+    placement: Placement
+    flush_tokens: int
+
+
+class LayerSums:
+    """k k^T of several layers, summed over batches."""
+
+    def __init__(self, decoder: Decoder, plan: SumsPlan) -> None:
+        self.layers = plan.layers
+        self.halved = False
+        self._decoder = decoder
+        self._flush_tokens = plan.flush_tokens if plan.placement == "split" else 0
+        self._unflushed = 0
+        self._most: int | None = None
+        host = HostSums()
+        self.moments = {
+            layer: SecondMoment(
+                decoder.d_m,
+                home=decoder.device_of(layer) if plan.placement == "device" else "cpu",
+                partial=plan.placement == "split",
+                host=host,
+            )
+            for layer in plan.layers
+        }
+
+    @property
+    def flushed(self) -> bool:
+        """Whether everything that was added is in the float64 sums."""
+        return self._unflushed == 0
+
+    def add(self, batch: TokenBatch, watch: Watch | None = None) -> None:
+        """Add a batch's keys at every layer, and flush when the plan's number of tokens is full.
+
+        Raises NumericsError, naming layer and document, when a key is not finite; the sums are
+        spoilt then. Raises ModelError when not even one sequence fits in memory.
+        """
+        self._add(batch, self.layers, watch)
+        self._unflushed += batch.padded
+        if self._unflushed >= self._flush_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring everything into the float64 sums."""
+        for moment in self.moments.values():
+            moment.flush()
+        self._unflushed = 0
+
+    def _add(self, batch: TokenBatch, layers: Sequence[int], watch: Watch | None) -> None:
+        if self._most and batch.padded > self._most and len(batch.sequences) > 1:
+            left: Sequence[int] | None = layers
+        else:
+            left = self._try(batch, layers, watch)
+        if left is None:
+            return
+        if len(batch.sequences) == 1:
+            raise ModelError(
+                f"one document of {batch.padded:,} tokens does not fit in memory; cut documents "
+                "with --max-length, or bound the sums with --max-memory."
+            )
+        for half in batch.halves():
+            self._add(half, left, watch)
+
+    def _try(
+        self, batch: TokenBatch, layers: Sequence[int], watch: Watch | None
+    ) -> Sequence[int] | None:
+        """Run a batch; None if it went through, else the layers that have not got it."""
+        finite: dict[int, Tensor] = {}
+
+        def add(layer: int, keys: Tensor) -> None:
+            flat = batch.without_padding(keys)
+            finite[layer] = self.moments[layer].add(flat, batch.tokens)
+            if watch:
+                watch(layer, flat, batch)
+
+        try:
+            self._decoder.run(batch.input_ids, layers, add)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            # Looked at once a batch: to look at a device's value is to wait for it.
+            if not all(torch.stack([flag.cpu() for flag in finite.values()]).tolist()):
+                raise self._not_finite(batch, layers)
+            return None
+        self.halved = True
+        self._most = max(1, batch.padded // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [layer for layer in layers if layer not in finite]
+
+    def _not_finite(self, batch: TokenBatch, layers: Sequence[int]) -> NumericsError:
+        """Run the batch again for the first layer, and the document in it, that is at fault."""
+        found: list[tuple[int, int]] = []
+
+        def look(layer: int, keys: Tensor) -> None:
+            bad = (~torch.isfinite(keys).all(dim=2)).cpu()
+            for row, sequence in enumerate(batch.sequences):
+                if not found and bad[row, : len(sequence.token_ids)].any():
+                    found.append((layer, sequence.index))
+
+        self._decoder.run(batch.input_ids, layers, look)
+        if not found:
+            return NumericsError(
+                "the keys of a layer are so large that their products overflow float32; "
+                "are the weights sound?"
+            )
+        layer, document = found[0]
+        dtype = next(self._decoder.model.parameters()).dtype
+        remedy = (
+            "use --dtype bfloat16 or float32."
+            if dtype == torch.float16
+            else "are the weights sound?"
+        )
+        return NumericsError(
+            f"a key of layer {layer} is NaN or infinite in document {document} (counted from 0): "
+            f"{remedy}"
+        )

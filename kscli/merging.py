@@ -1,0 +1,250 @@
+"""merge-cov: the second moments of a corpus from those of its shards.
+
+C is the mean of k k^T over all tokens, so that of parts with n_p tokens each it is
+sum_p n_p C_p / sum_p n_p. It is summed in float64, a block of rows at a time: one layer in
+float32 is the most that is in memory, and entries (i, j) and (j, i) come from equal sums.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts import (
+    EXPECTED_EQUAL,
+    IDENTITY,
+    UNKNOWN,
+    CovarianceFile,
+    Provenance,
+    write_artifact,
+)
+from kscli.errors import ArtifactError, NumericsError, UsageError
+from kscli.files import require_writable
+from kscli.layers import format_layers
+from kscli.reporter import SILENT, Reporter
+from kscli.shards import Shard, parse_shard
+
+BLOCK_BYTES = 2**24
+# Beside identity, these must agree; what the recipe says of layers and length is compared as
+# what it came to, and batches are how and not what.
+DETAILS = ("corpus_identity", "max_length")
+RECIPE_APART = ("shard", "layers", "max_length", "batch_tokens")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was merged into the file at `path`: `tokens` in `documents`, from `parts`."""
+
+    path: Path
+    parts: tuple[Path, ...]
+    layers: tuple[int, ...]
+    tokens: int
+    documents: int
+
+
+def find_parts(folder: Path) -> list[Path]:
+    """The shards' files in a model's folder, by the names that `cache-cov --shard` gives them.
+
+    Raises ArtifactError when there is none, or they are of several partitions.
+    """
+    found: dict[int, dict[int, Path]] = {}
+    for path in folder.glob("cov.shard-*-of-*.h5"):
+        match = re.fullmatch(r"cov\.shard-(\d+)-of-(\d+)\.h5", path.name)
+        if match:
+            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    if not found:
+        raise ArtifactError(
+            f"{folder} holds no shards (cov.shard-I-of-N.h5); cache-cov --shard I/N makes them."
+        )
+    if len(found) > 1:
+        counts = " and ".join(str(count) for count in sorted(found))
+        raise ArtifactError(
+            f"{folder} holds shards of partitions into {counts}; name the files of one."
+        )
+    (parts,) = found.values()
+    return [parts[index] for index in sorted(parts)]
+
+
+def model_of(part: Path) -> str:
+    """The name of the model that a part is about, which is its folder's among the artifacts."""
+    with CovarianceFile(part) as cov:
+        return cov.model
+
+
+def merge_covariances(
+    parts: Sequence[Path], path: Path, *, force: bool = False, reporter: Reporter = SILENT
+) -> MergeResult:
+    """Write to `path` the second moments over the documents of all `parts`, in any order.
+
+    The parts are all the shards of one partition, made by `cache-cov --shard`; the result has
+    the recipe of a run that was never divided. Raises ArtifactError, naming file and value,
+    when a part is no shard, is there twice or is missing, or differs from another in anything
+    but its documents, and NumericsError when an entry is not finite.
+    """
+    if any(part.resolve() == path.resolve() for part in parts):
+        raise UsageError(f"{path} is one of the parts; name another file with --output.")
+    require_writable(path, force=force)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_Part(part)) for part in parts]
+        ordered = _complete(opened)
+        first = ordered[0]
+        for other in ordered[1:]:
+            _require_alike(first, other)
+        tokens = sum(part.count for part in ordered)
+        documents = sum(int(part.attributes["documents"]) for part in ordered)
+        d_m = int(first.attributes["d_m"])
+        C = np.empty((d_m, d_m), dtype=np.float32)
+        with (
+            write_artifact(
+                path, "cov", _provenance(ordered, tokens, documents), force=force
+            ) as writer,
+            reporter.task("merging", len(first.layers), unit="layers") as task,
+        ):
+            writer.layers(first.layers)
+            writer.array("count", np.int64(tokens))
+            writer.over_layers("second_moment", C.shape, np.float32)
+            for index, layer in enumerate(first.layers):
+                _merge_layer(ordered, layer, tokens, C)
+                writer.put("second_moment", index, C)
+                task.advance()
+        paths = tuple(part.path for part in ordered)
+        return MergeResult(path, paths, first.layers, tokens, documents)
+
+
+class _Part(CovarianceFile):
+    """cov.h5 of one shard."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self.shard = self._shard()
+        except ArtifactError:
+            self.__exit__()
+            raise
+
+    def _shard(self) -> Shard:
+        if self.attributes["weights"] == UNKNOWN:
+            raise ArtifactError(f"{self.path} was imported, and is no shard of a corpus.")
+        made = self.recipe.get("shard")
+        if made is None:
+            raise ArtifactError(f"{self.path} is no shard: it was made without --shard.")
+        with self._reading():
+            try:
+                shard = parse_shard(str(made))
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+            for name in ("documents", *DETAILS):
+                self.attributes[name]
+        return shard
+
+    def rows(self, layer: int, start: int, out: NDArray[np.float64]) -> None:
+        """Read rows of a layer's C, from `start` on, into `out`."""
+        at = np.s_[self.layers.index(layer), start : start + len(out)]
+        with self._reading():
+            self._dataset("second_moment").read_direct(out, at)
+
+
+def _merge_layer(parts: Sequence[_Part], layer: int, tokens: int, out: NDArray[np.float32]) -> None:
+    width = len(out)
+    step = max(1, BLOCK_BYTES // (8 * width))
+    for start in range(0, width, step):
+        total = np.zeros((min(step, width - start), width))
+        rows = np.empty_like(total)
+        for part in parts:
+            part.rows(layer, start, rows)
+            if not np.isfinite(rows).all():
+                raise NumericsError(
+                    f"layer {layer} of {part.path} holds NaN or infinite entries; make it again."
+                )
+            rows *= part.count
+            total += rows
+        total /= tokens
+        out[start : start + step] = total
+
+
+def _complete(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts by their index; ArtifactError unless each shard of one partition is there."""
+    first = parts[0]
+    by_index: dict[int, _Part] = {}
+    for part in parts:
+        if part.shard.count != first.shard.count:
+            raise ArtifactError(
+                f"{first.path} is shard {first.shard} and {part.path} is shard {part.shard}: "
+                "they are of different partitions of the corpus."
+            )
+        other = by_index.setdefault(part.shard.index, part)
+        if other is not part:
+            raise ArtifactError(
+                f"{other.path} and {part.path} are both shard {part.shard}; its documents would "
+                "be counted twice."
+            )
+    missing = [Shard(i, first.shard.count) for i in range(first.shard.count) if i not in by_index]
+    if missing:
+        names = ", ".join(map(str, missing))
+        which = f"shard {names} is" if len(missing) == 1 else f"shards {names} are"
+        raise ArtifactError(f"{which} missing; run `{_command(first, missing[0])}`.")
+    return [by_index[index] for index in sorted(by_index)]
+
+
+def _command(part: _Part, shard: Shard) -> str:
+    """The command that made a part, for another shard."""
+    made = str(part.attributes.get("command", ""))
+    command, found = re.subn(r"(--shard[ =])\S+", rf"\g<1>{shard}", made)
+    return command if found else f"kscli cache-cov -m {part.model} --shard {shard}"
+
+
+def _require_alike(first: _Part, other: _Part) -> None:
+    """Raise ArtifactError when two parts differ in anything but documents, machine and batches."""
+    mine, theirs = _compared(first), _compared(other)
+    for name in mine | theirs:
+        if mine.get(name) != theirs.get(name):
+            raise ArtifactError(
+                f"{first.path} and {other.path} differ in {name} ({_shown(mine.get(name))} and "
+                f"{_shown(theirs.get(name))}); make both with the same options."
+            )
+
+
+def _compared(part: _Part) -> dict[str, Any]:
+    attributes = {name: part.attributes[name] for name in (*IDENTITY, *EXPECTED_EQUAL, *DETAILS)}
+    recipe = {name: value for name, value in part.recipe.items() if name not in RECIPE_APART}
+    return recipe | attributes | {"layers": format_layers(part.layers)}
+
+
+def _shown(value: Any) -> str:
+    return "none" if value in (None, "") else str(value)
+
+
+def _provenance(parts: Sequence[_Part], tokens: int, documents: int) -> Provenance:
+    first = parts[0]
+    details: dict[str, Any] = {
+        "corpus": first.attributes["corpus"],
+        **{name: first.attributes[name] for name in DETAILS},
+        "documents": documents,
+        "whole_corpus": all(part.attributes.get("whole_corpus", False) for part in parts),
+    }
+    if "padding" in first.attributes:
+        padded = sum(part.count / (1 - part.attributes["padding"]) for part in parts)
+        details["padding"] = 1 - tokens / padded
+        details["batch_tokens"] = _of_all(parts, "batch_tokens")
+        details["batches_halved"] = any(part.attributes["batches_halved"] for part in parts)
+    recipe = first.recipe
+    del recipe["shard"]
+    return first.provenance(
+        device=_of_all(parts, "device"),
+        details=details,
+        inputs={f"shard {part.shard}": part.fingerprint for part in parts},
+        recipe=recipe,
+    )
+
+
+def _of_all(parts: Sequence[_Part], name: str) -> Any:
+    """The parts' value of an attribute, or their values as a list where they differ."""
+    values = list(dict.fromkeys(part.attributes.get(name, UNKNOWN) for part in parts))
+    return values[0] if len(values) == 1 else ", ".join(map(str, values))

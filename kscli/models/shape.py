@@ -1,0 +1,57 @@
+"""A model's sizes, from its configuration alone: no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kscli.models.decoder import find_down_projections
+from kscli.models.loading import (
+    LocatedModel,
+    ModelOptions,
+    default_length,
+    load_config,
+    model_errors,
+    positions_of,
+    quiet_transformers,
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How large a decoder is.
+
+    `parameters` counts all, tied ones once; `layer_parameters` those of the decoder layers, by
+    which every token is multiplied.
+    """
+
+    n_layers: int
+    d_m: int
+    hidden_size: int
+    parameters: int
+    layer_parameters: int
+    max_length: int
+
+
+def model_shape(located: LocatedModel, options: ModelOptions) -> ModelShape:
+    """The shape of a model that is not loaded; raises ModelError as loading it does."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        config = load_config(located, options)
+        with model_errors(located), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=options.trust_remote_code
+            )
+    text = config.get_text_config()
+    projections = find_down_projections(model, text.hidden_size, text.num_hidden_layers)
+    layers = projections[0].name.partition(".0.")[0]
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    return ModelShape(
+        n_layers=len(projections),
+        d_m=projections[0].d_m,
+        hidden_size=text.hidden_size,
+        parameters=sum(sizes.values()),
+        layer_parameters=sum(n for name, n in sizes.items() if name.startswith(f"{layers}.")),
+        max_length=default_length(positions_of(text)),
+    )

@@ -1,0 +1,215 @@
+"""The memory plan of cache-cov: what goes where, in how many passes, how long it will take.
+
+Of the sums of one layer, E = `lower_entries(d_m)` entries are held. They are laid out so that the
+corpus is read as seldom as possible, and with that as close to the device as possible:
+
+- `device`: in float64 on the device, 8 E bytes a layer;
+- `split`: in float32 on the device, 4 E, flushed now and then to float64 on the host, 8 E;
+- `host`: in float64 on the host, 8 E, where every batch's products go.
+
+Where they fit nowhere at once, the layers are cut into groups, one pass each; a pass stops at
+its last layer, so that the first groups cost less than the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from kscli.errors import ModelError
+from kscli.layer_sums import Placement
+from kscli.layers import format_layers
+from kscli.models.shape import ModelShape
+from kscli.moments import lower_entries
+from kscli.resources import Resources, format_size
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_BATCH = 4096
+DEVICE_BATCH = (2048, 32768)
+# Values a token that live at once in a forward pass: of the MLP's width, and of the model's.
+LIVE_WIDE, LIVE_NARROW = 4, 8
+ACTIVATION_BYTES = 2**31
+# What a decoder reaches of a bare matrix product's rate (SmolLM2-135M on a CPU: 0.6 to 0.7).
+EFFICIENCY = 0.6
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What goes where. Sizes are bytes; `spread`: the model is laid over several devices.
+
+    `model`, `device_sums`, `host_sums` and `work` (activations, products, one layer in the making)
+    are what memory is for; `output` and `checkpoints` are on the disk.
+    """
+
+    device: str
+    groups: tuple[tuple[int, ...], ...]
+    placement: Placement
+    batch_tokens: int
+    spread: bool
+    model: int
+    device_sums: int
+    host_sums: int
+    work: int
+    output: int
+    checkpoints: int
+
+    @property
+    def passes(self) -> int:
+        """How often the corpus is read."""
+        return len(self.groups)
+
+    def sentences(self) -> list[str]:
+        """The plan for people."""
+        layers = sum(map(len, self.groups))
+        where = []
+        if self.device_sums:
+            kind = "float64" if self.placement == "device" else "float32"
+            where.append(f"{format_size(self.device_sums)} on {self.device} ({kind})")
+        if self.host_sums:
+            where.append(f"{format_size(self.host_sums)} on the host (float64)")
+        passes = (
+            f"one pass over {layers} layers"
+            if self.passes == 1
+            else f"{self.passes} passes, over layers "
+            + ", ".join(format_layers(group) for group in self.groups)
+        )
+        spread = ", laid over all devices" if self.spread else ""
+        return [
+            f"{passes}: the model {format_size(self.model)}{spread}, the sums "
+            f"{' and '.join(where)}, batches of {self.batch_tokens:,} tokens."
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for programs: sizes in bytes."""
+        return {**asdict(self), "groups": [list(g) for g in self.groups], "passes": self.passes}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How many tokens there are and how long they take (None: it cannot be told), at what rate."""
+
+    tokens: float | None
+    seconds: float | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user wants of the plan: layers, dtype, and bounds (None: chosen here)."""
+
+    layers: Sequence[int]
+    dtype: str
+    batch_tokens: int | None = None
+    max_memory: int | None = None
+
+
+def batch_tokens_for(shape: ModelShape, dtype: str, kind: str) -> int:
+    """How many tokens a batch holds: a pure function of model, dtype and kind of device.
+
+    On a CPU more would not be faster. On a device it is the power of two whose activations are
+    about 2 GiB, between 2,048 and 32,768.
+    """
+    if kind != "cuda":
+        return CPU_BATCH
+    fitting = ACTIVATION_BYTES / _bytes_a_token(shape, dtype)
+    least, most = DEVICE_BATCH
+    return int(min(max(2 ** math.floor(math.log2(fitting)), least), most))
+
+
+def plan_memory(shape: ModelShape, request: PlanRequest, resources: Resources) -> MemoryPlan:
+    """Lay out the sums of `request.layers` in what is free, in the fewest passes.
+
+    `max_memory` bounds what is used of the device, on a CPU of this process. Raises ModelError
+    when not even one layer fits.
+    """
+    batch_tokens = request.batch_tokens or batch_tokens_for(shape, request.dtype, resources.kind)
+    entries = lower_entries(shape.d_m)
+    model = shape.parameters * ITEM_BYTES[request.dtype]
+    activations = batch_tokens * _bytes_a_token(shape, request.dtype)
+    # One layer's products, and C on its way to the file or to the settling estimate.
+    products, layer = 4 * entries, 12 * shape.d_m**2
+    on_device = resources.device_memory is not None
+    free = resources.host_memory if resources.device_memory is None else resources.device_memory
+    free = min(free, request.max_memory or free)
+    spread = False
+    if resources.device_memory is None:
+        work = int(activations + products + layer)
+        room = {"host": (free - model - work) // (8 * entries)}
+    else:
+        work = int(activations + products)
+        spread = model + work > free
+        if spread and model + work > resources.all_devices + resources.host_memory:
+            raise _too_large(request, model + work, free)
+        left = 0 if spread else free - model - work
+        host = resources.host_memory - layer - (model if spread else 0)
+        room = {
+            "device": left // (8 * entries),
+            "split": min(left // (4 * entries), host // (8 * entries)),
+            "host": host // (8 * entries),
+        }
+    placement, groups = _fewest_passes(request.layers, room)
+    if not groups:
+        raise _too_large(request, model + work + 8 * entries, free)
+    most = max(map(len, groups))
+    packed = 4 * shape.d_m * (shape.d_m + 1)
+    return MemoryPlan(
+        device=resources.device if on_device else "cpu",
+        groups=groups,
+        placement=placement,
+        batch_tokens=batch_tokens,
+        spread=spread,
+        model=model,
+        device_sums={"device": 8, "split": 4, "host": 0}[placement] * entries * most,
+        host_sums=(0 if placement == "device" else 8) * entries * most,
+        work=work,
+        output=4 * shape.d_m**2 * len(request.layers),
+        checkpoints=packed * (2 * most + len(request.layers) - most),
+    )
+
+
+def seconds_a_token(plan: MemoryPlan, shape: ModelShape, length: float, rate: float) -> float:
+    """How long a token takes in documents of `length` tokens, an estimate.
+
+    Of every pass: 2 operations a parameter of the layers up to its last and 2 x length x hidden a
+    layer for attention (causal, so half of 4), at EFFICIENCY of the `rate` of a bare matrix
+    product; and d_m^2 for each summed layer's half product, at that rate.
+    """
+    of_layer = 2 * shape.layer_parameters / shape.n_layers + 2 * length * shape.hidden_size
+    seconds = 0.0
+    for group in plan.groups:
+        seconds += of_layer * (group[-1] + 1) / (EFFICIENCY * rate)
+        seconds += len(group) * shape.d_m**2 / rate
+    return seconds
+
+
+def _bytes_a_token(shape: ModelShape, dtype: str) -> float:
+    return (LIVE_WIDE * shape.d_m + LIVE_NARROW * shape.hidden_size) * ITEM_BYTES[dtype]
+
+
+def _fewest_passes(
+    layers: Sequence[int], room: dict[str, int]
+) -> tuple[Placement, tuple[tuple[int, ...], ...]]:
+    """The first placement with the fewest passes, and its groups; none where no layer fits."""
+    passes = {
+        placement: math.ceil(len(layers) / fitting)
+        for placement, fitting in room.items()
+        if fitting > 0
+    }
+    if not passes:
+        return "host", ()
+    placement = min(passes, key=lambda name: passes[name])
+    count = passes[placement]
+    bounds = [len(layers) * at // count for at in range(count + 1)]
+    groups = tuple(tuple(layers[start:end]) for start, end in pairwise(bounds))
+    return placement, groups  # type: ignore[return-value]
+
+
+def _too_large(request: PlanRequest, needed: float, free: float) -> ModelError:
+    bound = "--max-memory allows" if request.max_memory else "are free"
+    return ModelError(
+        f"the model and one layer's sums need about {format_size(needed)}, and {format_size(free)} "
+        f"{bound}; use a smaller --dtype or --batch-tokens, another --device, or a larger machine."
+    )

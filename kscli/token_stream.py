@@ -1,0 +1,200 @@
+"""The corpus as windows of token sequences, from any place on.
+
+Documents are numbered as they come in the one ordered stream, whatever files they lie in. A
+window holds what is batched together: the windows grow with what was read (`first` tokens,
+then as many again, then twice as many, up to `most`), so that the stream's first N tokens are
+whole windows at doublings of N, and each window is a fair piece of the text. Where one window
+ends is a pure function of the documents before it, and a `Cursor` says all that is needed to
+go on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from kscli.batching import TokenSequence, encode
+from kscli.corpus import Corpus
+from kscli.errors import CorpusError
+from kscli.shards import WHOLE, Shard
+
+# How many documents an expectation is taken from.
+LOOKED_AT = 256
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a corpus: `samples` documents and `tokens` tokens at most (None: all).
+
+    Documents are cut at `max_length` tokens. A `shard` takes its share of these documents.
+    """
+
+    samples: int | None
+    tokens: int | None
+    max_length: int
+    shard: Shard = WHOLE
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reading comes to: `tokens` in all (None: it cannot be told), `length` a document."""
+
+    tokens: float | None
+    length: float
+
+
+@dataclass(frozen=True)
+class WindowSizes:
+    """How many tokens the first window holds at least, and how many none exceeds by a document."""
+
+    first: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place between two documents of the stream, at a window's end.
+
+    `documents` of the stream lie before it, with the chained hash `digest`; `limited` is how many
+    of the tokens that `Reading.tokens` allows are used up. Of this shard's documents there,
+    `own` in number, `empty` had no token, and the others `tokens`.
+    """
+
+    documents: int = 0
+    limited: int = 0
+    own: int = 0
+    empty: int = 0
+    tokens: int = 0
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sequences between two places of the stream."""
+
+    start: Cursor
+    end: Cursor
+    sequences: tuple[TokenSequence, ...]
+
+
+class TokenStream:
+    """The windows of a corpus after `start`; iterate over it once.
+
+    Raises CorpusError where the documents before `start` are not those it was made from.
+    `exhausted` says, at the end, whether the corpus has no more documents; `read` is how far the
+    stream was read, and `finished` that nothing is left of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        corpus: Corpus,
+        reading: Reading,
+        sizes: WindowSizes,
+        start: Cursor | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._corpus = corpus
+        self._reading = reading
+        self._sizes = sizes
+        self.start = start or Cursor()
+        self.read = self.start
+        self.exhausted = False
+        self.finished = False
+        # The chained hash after each document that was read and is in no window yet.
+        self._digests: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[Window]:
+        start = self.start
+        window: list[TokenSequence] = []
+        for sequence in self._sequences():
+            mine = self._reading.shard.holds(sequence.index)
+            if mine:
+                window.append(sequence)
+            self.read = _after(self.read, sequence, mine)
+            if self.read.tokens - start.tokens >= self._size_after(start):
+                yield self._window(start, window)
+                start, window = self.read, []
+        self.finished = True
+        if window:
+            yield self._window(start, window)
+
+    def _size_after(self, start: Cursor) -> int:
+        return min(max(self._sizes.first, start.tokens), self._sizes.most)
+
+    def _window(self, start: Cursor, sequences: list[TokenSequence]) -> Window:
+        end = self.read.documents
+        self.read = replace(self.read, digest=self._digests[end])
+        self._digests = {at: digest for at, digest in self._digests.items() if at > end}
+        return Window(start, self.read, tuple(sequences))
+
+    def _sequences(self) -> Iterator[TokenSequence]:
+        """This shard's sequences; with a limit on tokens, which all shards use up, everyone's."""
+        reading = self._reading
+        if reading.tokens is None:
+            texts = ((i, text) for i, text in self._documents() if reading.shard.holds(i))
+            yield from encode(self._tokenizer, texts, reading.max_length)
+            return
+        left = reading.tokens - self.start.limited
+        if left <= 0:
+            return
+        for sequence in encode(self._tokenizer, self._documents(), reading.max_length):
+            yield TokenSequence(sequence.index, sequence.token_ids[:left])
+            left -= len(sequence.token_ids)
+            if left <= 0:
+                return
+
+    def _documents(self) -> Iterator[tuple[int, str]]:
+        """The documents after `start`, numbered; those before it are read and compared."""
+        number, digest = 0, ""
+        for text in islice(self._texts(), self._reading.samples):
+            number += 1
+            digest = hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
+            if number == self.start.documents and digest != self.start.digest:
+                raise self.changed(self.start)
+            if number > self.start.documents:
+                self._digests[number] = digest
+                yield number - 1, text
+        if number < self.start.documents:
+            raise self.changed(self.start)
+
+    def _texts(self) -> Iterator[str]:
+        yield from self._corpus.documents()
+        self.exhausted = True
+
+    def changed(self, end: Cursor) -> CorpusError:
+        """The error for a corpus whose documents up to `end` are not what they were."""
+        return CorpusError(
+            f"the first {end.documents:,} documents of {self._corpus.name} are not those that the "
+            "checkpoint has counted; give the same text again, or remove the checkpoint's folder."
+        )
+
+
+def _after(cursor: Cursor, sequence: TokenSequence, mine: bool) -> Cursor:
+    taken = len(sequence.token_ids)
+    return replace(
+        cursor,
+        documents=sequence.index + 1,
+        limited=cursor.limited + taken,
+        own=cursor.own + mine,
+        empty=cursor.empty + (mine and not taken),
+        tokens=cursor.tokens + taken * mine,
+    )
+
+
+def expected_tokens(tokenizer: Any, corpus: Corpus, reading: Reading) -> Expected:
+    """What `reading` comes to, by the corpus's first documents: exact where it has no more."""
+    most = min(reading.samples or LOOKED_AT, LOOKED_AT)
+    texts = enumerate(islice(corpus.documents(), most + 1))
+    lengths = [len(s.token_ids) for s in encode(tokenizer, texts, reading.max_length)]
+    ended = len(lengths) <= most
+    lengths = lengths[:most]
+    mean = sum(lengths) / max(len(lengths), 1)
+    documents = len(lengths) if ended else reading.samples
+    tokens = None if documents is None else mean * documents
+    if reading.tokens is not None:
+        tokens = min(tokens or reading.tokens, reading.tokens)
+    return Expected(None if tokens is None else tokens / reading.shard.count, mean)

@@ -1,0 +1,234 @@
+"""`kscli cache-cov` as a user runs it: killed, planned, shared out over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from cli_kit import ROOT, kscli, kscli_process, one_sentence
+
+from kscli.tiny.corpus import documents
+
+COMMON = ("cache-cov", "--dtype", "float32", "--batch-tokens", "256", "--checkpoint-every", "0")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    texts = [text for _, text in zip(range(1500), documents(), strict=False)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed") / "cov.h5"
+    done = kscli_process(*COMMON, "--corpus", corpus, "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kscli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("state-*.h5")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def second_moments(path: Path) -> np.ndarray:
+    with h5py.File(path) as file:
+        return np.asarray(file["second_moment"][()])
+
+
+def assert_close(path: Path, other: Path) -> None:
+    got, expected = second_moments(path), second_moments(other)
+    error = np.linalg.norm(got - expected, axis=(1, 2)) / np.linalg.norm(expected, axis=(1, 2))
+    assert error.max() < 1e-6
+    with h5py.File(path) as file, h5py.File(other) as whole:
+        assert file["count"][()] == whole["count"][()]
+        assert file.attrs["documents"] == whole.attrs["documents"]
+        assert file.attrs["whole_corpus"] == whole.attrs["whole_corpus"]
+        assert json.loads(file.attrs["recipe"]).get("shard") is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_it_goes_on_and_ends_with_the_same_file(
+    corpus: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "cov.h5"
+    command = (*COMMON, "--corpus", corpus, "-o", path)
+    folder = tmp_path / "cov.h5.checkpoint"
+    process = start(*command)
+    wait_for_checkpoint(folder, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert not path.exists()
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number
+        assert "the same command goes on from there" in stderr
+        assert "Traceback" not in stderr
+    again = kscli_process(*command)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    np.testing.assert_array_equal(second_moments(path), second_moments(undisturbed))
+    assert not folder.exists()
+
+
+def test_another_runs_checkpoint_is_refused_before_the_model_is_loaded(
+    corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cov.h5"
+    process = start(*COMMON, "--corpus", corpus, "-o", path)
+    wait_for_checkpoint(tmp_path / "cov.h5.checkpoint", process)
+    process.kill()
+    process.communicate()
+    other = (*COMMON, "--corpus", corpus, "-o", path, "--max-length", "9")
+    refused = kscli(*other)
+    assert refused.exit_code == 1
+    assert "max_length differ" in one_sentence(refused.stderr)
+    assert (tmp_path / "cov.h5.checkpoint").exists()
+    assert kscli(*other, "--force").exit_code == 0
+    assert not (tmp_path / "cov.h5.checkpoint").exists()
+
+
+def test_standard_input_goes_on_when_the_same_text_comes_again(
+    corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cov.h5"
+    command = (*COMMON, "--corpus", "-", "-o", path)
+    process = start_with_input(corpus, *command)
+    wait_for_checkpoint(tmp_path / "cov.h5.checkpoint", process)
+    process.kill()
+    process.communicate()
+    lines = corpus.read_text().splitlines()
+    changed = kscli_process(*command, text="\n".join(['{"text": "Other."}', *lines[1:]]))
+    assert changed.returncode == 1
+    assert "are not those that the checkpoint has counted" in one_sentence(changed.stderr)
+    again = kscli_process(*command, text="\n".join(lines))
+    assert again.returncode == 0, again.stderr
+    np.testing.assert_array_equal(second_moments(path), second_moments(undisturbed))
+
+
+def start_with_input(corpus: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+    with corpus.open() as text:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kscli", *map(str, arguments)],
+            stdin=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_torchrun_give_what_one_process_does(
+    corpus: Path, undisturbed: Path, tmp_path: Path, ranks: int
+) -> None:
+    path = tmp_path / "cov.h5"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*torchrun, "-m", "kscli", *COMMON, "--corpus", corpus, "-o", path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"wrote {path}") == 1
+    assert_close(path, undisturbed)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("bound", [(), ("--tokens", "3001"), ("--samples", "701")])
+def test_shards_merged_give_what_one_process_does(
+    corpus: Path, tmp_path: Path, bound: tuple[str, ...]
+) -> None:
+    common = (*COMMON, "--corpus", corpus, "--dir", tmp_path, *bound)
+    for index in range(3):
+        part = kscli(*common, "--shard", f"{index}/3")
+        assert part.exit_code == 0, part.stderr
+    whole = tmp_path / "whole.h5"
+    assert kscli(*common, "-o", whole).exit_code == 0
+    merged = kscli("merge-cov", "--dir", tmp_path)
+    assert merged.exit_code == 0, merged.stderr
+    assert_close(tmp_path / "tiny" / "cov.h5", whole)
+    # What was merged is what the command without --shard would have made.
+    again = kscli(*common)
+    assert again.exit_code == 0
+    assert "is up to date" in again.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
+    common = ("cache-cov", "--corpus", corpus, "--dir", tmp_path, "--dry-run")
+    table = kscli(*common)
+    assert table.exit_code == 0, table.stderr
+    for words in ("passes", "checkpoints, on disk", "estimated time", "4,096 tokens"):
+        assert words in table.stdout
+    plan = json.loads(kscli(*common, "--tokens", "5000", "-f", "json").stdout)
+    assert plan["groups"] == [[0, 1, 2, 3]]
+    assert plan["tokens"] == 5000
+    assert plan["output"] == 4 * 4 * 512**2
+    assert plan["seconds"] > 0
+    shard = json.loads(
+        kscli(*common, "--tokens", "5000", "--shard", "1/2", "--layers", "2", "-f", "json").stdout
+    )
+    assert (shard["tokens"], shard["groups"]) == (2500, [[2]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_little_memory_means_several_passes_and_the_same_result(
+    corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cov.h5"
+    whole = json.loads(kscli("cache-cov", "--dry-run", "--dtype", "float32", "-f", "json").stdout)
+    plan = json.loads(kscli(*COMMON, "--corpus", corpus, "--dry-run", "-f", "json").stdout)
+    layer = plan["host_sums"] // 4
+    bound = plan["model"] + plan["work"] + 2 * layer
+    assert whole["passes"] == plan["passes"] == 1
+    done = kscli(*COMMON, "--corpus", corpus, "--max-memory", str(bound), "-o", path)
+    assert done.exit_code == 0, done.stderr
+    assert "2 passes, over layers 0-1, 2-3" in done.stderr
+    np.testing.assert_array_equal(second_moments(path), second_moments(undisturbed))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--shard", "2/2"), 2, "--shard 2/2"),
+        (("--shard", "half"), 2, "write I/N"),
+        (("--shard", "0/2", "--corpus", "-"), 2, "standard input goes to one process"),
+        (("--shard", "0/2", "--until-settled", "0.1"), 2, "each process has a part"),
+        (("--until-settled", "0"), 2, "--until-settled 0.0 must be more than 0"),
+        (("--max-memory", "lots"), 2, "'lots' is no size"),
+        (("--max-memory", "1MiB"), 1, "--max-memory allows"),
+        (("--batch-tokens", "0"), 2, ""),
+    ],
+)
+def test_wrong_requests(tmp_path: Path, options: tuple[str, ...], code: int, words: str) -> None:
+    result = kscli("cache-cov", "-o", tmp_path / "cov.h5", *options)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []

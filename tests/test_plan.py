@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+
+from kscli.errors import ModelError
+from kscli.models.shape import ModelShape
+from kscli.moments import lower_entries
+from kscli.plan import (
+    MemoryPlan,
+    PlanRequest,
+    batch_tokens_for,
+    plan_memory,
+    seconds_a_token,
+)
+from kscli.resources import Resources
+
+GIB = 2**30
+GPT_J = ModelShape(28, 16384, 4096, 6_050_000_000, 5_640_000_000, 2048)
+LLAMA2_13B = ModelShape(40, 13824, 5120, 13_000_000_000, 12_690_000_000, 2048)
+LLAMA31_8B = ModelShape(32, 14336, 4096, 8_030_000_000, 6_980_000_000, 2048)
+SMALL = ModelShape(30, 1536, 576, 134_515_008, 106_200_000, 2048)
+SHAPES = [GPT_J, LLAMA2_13B, LLAMA31_8B, SMALL]
+
+
+def card(gib: float, host: float = 128) -> Resources:
+    return Resources("cuda", int(host * GIB), int(gib * GIB), int(gib * GIB))
+
+
+def plan(shape: ModelShape, resources: Resources, **bounds: int) -> MemoryPlan:
+    dtype = "float32" if resources.kind == "cpu" else "bfloat16"
+    return plan_memory(shape, PlanRequest(range(shape.n_layers), dtype, **bounds), resources)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.n_layers}x{s.d_m}")
+@pytest.mark.parametrize("gib", [4, 8, 24, 40, 78, 139])
+@pytest.mark.parametrize("host", [4, 32, 128])
+def test_no_plan_is_over_its_bounds_and_every_layer_is_in_one_group(
+    shape: ModelShape, gib: int, host: int
+) -> None:
+    try:
+        found = plan(shape, card(gib, host))
+    except ModelError:
+        assert host < 128 or gib < 78
+        return
+    assert [layer for group in found.groups for layer in group] == list(range(shape.n_layers))
+    on_device = found.device_sums + found.work + (0 if found.spread else found.model)
+    assert on_device <= gib * GIB
+    on_host = found.host_sums + 12 * shape.d_m**2 + (found.model if found.spread else 0)
+    assert on_host <= host * GIB
+
+
+def test_what_the_known_machines_do() -> None:
+    h100 = card(78)
+    gpt_j = plan(GPT_J, h100)
+    assert (gpt_j.placement, gpt_j.passes) == ("device", 1)
+    # float64 of half of 28 x 16,384^2, and a half block a row.
+    assert gpt_j.device_sums == 8 * 28 * lower_entries(16384)
+    assert gpt_j.device_sums / GIB == pytest.approx(28, rel=0.02)
+    assert plan(LLAMA2_13B, h100).passes == 1
+    assert plan(LLAMA31_8B, h100).placement == "device"
+    small_card = plan(GPT_J, card(24))
+    assert (small_card.placement, small_card.passes) == ("host", 1)
+    assert plan(GPT_J, card(40)).placement == "split"
+    assert plan(GPT_J, card(8)).spread
+    assert plan(GPT_J, card(24, host=24)).passes == 2
+    cpu = plan(SMALL, Resources("cpu", 22 * GIB))
+    assert (cpu.placement, cpu.passes, cpu.batch_tokens) == ("host", 1, 4096)
+
+
+def test_more_memory_never_means_more_passes_and_the_fewest_are_taken() -> None:
+    entries = lower_entries(GPT_J.d_m)
+    passes = []
+    for host in range(16, 80, 2):
+        found = plan(GPT_J, Resources("cpu", int((host + 24) * GIB)))
+        passes.append(found.passes)
+        room = (host + 24) * GIB - found.model - found.work
+        assert found.passes == -(-GPT_J.n_layers // int(room // (8 * entries)))
+        sizes = [len(group) for group in found.groups]
+        assert max(sizes) - min(sizes) <= 1
+    assert passes == sorted(passes, reverse=True)
+    assert passes[-1] == 1 < passes[0]
+
+
+def test_max_memory_bounds_the_device_or_the_process() -> None:
+    free = plan(GPT_J, card(78))
+    bound = plan(GPT_J, card(78), max_memory=30 * GIB)
+    assert (free.placement, bound.placement) == ("device", "split")
+    assert bound.model + bound.device_sums + bound.work <= 30 * GIB
+    process = plan(SMALL, Resources("cpu", 22 * GIB), max_memory=GIB)
+    assert process.passes > 1
+    assert process.model + process.host_sums + process.work <= GIB
+    assert plan(SMALL, Resources("cpu", GIB), max_memory=22 * GIB) == process
+
+
+@pytest.mark.parametrize(
+    ("resources", "bound"),
+    [(Resources("cpu", GIB // 4), None), (card(0.1, host=0.1), None), (card(78), GIB // 8)],
+)
+def test_where_not_even_one_layer_fits_the_remedy_is_told(
+    resources: Resources, bound: int | None
+) -> None:
+    with pytest.raises(ModelError, match="one layer's sums need about") as raised:
+        plan(
+            GPT_J, Resources(resources.device, GIB, resources.device_memory, GIB), max_memory=bound
+        )  # type: ignore[arg-type]
+    assert "--dtype" in str(raised.value)
+
+
+def test_batches_are_a_function_of_model_dtype_and_device() -> None:
+    assert batch_tokens_for(GPT_J, "bfloat16", "cpu") == 4096
+    sizes = [batch_tokens_for(shape, "bfloat16", "cuda") for shape in SHAPES]
+    assert sizes == [8192, 8192, 8192, 32768]
+    assert batch_tokens_for(GPT_J, "float32", "cuda") == 4096
+    assert plan(GPT_J, card(78), batch_tokens=100).batch_tokens == 100
+
+
+def test_the_estimate_counts_what_each_pass_runs() -> None:
+    rate = 1e12
+    whole = plan(SMALL, Resources("cpu", 22 * GIB))
+    once = seconds_a_token(whole, SMALL, 0.0, rate)
+    forward = 2 * SMALL.layer_parameters / 0.6 / rate
+    products = 30 * 1536**2 / rate
+    assert once == pytest.approx(forward + products)
+    passes = plan(SMALL, Resources("cpu", GIB))
+    runs = sum((group[-1] + 1) / 30 for group in passes.groups)
+    assert seconds_a_token(passes, SMALL, 0.0, rate) == pytest.approx(forward * runs + products)
+    assert seconds_a_token(whole, SMALL, 512.0, rate) > once
+
+
+def test_the_plan_in_words_and_for_programs() -> None:
+    found = plan(GPT_J, card(40))
+    (sentence,) = found.sentences()
+    assert "one pass over 28 layers" in sentence
+    assert "14.2 GiB on cuda (float32) and 28.4 GiB on the host (float64)" in sentence
+    two = plan(GPT_J, card(24, host=24))
+    assert "2 passes, over layers 0-13, 14-27" in two.sentences()[0]
+    assert two.as_dict()["passes"] == 2
+    assert two.as_dict()["groups"][1] == list(range(14, 28))
