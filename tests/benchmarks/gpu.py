@@ -1,0 +1,197 @@
+"""cache-cov on a GPU, random weights at a real model's full shape: ready to run, all layers.
+
+    python tests/benchmarks/gpu.py [MODEL ...] [--tokens 2000000] [--device cuda] [--dtype bfloat16]
+
+MODEL is gpt-j, llama2-7b, llama2-13b, llama3.1-8b (default: these) or small, for a try on a CPU.
+Documents have lengths as Wikipedia's articles have, ARTICLE_TOKENS on average. Prints tokens/s,
+the share of the card's peak, the peak of memory, the wall over that of the bare decoder and the
+half products at the rate measured here, and the hours that 100,000 articles would take,
+extrapolated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
+
+from kscli.batching import make_batches
+from kscli.corpus_run import WINDOW_BATCHES, CovarianceOptions, RunPlan
+from kscli.covariance import second_moments
+from kscli.models.decoder import Decoder
+from kscli.models.loading import LoadedModel, ModelIdentity
+from kscli.models.shape import ModelShape
+from kscli.plan import PlanRequest, plan_memory
+from kscli.products import lower_products
+from kscli.resources import format_size, matmul_rate, measure_resources
+from kscli.settling import Settling
+from kscli.token_stream import TokenStream, WindowSizes
+
+ARTICLE_TOKENS = 800
+ARTICLES = 100_000
+MAX_LENGTH = 2048
+CONFIGS: dict[str, Any] = {
+    "gpt-j": lambda: GPTJConfig(),
+    "llama2-7b": lambda: LlamaConfig(),
+    "llama2-13b": lambda: LlamaConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    "llama3.1-8b": lambda: LlamaConfig(
+        vocab_size=128256, intermediate_size=14336, num_key_value_heads=8
+    ),
+    "small": lambda: LlamaConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
+}
+FULL = ("gpt-j", "llama2-7b", "llama2-13b", "llama3.1-8b")
+
+
+class RandomTokens:
+    """A tokenizer of documents that are a number: random tokens, as many as an article has."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
+        most = options.get("max_length", MAX_LENGTH)
+        if isinstance(texts, str):
+            return {"input_ids": self.ids(texts, most)}
+        return {"input_ids": [self.ids(text, most) for text in texts]}
+
+    def ids(self, text: str, most: int) -> list[int]:
+        generator = np.random.default_rng(int(text or 0))
+        # Log-normal, of the mean that is named above.
+        length = int(generator.lognormal(np.log(ARTICLE_TOKENS) - 0.5, 1.0))
+        size = min(max(length, 8), most)
+        return generator.integers(10, self.vocabulary, size).tolist()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A corpus of the numbers from 0 on."""
+
+    name: str = "random articles"
+    identity: str = "random"
+
+    def documents(self) -> Iterator[str]:
+        return (str(number) for number in range(10**9))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", default=list(FULL))
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    arguments = parser.parse_args()
+    peak = matmul_rate(arguments.device, arguments.dtype)
+    print(f"bare products: {peak / 1e12:.1f} TFLOP/s in {arguments.dtype}")
+    for name in arguments.models:
+        measure(name, arguments, peak)
+        if arguments.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
+    config = CONFIGS[name]()
+    dtype = getattr(torch, arguments.dtype)
+    with torch.device(arguments.device):
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    hidden, n_layers = config.hidden_size, config.num_hidden_layers
+    decoder = Decoder(network.requires_grad_(False), hidden, n_layers)
+    model = LoadedModel(
+        ModelIdentity(name, name, "", "random", "random"),
+        decoder,
+        RandomTokens(config.vocab_size),
+        arguments.dtype,
+        arguments.device,
+        MAX_LENGTH,
+    )
+    parameters = sum(p.numel() for p in network.parameters())
+    layers = [p.numel() for n, p in network.named_parameters() if ".0." in n]
+    shape = ModelShape(
+        n_layers, decoder.d_m, hidden, parameters, sum(layers) * n_layers, MAX_LENGTH
+    )
+    resources = measure_resources(arguments.device)
+    # The weights are there already, and what is free does not hold them.
+    weights = parameters * dtype.itemsize
+    grown = type(resources)(
+        resources.device,
+        resources.host_memory + (weights if resources.device_memory is None else 0),
+        None if resources.device_memory is None else resources.device_memory + weights,
+        resources.all_devices + weights,
+    )
+    plan = plan_memory(shape, PlanRequest(range(n_layers), arguments.dtype), grown)
+    print(f"{name}: {plan.sentences()[0]}")
+    run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
+    options = CovarianceOptions(None, arguments.tokens, MAX_LENGTH)
+    warm_up = CovarianceOptions(None, 2 * plan.batch_tokens, MAX_LENGTH)
+    second_moments(model, Numbers(), warm_up, plan=run)
+    batches = batches_of(model, options, plan.batch_tokens)
+    tokens = sum(batch.tokens for batch in batches)
+    every = max(1, len(batches) // 12)
+    some = batches[::every]
+    share = tokens / sum(batch.tokens for batch in some)
+
+    def bare() -> None:
+        for batch in some:
+            decoder.run(batch.input_ids, [n_layers - 1], lambda layer, keys: None)
+
+    alone = seconds(bare, arguments.device) * share
+    keys = torch.randn(plan.batch_tokens, decoder.d_m, dtype=dtype, device=arguments.device)
+    product = min(seconds(lambda: lower_products(keys), arguments.device) for _ in range(5))
+    products = product * n_layers * tokens / plan.batch_tokens
+    reset_peak(arguments.device)
+    wall = seconds(lambda: second_moments(model, Numbers(), options, plan=run), arguments.device)
+    flops = tokens * (2 * shape.layer_parameters + n_layers * decoder.d_m**2)
+    hours = ARTICLES * ARTICLE_TOKENS / tokens * wall / 3600
+    print(
+        f"  {tokens:,} tokens: {tokens / wall:,.0f} tokens/s, {flops / wall / peak:.0%} of the "
+        f"peak, {peak_memory(arguments.device)}; wall / (decoder {alone:.1f} s + half products "
+        f"{products:.1f} s) = {wall / (alone + products):.2f}; {ARTICLES:,} articles of "
+        f"{ARTICLE_TOKENS} tokens: {hours:.2f} h (extrapolated)"
+    )
+
+
+def batches_of(model: LoadedModel, options: CovarianceOptions, budget: int) -> list[Any]:
+    sizes = WindowSizes(Settling((), model.decoder.d_m).next_at, WINDOW_BATCHES * budget)
+    stream = TokenStream(model.tokenizer, Numbers(), options.reading(MAX_LENGTH), sizes)
+    return [batch for window in stream for batch in make_batches(window.sequences, budget)]
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    began = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: str) -> str:
+    if not device.startswith("cuda"):
+        return "memory not measured"
+    return f"{format_size(torch.cuda.max_memory_allocated())} at most"
+
+
+if __name__ == "__main__":
+    main()
