@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from kscli import __version__
 from kscli.errors import ArtifactError, FactsError, KscliError, UsageError
 from kscli.facts import Fact
-from kscli.files import replace_file
+from kscli.files import replace_file, require_room
 from kscli.layers import format_layers, select_layers
 
 FORMAT_VERSION = 1
@@ -177,6 +177,7 @@ def write_artifact(
 
 @contextmanager
 def _open_for_writing(path: Path) -> Iterator[h5py.File]:
+    require_room(path)
     file = h5py.File(path, "w", locking="best-effort")
     try:
         yield file
@@ -470,7 +471,8 @@ def _unchanged(name: str, wanted: Any, artifact: Artifact) -> bool:
         except UsageError:
             return False
         return layers == artifact.layers
-    if name == "samples" and attributes.get("whole_corpus"):
+    # Of a shard `documents` are its own, and not how far it read.
+    if name == "samples" and attributes.get("whole_corpus") and not artifact.recipe.get("shard"):
         return wanted is None or wanted >= attributes["documents"]
     return bool(name == "max_length" and wanted == attributes.get("max_length"))
 

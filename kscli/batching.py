@@ -69,12 +69,18 @@ class TokenBatch:
         """
         flat = keys.reshape(-1, keys.shape[-1])
         if self.tokens < self.padded:
-            flat[self._padding_rows.to(flat.device)] = 0
+            flat[self._padding_on(flat.device)] = 0
         return flat
 
+    def _padding_on(self, device: torch.device) -> Tensor:
+        """The rows of padding, carried to a device once: every layer of it asks for them."""
+        if device not in self._padding:
+            self._padding[device] = (~self._is_real()).nonzero()[:, 0].to(device)
+        return self._padding[device]
+
     @cached_property
-    def _padding_rows(self) -> Tensor:
-        return (~self._is_real()).nonzero()[:, 0]
+    def _padding(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def _is_real(self) -> Tensor:
         lengths = torch.tensor([len(s.token_ids) for s in self.sequences])

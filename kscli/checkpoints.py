@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kscli.artifacts import Recipe
 from kscli.errors import ArtifactError
-from kscli.files import replace_file
+from kscli.files import replace_file, require_room
 from kscli.token_stream import Cursor
 
 FORMAT = 1
@@ -109,11 +109,24 @@ class Checkpoints:
         except ArtifactError:
             self.remove()
 
+    def discard_own(self) -> None:
+        """Remove the folder unless it holds checkpoints of another run."""
+        with suppress(ArtifactError):
+            self.require_own()
+            self.remove()
+
+    def exist(self) -> bool:
+        """Whether there is any checkpoint, readable or not."""
+        return bool(self._paths("*.h5"))
+
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, or that of the last finished pass."""
+        """The newest checkpoint that can be read, with those of the passes before it."""
         for path in [*self._paths("state-*.h5")[::-1], *self._paths("pass-*.h5")[::-1]]:
             with suppress(OSError, KeyError, ValueError, TypeError):
-                return _read(path)
+                found = _read(path)
+                for number in range(found.number):
+                    _read(self._pass_path(number))
+                return found
         return None
 
     def finished_pass(self, number: int) -> Checkpoint:
@@ -164,6 +177,7 @@ class Checkpoints:
         self, path: Path, checkpoint: Checkpoint, sums: Callable[[int], NDArray[np.float64]]
     ) -> None:
         with replace_file(path, force=True) as temporary:
+            require_room(temporary)
             file = h5py.File(temporary, "w", locking="best-effort")
             try:
                 _fill(file, checkpoint, self._recipe, ((i, sums(i)) for i in checkpoint.layers))
@@ -194,7 +208,10 @@ def _fill(
 
 
 def _read(path: Path) -> Checkpoint:
+    """A checkpoint without its sums, of which it is seen that all are there."""
     with h5py.File(path, "r", locking="best-effort") as file:
+        for layer in file["layers"][()].tolist():
+            file[f"sums/{layer}"].shape  # noqa: B018
         position = json.loads(file.attrs["position"])
         return Checkpoint(
             number=int(file.attrs["number"]),

@@ -25,7 +25,7 @@ from kscli.layer_sums import FLUSH_BATCHES, LayerSums, Placement, SumsPlan
 from kscli.models.loading import LoadedModel
 from kscli.moments import SecondMoment
 from kscli.prefetch import ahead
-from kscli.ranks import Ranks
+from kscli.ranks import RankError, Ranks
 from kscli.reporter import SILENT, Reporter, Task
 from kscli.settling import Settled, Settling, watched_layers
 from kscli.shards import WHOLE, Shard
@@ -195,15 +195,35 @@ class CovarianceRun:
         NumericsError, naming layer and document, when a key is not finite, CorpusError when the
         corpus gives no token, and InterruptedRunError when a signal has stopped the run.
         """
-        saved = self._checkpoints.latest() if self._checkpoints else None
-        if saved:
-            self.plan = _plan_of(saved)
+        saved = self._saved()
         self._refuse_impossible()
         first = saved.number if saved else 0
         result = self._sum_group(first, saved)
         for number in range(first + 1, len(self.plan.groups)):
+            # They lie in the checkpoints; two groups' sums must not stand in memory at once.
+            result[0].clear()
             result = self._sum_group(number, None)
         return result
+
+    def _saved(self) -> Checkpoint | None:
+        """The checkpoint to go on from; its groups of layers and its batches are the plan's."""
+        if self._checkpoints is None:
+            return None
+        saved = self._checkpoints.latest()
+        if saved is None:
+            if self._checkpoints.exist():
+                self.reporter.warn(
+                    f"no checkpoint in {self._checkpoints.folder} can be read; starting anew."
+                )
+            return None
+        groups = tuple(tuple(group) for group in saved.plan["groups"])
+        self.plan = replace(self.plan, groups=groups, batch_tokens=saved.plan["batch_tokens"])
+        passes = "" if len(groups) == 1 else f" in pass {saved.number + 1} of {len(groups)}"
+        self.reporter.note(
+            f"going on from {self._checkpoints.folder}, where {saved.position.tokens:,} tokens are "
+            f"summed{passes}, in batches of {self.plan.batch_tokens:,} tokens."
+        )
+        return saved
 
     def moment(self, layer: int, last: dict[int, SecondMoment]) -> SecondMoment:
         """The sums of a layer, of the last pass or read from the checkpoints."""
@@ -255,6 +275,8 @@ class CovarianceRun:
             self.reporter.task(label, unit="tokens", done=current.position.tokens) as task,
         ):
             whole = self._sum_stream(current, stream, signals, task)
+            if signals.received is not None:
+                self._stop(current, signals.received)
         if current.position.tokens == 0 and not self._ranks:
             raise CorpusError(f"the corpus {self.corpus.name} gave no token; is its text empty?")
         current.sums.flush()
@@ -285,9 +307,6 @@ class CovarianceRun:
             sums.moments[layer].restore(saved.sums(layer), saved.position.tokens)
         if settling:
             settling = Settling.restore(saved.arrays)
-        self.reporter.note(
-            f"going on from {saved.path.parent}, where {saved.position.tokens:,} tokens are summed."
-        )
         return _Pass(number, sums, settling, saved.position, before=saved.position.tokens)
 
     def _sum_stream(
@@ -296,10 +315,11 @@ class CovarianceRun:
         """Sum the windows of the stream; whether they were all of the corpus."""
 
         def stop_if_asked() -> None:
-            if self._ranks:
-                self._ranks.check()
+            # A signal often goes to all ranks: each saves its own sums before it hears of others.
             if signals.received is not None:
                 self._stop(current, signals.received)
+            if self._ranks:
+                self._check_ranks(current, self._ranks)
 
         for window in ahead(stream, WINDOWS_AHEAD, stop_if_asked):
             if current.position.batches and current.position.digest != window.end.digest:
@@ -316,6 +336,8 @@ class CovarianceRun:
             current.position = replace(current.position, window=window.end, batches=0)
             if self._has_settled(current):
                 return False
+        if current.position.batches:
+            raise stream.changed(current.position.window)
         return stream.exhausted and (
             self.options.tokens is None or current.position.window.limited < self.options.tokens
         )
@@ -376,6 +398,15 @@ class CovarianceRun:
         self.reporter.note(f"saved at {current.position.tokens:,} tokens.")
         return True
 
+    def _check_ranks(self, current: _Pass, ranks: Ranks) -> None:
+        try:
+            ranks.check()
+        except RankError:
+            current.sums.flush()
+            if current.position.tokens:
+                self._save(current)
+            raise
+
     def _stop(self, current: _Pass, number: int) -> None:
         current.sums.flush()
         tokens = f"{current.position.tokens:,} tokens"
@@ -398,8 +429,3 @@ def _after(current: _Pass, batch: TokenBatch) -> Position:
         documents=position.documents + len(batch.sequences),
         halved=position.halved or current.sums.halved,
     )
-
-
-def _plan_of(saved: Checkpoint) -> RunPlan:
-    groups = tuple(tuple(group) for group in saved.plan["groups"])
-    return RunPlan(groups, saved.plan["placement"], saved.plan["batch_tokens"])

@@ -86,7 +86,7 @@ def checkpoint_recipe(recipe: Recipe, batch_tokens: int | None, rank: Shard) -> 
 def one_pass(model: LoadedModel, layers: str = "all", batch_tokens: int = BATCH_TOKENS) -> RunPlan:
     """A plan for those who have the memory: one pass, the sums on the model's own device."""
     chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
-    return RunPlan((chosen,), "host" if model.device == "cpu" else "device", batch_tokens)
+    return RunPlan((chosen,), "device" if model.device.startswith("cuda") else "host", batch_tokens)
 
 
 def second_moments(
@@ -155,8 +155,10 @@ def _check_totals(
     totals: Totals, corpus: Corpus, options: CovarianceOptions, reporter: Reporter
 ) -> None:
     if totals.tokens == 0:
+        if options.shard != WHOLE:
+            raise CorpusError(f"shard {options.shard} of {corpus.name} has no token; use fewer.")
         raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
-    if totals.whole and options.samples is not None:
+    if totals.whole and options.samples is not None and options.shard == WHOLE:
         reporter.note(f"{corpus.name} has {totals.documents:,} documents; all of them were taken.")
     if totals.empty:
         reporter.note(f"{totals.empty:,} documents had no token and were passed over.")

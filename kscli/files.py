@@ -13,6 +13,8 @@ from pathlib import Path
 
 from kscli.errors import ArtifactError
 
+ROOM = 2**20
+
 
 @contextmanager
 def replace_file(path: Path, *, force: bool) -> Iterator[Path]:
@@ -41,6 +43,15 @@ def replace_file(path: Path, *, force: bool) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def require_room(path: Path) -> None:
+    """Write some zeros to `path`, which is written anew afterwards; OSError where they do not fit.
+
+    HDF5 crashes, rather than fail, where not even the beginning of a file fits.
+    """
+    with path.open("wb") as file:
+        file.write(bytes(ROOM))
 
 
 def require_writable(path: Path, *, force: bool) -> None:

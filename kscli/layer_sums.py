@@ -115,10 +115,13 @@ class LayerSums:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            out_of_memory = True
         else:
-            # Looked at once a batch: to look at a device's value is to wait for it.
-            if not all(torch.stack([flag.cpu() for flag in finite.values()]).tolist()):
-                raise self._not_finite(batch, layers)
+            out_of_memory = False
+        # Looked at once a batch: to look at a device's value is to wait for it.
+        if not all(bool(flag) for flag in finite.values()):
+            raise self._not_finite(batch, layers)
+        if not out_of_memory:
             return None
         self.halved = True
         self._most = max(1, batch.padded // 2)

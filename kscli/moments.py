@@ -69,15 +69,14 @@ class SecondMoment:
                 for total in self._sums
             ]
         trace = torch.stack([torch.diagonal(row.product, row.start).sum() for row in products])
-        for row in products:
-            self._accumulate(row)
+        self._host.add(self._partial if self._keep_partial else self._sums, self._cut(products))
         self.count += keys.shape[0] if tokens is None else tokens
         return trace.sum().isfinite()
 
     def flush(self) -> None:
         """Bring everything that was added into the float64 sums, and wait for it."""
-        for total, partial in zip(self._sums, self._partial, strict=False):
-            self._host.add(total, partial)
+        if self._partial:
+            self._host.add(self._sums, self._partial)
         self._host.wait()
         # They came to be inside a forward pass, and no others may change such tensors.
         with torch.inference_mode():
@@ -130,11 +129,14 @@ class SecondMoment:
             place = slice(start * (start + 1) // 2, end * (end + 1) // 2)
             yield place, np.tri(end - start, end, start, dtype=bool), total
 
-    def _accumulate(self, row: BlockRow) -> None:
-        totals = self._partial if self._keep_partial else self._sums
-        for (start, end), total in zip(_spans(self.d_m), totals, strict=True):
-            if row.start <= start < row.end:
-                self._host.add(total, row.product[start - row.start : end - row.start, :end])
+    def _cut(self, products: list[BlockRow]) -> list[Tensor]:
+        """The products as rows of blocks of the height that is held."""
+        return [
+            row.product[start - row.start : end - row.start, :end]
+            for row in products
+            for start, end in _spans(self.d_m)
+            if row.start <= start < row.end
+        ]
 
 
 def _spans(d_m: int) -> Iterator[tuple[int, int]]:

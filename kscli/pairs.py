@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.errors import UsageError
-from kscli.statistics import Matrices
+from kscli.statistics import TokenMatrices, distinct_tokens
 
 if TYPE_CHECKING:
     from kscli.facts import Fact
@@ -22,53 +23,94 @@ class Pair(NamedTuple):
     p: float
 
 
-class FactMatrices(Matrices, Protocol):
+class FactMatrices(TokenMatrices, Protocol):
     """P with the facts it was measured on: a pmatrix file that is open, or a stand-in."""
 
     @property
     def facts(self) -> tuple[Fact, ...]:
         """The m facts, in the order of P's rows."""
 
-    @property
-    def token_id(self) -> NDArray[np.int64]:
-        """(m,) the token at which each fact's key was taken."""
 
-
-def top_pairs(P: NDArray[np.float64], k: int, absolute: bool = False) -> list[Pair]:
+def top_pairs(
+    P: NDArray[np.float64],
+    k: int,
+    absolute: bool = False,
+    among: NDArray[np.bool_] | None = None,
+) -> list[Pair]:
     """The `k` ordered pairs i != j of largest P (m, m), or largest |P|, in descending order.
 
-    Equal values come in the order of (i, j). Fewer than `k` pairs give all m(m-1) of them.
-    Raises UsageError where `k` is below 1.
+    `among` (m, m) says which entries are considered (default: all). Equal values come in the
+    order of (i, j). Fewer than `k` pairs give all there are. Raises UsageError where `k` is
+    below 1.
     """
     if k < 1:
         raise UsageError(f"{k} pairs were asked for; ask for at least 1.")
-    rows, columns = np.nonzero(~np.eye(P.shape[0], dtype=bool))
+    off_diagonal = ~np.eye(P.shape[0], dtype=bool)
+    rows, columns = np.nonzero(off_diagonal if among is None else off_diagonal & among)
     p = P[rows, columns]
     # A stable sort of entries that lie in the order of (i, j) leaves ties in that order.
     order = np.argsort(-np.abs(p) if absolute else -p, kind="stable")[:k]
     return [Pair(int(rows[at]), int(columns[at]), float(p[at])) for at in order]
 
 
-def pair_rows(pm: FactMatrices, layer: int, k: int, absolute: bool = False) -> list[dict[str, Any]]:
+def pair_rows(
+    pm: FactMatrices, layer: int, k: int, absolute: bool = False, distinct_token: bool = False
+) -> list[dict[str, Any]]:
     """`top_pairs` of one layer as flat records with both facts, rank 1 first.
 
     `prompt_i` and `prompt_j` are the facts' templates, with `{}` where the subject goes.
-    `same_last_token` says that both keys were taken at the same token.
+    `same_last_token` says that both keys were taken at the same token; with `distinct_token`
+    such pairs are left out.
     """
+    return strongest_rows(pm, (layer,), k, absolute, distinct_token)
+
+
+def strongest_rows(
+    pm: FactMatrices,
+    layers: Sequence[int],
+    k: int,
+    absolute: bool = False,
+    distinct_token: bool = False,
+) -> list[dict[str, Any]]:
+    """The records of `pair_rows` over several layers, each pair once, where it is strongest.
+
+    That is the layer of `layers` where its P, or |P|, is largest, the first of equals.
+    """
+    P, layer_of = _strongest(pm, layers, absolute)
+    among = distinct_tokens(pm.token_id) if distinct_token else None
     return [
-        {
-            "model": pm.model,
-            "layer": layer,
-            "rank": rank,
-            "p": pair.p,
-            "i": pair.i,
-            "j": pair.j,
-            **_fact_fields(pm.facts[pair.i], "i"),
-            **_fact_fields(pm.facts[pair.j], "j"),
-            "same_last_token": bool(pm.token_id[pair.i] == pm.token_id[pair.j]),
-        }
-        for rank, pair in enumerate(top_pairs(pm.matrix("P", layer), k, absolute), start=1)
+        pair_record(pm, int(layer_of[pair.i, pair.j]), rank, pair)
+        for rank, pair in enumerate(top_pairs(P, k, absolute, among), start=1)
     ]
+
+
+def pair_record(pm: FactMatrices, layer: int, rank: int, pair: Pair) -> dict[str, Any]:
+    """A pair of one layer as a flat record with both facts."""
+    return {
+        "model": pm.model,
+        "layer": layer,
+        "rank": rank,
+        "p": pair.p,
+        "i": pair.i,
+        "j": pair.j,
+        **_fact_fields(pm.facts[pair.i], "i"),
+        **_fact_fields(pm.facts[pair.j], "j"),
+        "same_last_token": bool(pm.token_id[pair.i] == pm.token_id[pair.j]),
+    }
+
+
+def _strongest(
+    pm: FactMatrices, layers: Sequence[int], absolute: bool
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Entry by entry the largest P, or the P of largest size, and the layer that it is from."""
+    best = np.array(pm.matrix("P", layers[0]))
+    layer_of = np.full(best.shape, layers[0], dtype=np.int64)
+    for layer in layers[1:]:
+        P = pm.matrix("P", layer)
+        larger = np.abs(P) > np.abs(best) if absolute else best < P
+        best[larger] = P[larger]
+        layer_of[larger] = layer
+    return best, layer_of
 
 
 def _fact_fields(fact: Fact, which: str) -> dict[str, str]:

@@ -6,8 +6,10 @@ the one of today's request.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ from kscli.artifacts import (
     difference,
     is_imported,
 )
-from kscli.errors import ArtifactError
+from kscli.errors import ArtifactError, UsageError
 from kscli.layers import select_layers
 from kscli.models.aliases import slug
 from kscli.reporter import Reporter
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from kscli.plan import Estimate, MemoryPlan
     from kscli.positions import KeyToken
     from kscli.ranks import Ranks
+    from kscli.resources import MemorySplit
 
 
 class Existing(Enum):
@@ -141,7 +144,7 @@ class Session:
         self.options = options
         self.existing = existing
         self.reporter = reporter
-        self._spread = False
+        self._spread: MemorySplit | None = None
 
     @cached_property
     def located(self) -> LocatedModel:
@@ -197,33 +200,64 @@ class Session:
         def maker() -> None:
             checkpoints = self._checkpoints(path, recipe, execution)
             plan = self.plan(options, execution)
-            for sentence in plan.sentences():
-                self.reporter.note(sentence)
-            self._spread = plan.spread
+            self._announce(plan, path)
+            self._spread = plan.split
             run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
             around = Surroundings(checkpoints, execution.ranks, self.reporter)
             cache_covariance(self.model, corpus, options, path, plan=run, force=True, around=around)
 
+        if execution.ranks:
+            self._require_alike(execution.ranks, recipe)
         model_id = self.located.identity.model_id
-        return make(path, "cov", recipe, maker, self.existing, self.reporter, model_id)
+        made = make(path, "cov", recipe, maker, self.existing, self.reporter, model_id)
+        if not made and not execution.ranks:
+            # What a run left that was killed between its file and its checkpoints.
+            self._checkpoints_of(path, recipe, execution).discard_own()
+        return made
 
     def _checkpoints(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
         """Where a run that makes `path` saves itself; another run's remains go by force alone."""
+        checkpoints = self._checkpoints_of(path, recipe, execution)
+        if self.existing is Existing.FORCE:
+            checkpoints.discard_others()
+        checkpoints.require_own()
+        return checkpoints
+
+    def _checkpoints_of(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
         from kscli.checkpoints import Checkpoints
         from kscli.covariance import checkpoint_recipe
         from kscli.shards import WHOLE
 
         rank = execution.ranks.shard if execution.ranks else WHOLE
         suffix = "" if rank == WHOLE else f"-{rank.index}-of-{rank.count}"
-        checkpoints = Checkpoints(
+        return Checkpoints(
             path.with_name(f"{path.name}.checkpoint{suffix}"),
             checkpoint_recipe(recipe, execution.batch_tokens, rank),
             execution.checkpoint_every,
         )
-        if self.existing is Existing.FORCE:
-            checkpoints.discard_others()
-        checkpoints.require_own()
-        return checkpoints
+
+    def _require_alike(self, ranks: Ranks, recipe: Recipe) -> None:
+        """Raise UsageError where another rank would measure something else than this one."""
+        text = json.dumps(recipe, sort_keys=True).encode()
+        digest = int(hashlib.sha256(text).hexdigest()[:12], 16)
+        if ranks.sum_counts([digest]) != [digest * ranks.shard.count]:
+            raise UsageError(
+                f"the ranks differ in what they measure; rank {ranks.shard.index}: {recipe}. Where "
+                "machines differ, name the --dtype; weights and corpus must be the same."
+            )
+
+    def _announce(self, plan: MemoryPlan, path: Path) -> None:
+        from kscli.resources import format_size, free_disk
+
+        for sentence in plan.sentences():
+            self.reporter.note(sentence)
+        free = free_disk(path)
+        if free < plan.disk:
+            self.reporter.warn(
+                f"{format_size(free)} are free on the disk of {path}, and the file and its "
+                f"checkpoints take up to {format_size(plan.disk)}; where a checkpoint finds no "
+                "room, the run goes on without it."
+            )
 
     def plan(self, options: CovarianceOptions, execution: Execution) -> MemoryPlan:
         """What goes where when cache-cov is run with these options; no weight is read."""
@@ -237,7 +271,13 @@ class Session:
             self.shape, request, measure_resources(resolve_device(self.options.device))
         )
 
-    def estimate(self, plan: MemoryPlan, corpus: Corpus, options: CovarianceOptions) -> Estimate:
+    def estimate(
+        self,
+        plan: MemoryPlan,
+        corpus: Corpus,
+        options: CovarianceOptions,
+        ranks: Ranks | None = None,
+    ) -> Estimate:
         """What cache-cov comes to by `plan`: tokens, and seconds.
 
         From the corpus's first documents, and the rate of a matrix product measured now.
@@ -248,11 +288,14 @@ class Session:
         from kscli.token_stream import expected_tokens
 
         tokenizer = load_tokenizer(self.located, self.options)
-        expected = expected_tokens(tokenizer, corpus, options.reading(self.shape.max_length))
+        reading = options.reading(self.shape.max_length)
+        reading = replace(reading, shard=ranks.shard) if ranks else reading
+        expected = expected_tokens(tokenizer, corpus, reading)
         rate = matmul_rate(plan.device, self.dtype)
         each = seconds_a_token(plan, self.shape, expected.length, rate)
         tokens = expected.tokens
-        return Estimate(tokens, None if tokens is None else tokens * each, 1 / each)
+        seconds = None if tokens is None else tokens * each
+        return Estimate(tokens, seconds, 1 / each, expected.at_most)
 
     def extract(self, facts: FactSet, token: KeyToken, layers: str, path: Path) -> bool:
         """Make keys.h5 at `path` unless it is up to date; whether it was made."""

@@ -24,7 +24,7 @@ from kscli.layer_sums import Placement
 from kscli.layers import format_layers
 from kscli.models.shape import ModelShape
 from kscli.moments import lower_entries
-from kscli.resources import Resources, format_size
+from kscli.resources import MemorySplit, Resources, format_size
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_BATCH = 4096
@@ -32,16 +32,22 @@ DEVICE_BATCH = (2048, 32768)
 # Values a token that live at once in a forward pass: of the MLP's width, and of the model's.
 LIVE_WIDE, LIVE_NARROW = 4, 8
 ACTIVATION_BYTES = 2**31
+# What Python and its libraries take besides: 450 to 490 MiB were measured on a CPU. Of a device,
+# its libraries' workspaces and what lies unused between tensors, at least this share.
+OVERHEAD = 2**29
+SPARE_SHARE = 1 / 32
 # What a decoder reaches of a bare matrix product's rate (SmolLM2-135M on a CPU: 0.6 to 0.7).
 EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What goes where. Sizes are bytes; `spread`: the model is laid over several devices.
+    """What goes where. Sizes are bytes; `spread`: the model is laid over all devices.
 
-    `model`, `device_sums`, `host_sums` and `work` (activations, products, one layer in the making)
-    are what memory is for; `output` and `checkpoints` are on the disk.
+    `model`, `device_sums`, `host_sums` and `work` (activations, products, one layer in the making,
+    and what libraries take) are what memory is for; `output` and `checkpoints` are on the disk.
+    Of a model that is spread, `host_model` has no room on the devices; `max_memory` is the
+    request's.
     """
 
     device: str
@@ -55,6 +61,13 @@ class MemoryPlan:
     work: int
     output: int
     checkpoints: int
+    host_model: int = 0
+    max_memory: int | None = None
+
+    @property
+    def split(self) -> MemorySplit | None:
+        """How the model is laid over devices, if it is."""
+        return MemorySplit(self.work, self.max_memory) if self.spread else None
 
     @property
     def passes(self) -> int:
@@ -77,10 +90,19 @@ class MemoryPlan:
             + ", ".join(format_layers(group) for group in self.groups)
         )
         spread = ", laid over all devices" if self.spread else ""
+        if self.host_model:
+            spread = f", of which {format_size(self.host_model)} lie on the host"
         return [
             f"{passes}: the model {format_size(self.model)}{spread}, the sums "
-            f"{' and '.join(where)}, batches of {self.batch_tokens:,} tokens."
+            f"{' and '.join(where)}, batches of {self.batch_tokens:,} tokens; on disk "
+            f"{format_size(self.output)}, and meanwhile up to {format_size(self.checkpoints)} of "
+            "checkpoints."
         ]
+
+    @property
+    def disk(self) -> int:
+        """Bytes on the disk at most: the file, and the checkpoints until it is there."""
+        return self.output + self.checkpoints
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for programs: sizes in bytes."""
@@ -89,11 +111,15 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How many tokens there are and how long they take (None: it cannot be told), at what rate."""
+    """How many tokens there are and how long they take (None: it cannot be told), at what rate.
+
+    `at_most`: there may be fewer.
+    """
 
     tokens: float | None
     seconds: float | None
     tokens_per_second: float
+    at_most: bool
 
 
 @dataclass(frozen=True)
@@ -122,37 +148,39 @@ def batch_tokens_for(shape: ModelShape, dtype: str, kind: str) -> int:
 def plan_memory(shape: ModelShape, request: PlanRequest, resources: Resources) -> MemoryPlan:
     """Lay out the sums of `request.layers` in what is free, in the fewest passes.
 
-    `max_memory` bounds what is used of the device, on a CPU of this process. Raises ModelError
+    `max_memory` bounds what is used of each device, on a CPU of this process. Raises ModelError
     when not even one layer fits.
     """
     batch_tokens = request.batch_tokens or batch_tokens_for(shape, request.dtype, resources.kind)
     entries = lower_entries(shape.d_m)
     model = shape.parameters * ITEM_BYTES[request.dtype]
-    activations = batch_tokens * _bytes_a_token(shape, request.dtype)
     # One layer's products, and C on its way to the file or to the settling estimate.
     products, layer = 4 * entries, 12 * shape.d_m**2
+    work = batch_tokens * _bytes_a_token(shape, request.dtype) + products
     on_device = resources.device_memory is not None
     free = resources.host_memory if resources.device_memory is None else resources.device_memory
     free = min(free, request.max_memory or free)
-    spread = False
-    if resources.device_memory is None:
-        work = int(activations + products + layer)
-        room = {"host": (free - model - work) // (8 * entries)}
-    else:
-        work = int(activations + products)
+    spread, host_model = False, 0
+    if on_device:
+        work += max(OVERHEAD, int(SPARE_SHARE * free))
         spread = model + work > free
-        if spread and model + work > resources.all_devices + resources.host_memory:
-            raise _too_large(request, model + work, free)
+        host_model = _beside_devices(shape, request, resources, work) if spread else 0
         left = 0 if spread else free - model - work
-        host = resources.host_memory - layer - (model if spread else 0)
+        host = resources.host_memory - layer - OVERHEAD - host_model
         room = {
             "device": left // (8 * entries),
             "split": min(left // (4 * entries), host // (8 * entries)),
             "host": host // (8 * entries),
         }
+        if host < 0:
+            room = {}
+    else:
+        work += layer + OVERHEAD
+        room = {"host": (free - model - work) // (8 * entries)}
     placement, groups = _fewest_passes(request.layers, room)
     if not groups:
-        raise _too_large(request, model + work + 8 * entries, free)
+        host_needs = layer + OVERHEAD if on_device else 0
+        raise _too_large(request, resources, model + work + 8 * entries + host_needs, free)
     most = max(map(len, groups))
     packed = 4 * shape.d_m * (shape.d_m + 1)
     return MemoryPlan(
@@ -167,6 +195,8 @@ def plan_memory(shape: ModelShape, request: PlanRequest, resources: Resources) -
         work=work,
         output=4 * shape.d_m**2 * len(request.layers),
         checkpoints=packed * (2 * most + len(request.layers) - most),
+        host_model=host_model,
+        max_memory=request.max_memory,
     )
 
 
@@ -185,7 +215,7 @@ def seconds_a_token(plan: MemoryPlan, shape: ModelShape, length: float, rate: fl
     return seconds
 
 
-def _bytes_a_token(shape: ModelShape, dtype: str) -> float:
+def _bytes_a_token(shape: ModelShape, dtype: str) -> int:
     return (LIVE_WIDE * shape.d_m + LIVE_NARROW * shape.hidden_size) * ITEM_BYTES[dtype]
 
 
@@ -207,9 +237,30 @@ def _fewest_passes(
     return placement, groups  # type: ignore[return-value]
 
 
-def _too_large(request: PlanRequest, needed: float, free: float) -> ModelError:
+def _beside_devices(
+    shape: ModelShape, request: PlanRequest, resources: Resources, work: int
+) -> int:
+    """Bytes of weights for which all devices together have no room, beside `work` on each.
+
+    One device lends its room to each part that the host holds, in turn, the largest of which is a
+    layer, or the embeddings and the head.
+    """
+    count = resources.device_count
+    room = min(resources.all_devices, count * (request.max_memory or resources.all_devices))
+    outside = shape.parameters - shape.layer_parameters
+    largest = max(shape.layer_parameters // shape.n_layers, outside) * ITEM_BYTES[request.dtype]
+    room -= count * work + largest
+    if room < 0:
+        raise _too_large(request, resources, work + largest, resources.all_devices // count)
+    return max(0, shape.parameters * ITEM_BYTES[request.dtype] - room)
+
+
+def _too_large(request: PlanRequest, resources: Resources, needed: int, free: int) -> ModelError:
     bound = "--max-memory allows" if request.max_memory else "are free"
+    there = "" if resources.device_memory is None else f" on {resources.device}"
+    host = f" and {format_size(resources.host_memory)} are free on the host" if there else ""
     return ModelError(
         f"the model and one layer's sums need about {format_size(needed)}, and {format_size(free)} "
-        f"{bound}; use a smaller --dtype or --batch-tokens, another --device, or a larger machine."
+        f"{bound}{there}{host}; use a smaller --dtype or --batch-tokens, another --device, or a "
+        "larger machine."
     )

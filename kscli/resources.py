@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +20,12 @@ _UNITS = {
     **{f"{letter}IB": 2 ** (10 * power) for power, letter in enumerate(_PREFIXES, 1)},
     **{f"{letter}B": 10 ** (3 * power) for power, letter in enumerate(_PREFIXES, 1)},
 }
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Versions 2 and 1: the limit, what is used, and the prefix of the whole tree's statistics.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", ""),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 
 
@@ -31,13 +33,14 @@ _CGROUPS = (
 class Resources:
     """What is free, in bytes: of the device's memory (None on a CPU) and of the host's.
 
-    `all_devices` is what is free on all devices of its kind together.
+    `all_devices` is what is free on all `device_count` devices that a model may be laid over.
     """
 
     device: str
     host_memory: int
     device_memory: int | None = None
     all_devices: int = 0
+    device_count: int = 1
 
     @property
     def kind(self) -> str:
@@ -45,16 +48,52 @@ class Resources:
         return self.device.partition(":")[0]
 
 
+@dataclass(frozen=True)
+class MemorySplit:
+    """How a model is laid over devices: of each, `reserve` bytes are kept from its weights.
+
+    No more than `bound` bytes of a device are used in all (None: what is free).
+    """
+
+    reserve: int
+    bound: int | None = None
+
+    def for_weights(self, free: Mapping[int, int], host: int) -> dict[int | str, int]:
+        """Bytes for weights of each device, of which `free` are free, and of the host (`cpu`)."""
+        sizes: dict[int | str, int] = {"cpu": host}
+        for index, size in free.items():
+            sizes[index] = max(0, min(size, self.bound or size) - self.reserve)
+        return sizes
+
+
 def measure_resources(device: str) -> Resources:
-    """What is free on the device and on the host, now."""
+    """What is free on the device and on the host, now; of the host, this rank's share."""
     import torch
 
-    host = _free_host_memory()
+    host = _free_host_memory() // _ranks_here()
     if not device.startswith("cuda"):
         return Resources(device, host)
-    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    free = free_on_devices(device)
     own = torch.cuda.mem_get_info(torch.device(device))[0]
-    return Resources(device, host, own, sum(free))
+    return Resources(device, host, own, sum(free.values()), len(free))
+
+
+def free_on_devices(device: str) -> dict[int, int]:
+    """Bytes that are free on each CUDA device over which a model on `device` may be laid.
+
+    These are all, but for several ranks on this machine, of which each has its own alone; and
+    none where `device` is not a CUDA device.
+    """
+    import torch
+
+    if not device.startswith("cuda"):
+        return {}
+    own = torch.device(device).index
+    if _ranks_here() > 1:
+        indices = [torch.cuda.current_device() if own is None else own]
+    else:
+        indices = list(range(torch.cuda.device_count()))
+    return {index: torch.cuda.mem_get_info(index)[0] for index in indices}
 
 
 def free_disk(path: Path) -> int:
@@ -87,6 +126,8 @@ def matmul_rate(device: str, dtype: str) -> float:
         torch.mm(a, a)
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
+        elif device == "mps":
+            torch.mps.synchronize()
 
     product()
     began, times = time.perf_counter(), []
@@ -100,11 +141,13 @@ def matmul_rate(device: str, dtype: str) -> float:
 def parse_size(text: str) -> int:
     """Bytes of `24GiB` or `24G`, `24GB` (10^9 each) or a number; UsageError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size == 0:
         raise UsageError(
             f"{text!r} is no size; write for example 24GiB, 500MB or a number of bytes."
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 def format_size(size: float) -> str:
@@ -115,16 +158,57 @@ def format_size(size: float) -> str:
     return f"{size:.0f} bytes"
 
 
+def _ranks_here() -> int:
+    """How many ranks torchrun has started on this machine, which share its memory."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdigit() else 1
+
+
 def _free_host_memory() -> int:
-    """What this process may still take: of the machine, and of its container if it is in one."""
+    """What this process may still take: of the machine, and of every group that it is in."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    for limit, used in _CGROUPS:
+    left = [_left_in(folder) for folder in _cgroups()]
+    return min(
+        [int(psutil.virtual_memory().available), *(size for size in left if size is not None)]
+    )
+
+
+def _cgroups() -> Iterator[Path]:
+    """The folders of the control groups that may limit this process's memory.
+
+    Within a container its own group is the root; a batch system's job has a group of its own,
+    some levels below it. What is not mounted here does not exist.
+    """
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        controllers, path = line.split(":", 2)[1:]
+        if "memory" in controllers.split(","):
+            root = _CGROUP_ROOT / "memory"
+        elif controllers == "":
+            root = _CGROUP_ROOT
+        else:
+            continue
+        own = root / path.strip("/")
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def _left_in(folder: Path) -> int | None:
+    """What a control group's limit leaves; None where it has none.
+
+    What it has used includes the files it has read, a model's weights say, which the kernel drops
+    when the memory is wanted.
+    """
+    for limit, used, prefix in _CGROUP_FILES:
         try:
-            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
         except (OSError, ValueError):
             continue
-        # What a container has used includes files that can be dropped; a tenth is spared for that.
-        free = min(free, max(left, int(Path(limit).read_text()) // 10))
-    return free
+        sizes = dict(line.split()[:2] for line in lines)
+        files = (f"{prefix}inactive_file", f"{prefix}active_file")
+        return max(0, left + sum(int(sizes.get(name, 0)) for name in files))
+    return None

@@ -1,24 +1,44 @@
 """Statistics of P: what the distribution of its off-diagonal entries looks like, layer by layer.
 
-A new statistic is one function under `@statistic(name, label)`; the table, the stats file and
-the printed fields follow from the registry.
+A new statistic is one function under `@statistic(name, label)`; the stats file and the printed
+fields follow from the registry. Each is given for all pairs and, as `NAME_distinct`, without the
+pairs whose facts share the last token: these are bound by that token before they are by what
+they say.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.layers import format_layers
+from kscli.reporter import SILENT, Reporter
+from kscli.resampling import (
+    ROUNDING,
+    Counts,
+    PairMask,
+    PairSample,
+    Resampling,
+    interval,
+    off_diagonal_pairs,
+    resample_counts,
+)
+from kscli.tails import FEW_PAIRS, carriers, hill, share_within
+
+if TYPE_CHECKING:
+    from kscli.facts import Fact
+
 Entries = NDArray[np.float64]
 MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 
-# P comes out of a float64 Cholesky; entries that differ by less than this share of their
-# size differ by rounding alone, and the shape of rounding errors is not a finding.
-_ROUNDING = 1e-12
+DISTINCT = "_distinct"
+TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
+WHOLE_NUMBERS = ("top_pair_i", "top_pair_j", "top_fact", "fourth_moment_pairs")
 
 
 class Matrices(Protocol):
@@ -34,6 +54,14 @@ class Matrices(Protocol):
 
     def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
         """One layer's (m, m) matrix."""
+
+
+class TokenMatrices(Matrices, Protocol):
+    """Matrices with the token of every fact."""
+
+    @property
+    def token_id(self) -> NDArray[np.int64]:
+        """(m,) the token at which each fact's key was taken."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +100,16 @@ def statistic(
 
 def off_diagonal(P: NDArray[np.float64]) -> Entries:
     """The m(m-1) entries of P (m, m) off its diagonal, row by row, as a new 1-D float64 array."""
-    m = P.shape[0]
-    return np.asarray(P, dtype=np.float64)[~np.eye(m, dtype=bool)]
+    return np.asarray(P, dtype=np.float64)[off_diagonal_pairs(P.shape[0])]
+
+
+def distinct_tokens(token_id: NDArray[np.int64]) -> PairMask:
+    """Which pairs of facts (m, m) have their keys at different tokens, of the (m,) tokens' ids.
+
+    Two keys at one token are alike whatever the facts say: where attention and MLP run in
+    parallel, layer 0's MLP sees that token's embedding alone and p is 1.
+    """
+    return np.asarray(token_id[:, None] != token_id)
 
 
 def layer_statistics(P: NDArray[np.float64]) -> dict[str, float]:
@@ -82,9 +118,67 @@ def layer_statistics(P: NDArray[np.float64]) -> dict[str, float]:
     return {name: kind(entries) for name, kind in STATISTICS.items()}
 
 
+def describe(
+    P: NDArray[np.float64], token_id: NDArray[np.int64], counts: Counts
+) -> dict[str, float]:
+    """All that is said of one layer's P (m, m), by field; NaN where undefined.
+
+    Every registered statistic, the ends of 95 % intervals for mean, kurtosis and tails, the Hill
+    index with its error, and who carries the variance; all of it again without the pairs that
+    share a token of `token_id` (m,); and what share of all pairs and of the tails those are.
+    `counts` (repeats, m) are the facts' multiplicities for the intervals.
+    """
+    every = off_diagonal_pairs(len(P))
+    distinct = every & distinct_tokens(token_id)
+    size = np.abs(P)
+    same = {
+        f"same_token_{name}": share_within(every & (size > at), ~distinct)
+        for name, at in TAILS.items()
+    }
+    return {
+        **_described(P, every, counts, ""),
+        **_described(P, distinct, counts, DISTINCT),
+        "same_token": share_within(every, ~distinct),
+        **same,
+    }
+
+
+def field_names() -> list[str]:
+    """The fields of `describe`, in its order."""
+    return list(describe(np.ones((1, 1)), np.zeros(1, np.int64), resample_counts(1, 1)))
+
+
+def _described(
+    P: NDArray[np.float64], pairs: PairMask, counts: Counts, suffix: str
+) -> dict[str, float]:
+    entries = P[pairs]
+    intervals = _intervals(P, PairSample(counts, pairs))
+    described: dict[str, float] = {}
+    for name, kind in STATISTICS.items():
+        described[name + suffix] = kind(entries)
+        if name in intervals:
+            bounds = interval(intervals[name])
+            described[f"{name}{suffix}_low"] = bounds.low
+            described[f"{name}{suffix}_high"] = bounds.high
+    tail = hill(P, pairs)
+    described[f"hill{suffix}"], described[f"hill{suffix}_error"] = tail.index, tail.error
+    return described | {name + suffix: value for name, value in asdict(carriers(P, pairs)).items()}
+
+
+def _intervals(P: NDArray[np.float64], sample: PairSample) -> dict[str, NDArray[np.float64]]:
+    """The values over the repeats, (repeats,), of the statistics that have an interval."""
+    moments = sample.moments(P)
+    size = np.abs(P)
+    return {
+        "mean": moments.mean,
+        "kurtosis": moments.kurtosis,
+        **{name: sample.share(size > at) for name, at in TAILS.items()},
+    }
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of one model: `values[name]` is 1-D over `layers`."""
+    """The statistics of one model: `values[name]` is 1-D float64 over `layers`."""
 
     model: str
     layers: tuple[int, ...]
@@ -92,29 +186,62 @@ class Statistics:
     values: dict[str, NDArray[np.float64]]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat record a layer: model, layer, m and every statistic; undefined is NaN."""
+        """One flat record a layer: model, layer, m and every field; undefined is NaN."""
         return [
             {
                 "model": self.model,
                 "layer": layer,
                 "m": self.m,
-                **{name: float(value[at]) for name, value in self.values.items()},
+                **{name: _plain(name, float(value[at])) for name, value in self.values.items()},
             }
             for at, layer in enumerate(self.layers)
         ]
 
 
-def compute_statistics(pm: Matrices, layers: Sequence[int] | None = None) -> Statistics:
-    """Every registered statistic of P at `layers` (default: all there are), one layer in memory."""
+def _plain(name: str, value: float) -> float | int:
+    whole = name.removesuffix(DISTINCT) in WHOLE_NUMBERS and not math.isnan(value)
+    return int(value) if whole else value
+
+
+def compute_statistics(
+    pm: TokenMatrices,
+    layers: Sequence[int] | None = None,
+    resampling: Resampling | None = None,
+    reporter: Reporter = SILENT,
+) -> Statistics:
+    """`describe` P at `layers` (default: all there are), one layer in memory."""
     chosen = tuple(pm.layers if layers is None else layers)
-    m = 0
+    m = len(pm.token_id)
+    counts = (resampling or Resampling()).counts(m)
     per_layer: list[dict[str, float]] = []
-    for layer in chosen:
-        P = pm.matrix("P", layer)
-        m = P.shape[0]
-        per_layer.append(layer_statistics(P))
-    values = {name: np.array([row[name] for row in per_layer]) for name in STATISTICS}
-    return Statistics(pm.model, chosen, m, values)
+    with reporter.task("statistics", len(chosen), unit="layers") as task:
+        for layer in chosen:
+            per_layer.append(describe(pm.matrix("P", layer), pm.token_id, counts))
+            task.advance()
+    names = per_layer[0] if per_layer else field_names()
+    return Statistics(
+        pm.model, chosen, m, {name: np.array([row[name] for row in per_layer]) for name in names}
+    )
+
+
+def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
+    """A sentence where a few pairs carry the fourth moment of a heavy-tailed layer, else None."""
+    half = statistics.values["fourth_moment_pairs"]
+    heavy = statistics.values["kurtosis"] > 0
+    few = [int(at) for at in np.flatnonzero(heavy & (half <= FEW_PAIRS))]
+    if not few:
+        return None
+    worst = min(few, key=lambda at: half[at])
+    pair = [int(statistics.values[name][worst]) for name in ("top_pair_i", "top_pair_j")]
+    first, second = (facts[fact].subject for fact in pair)
+    layers = [statistics.layers[at] for at in few]
+    carried = int(half[worst])
+    return (
+        f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
+        f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
+        f"{statistics.layers[worst]}, the strongest {first!r} with {second!r}): the kurtosis there "
+        "is theirs, and other facts may give one outside its interval."
+    )
 
 
 def _standardised(entries: Entries) -> Entries:
@@ -123,18 +250,18 @@ def _standardised(entries: Entries) -> Entries:
     # Once more, for the rounding of the first mean: the corrected two-pass algorithm.
     deviations -= deviations.mean()
     scale = np.abs(deviations).max()
-    if not scale > _ROUNDING * np.abs(entries).max():
+    if not scale > ROUNDING * np.abs(entries).max():
         return np.full_like(entries, np.nan)
     deviations = deviations / scale
     return np.asarray(deviations / deviations.std())
 
 
-@statistic("mean", "mean")
+@statistic("mean", "mean", spec=".3f")
 def _mean(entries: Entries) -> float:
     return float(entries.mean())
 
 
-@statistic("std", "standard deviation (biased)")
+@statistic("std", "standard deviation (biased)", spec=".3f")
 def _std(entries: Entries) -> float:
     return float(entries.std())
 
@@ -146,7 +273,7 @@ def _skewness(entries: Entries) -> float:
 
 @statistic("kurtosis", "excess kurtosis (Fisher, biased): 0 for a Gaussian", spec=".2f")
 def _kurtosis(entries: Entries) -> float:
-    return float(np.mean(_standardised(entries) ** 4) - 3.0)
+    return float(np.mean(np.square(np.square(_standardised(entries)))) - 3.0)
 
 
 @statistic("min", "smallest entry", spec=".2f")
@@ -159,20 +286,26 @@ def _max(entries: Entries) -> float:
     return float(entries.max())
 
 
-@statistic("tail_0_10", "share of entries with |p| > 0.1", heading="|p|>0.1")
-def _tail_0_10(entries: Entries) -> float:
-    return _share_beyond(entries, 0.1)
+@statistic("largest", "largest |p|", spec=".2f")
+def _largest(entries: Entries) -> float:
+    return float(np.abs(entries).max())
 
 
-@statistic("tail_0_25", "share of entries with |p| > 0.25", heading="|p|>0.25")
-def _tail_0_25(entries: Entries) -> float:
-    return _share_beyond(entries, 0.25)
+def _register_tail(name: str, threshold: float) -> None:
+    @statistic(name, f"share of entries with |p| > {threshold}", heading=f"|p|>{threshold}")
+    def _(entries: Entries) -> float:
+        return float(np.mean(np.abs(entries) > threshold))
 
 
-@statistic("tail_0_50", "share of entries with |p| > 0.5", heading="|p|>0.5")
-def _tail_0_50(entries: Entries) -> float:
-    return _share_beyond(entries, 0.5)
+def _register_quantile(level: float) -> None:
+    name = f"quantile_{f'{level:.2f}'.replace('.', '_')}"
+
+    @statistic(name, f"{level:.0%} of entries are at most this")
+    def _(entries: Entries) -> float:
+        return float(np.quantile(entries, level))
 
 
-def _share_beyond(entries: Entries, threshold: float) -> float:
-    return float(np.mean(np.abs(entries) > threshold))
+for _name, _threshold in TAILS.items():
+    _register_tail(_name, _threshold)
+for _level in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99):
+    _register_quantile(_level)

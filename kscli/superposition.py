@@ -31,7 +31,9 @@ class Superposition:
     """One layer's matrices over m facts, each (m, m) float64, in the paper's terms.
 
     `leverage` (m,) is k^T C^-1 k, `condition` the condition estimate of C scaled to unit
-    diagonal, `dead` the number of coordinates that were 0 on every token.
+    diagonal, `dead` the number of coordinates that were 0 on every token. `whitening_residual` is
+    the largest |L^-1 C L^-T x - x| / |x| over 8 random x, `solve_residual` the largest
+    |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic did what Appendix B proves.
     """
 
     P: NDArray[np.float64]
@@ -41,9 +43,17 @@ class Superposition:
     leverage: NDArray[np.float64]
     condition: float
     dead: int
+    whitening_residual: float
+    solve_residual: float
 
 
 MATRICES = ("P", "whitened_cosine", "cosine", "Q")
+PRECISION = ("condition", "whitening_residual", "solve_residual")
+
+# Half of float32's unit in the last place: what storing C can change an entry by, as a share.
+STORAGE_ERROR = 6e-8
+# What storage may cost p, STORAGE_ERROR times C's condition, is said from here on.
+NOTABLE_ERROR = 1e-3
 
 
 def superposition(
@@ -68,6 +78,8 @@ def superposition(
         leverage=leverage,
         condition=white.condition,
         dead=len(white.dead),
+        whitening_residual=white.identity_residual(),
+        solve_residual=white.solve_residual(keys, whitened),
     )
 
 
@@ -115,7 +127,7 @@ def write_pmatrix(
     keys.require_layers(layers)
     cov.require_layers(layers)
     provenance = keys.provenance(
-        details={"ridge": ridge}
+        details={"ridge": ridge, "shard": str(cov.recipe.get("shard") or "")}
         | {name: cov.attributes[name] for name in ("corpus", "corpus_identity")}
         | {name: keys.attributes[name] for name in ("facts_name", "facts_identity", "token")},
         inputs={"cov": cov.fingerprint, "keys": keys.fingerprint},
@@ -136,8 +148,10 @@ def write_pmatrix(
         for name in MATRICES:
             writer.over_layers(name, (m, m), np.float64)
         writer.over_layers("leverage", (m,), np.float64)
-        writer.over_layers("condition", (), np.float64)
+        for name in PRECISION:
+            writer.over_layers(name, (), np.float64)
         writer.over_layers("dead_coordinates", (), np.int64)
+        conditions = {}
         for index, layer in enumerate(layers):
             try:
                 result = superposition(cov.second_moment(layer), count, keys.keys_of(layer), ridge)
@@ -148,12 +162,27 @@ def write_pmatrix(
                 ) from error
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
-            for name in MATRICES:
+            for name in (*MATRICES, "leverage", *PRECISION):
                 writer.put(name, index, getattr(result, name))
-            writer.put("leverage", index, result.leverage)
-            writer.put("condition", index, result.condition)
+            conditions[layer] = result.condition
             writer.put("dead_coordinates", index, result.dead)
             task.advance()
+    _warn_of_conditions(conditions, reporter)
+
+
+def _warn_of_conditions(conditions: dict[int, float], reporter: Reporter) -> None:
+    """Say at which layers the storage of C in float32 may show in p."""
+    errors = {layer: STORAGE_ERROR * condition for layer, condition in conditions.items()}
+    notable = [layer for layer, error in errors.items() if error > NOTABLE_ERROR]
+    if not notable:
+        return
+    worst = max(notable, key=errors.__getitem__)
+    reporter.warn(
+        f"C is badly conditioned at layer{'s' if len(notable) > 1 else ''} "
+        f"{format_layers(notable)}: storing it in float32 can move p by up to about 6e-8 times "
+        f"the condition, {errors[worst]:.1g} at layer {worst}, though roundings rarely add up so. "
+        "More, and more varied, text lowers the condition."
+    )
 
 
 def _warn_of_few_tokens(cov: CovarianceFile, count: int, reporter: Reporter) -> None:

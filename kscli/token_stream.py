@@ -40,10 +40,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reading comes to: `tokens` in all (None: it cannot be told), `length` a document."""
+    """What a reading comes to: `tokens` in all (None: it cannot be told), `length` a document.
+
+    `at_most`: the corpus may well have fewer documents than were asked for.
+    """
 
     tokens: float | None
     length: float
+    at_most: bool
 
 
 @dataclass(frozen=True)
@@ -197,4 +201,4 @@ def expected_tokens(tokenizer: Any, corpus: Corpus, reading: Reading) -> Expecte
     tokens = None if documents is None else mean * documents
     if reading.tokens is not None:
         tokens = min(tokens or reading.tokens, reading.tokens)
-    return Expected(None if tokens is None else tokens / reading.shard.count, mean)
+    return Expected(None if tokens is None else tokens / reading.shard.count, mean, not ended)

@@ -3,7 +3,8 @@
 With C = L L^T every quantity of the paper is a product of whitened keys L^-1 k: any W with
 W^T W = C^-1 gives the same p. C is first scaled to unit diagonal, which changes no p, makes
 the factor as accurate as its scaling allows, and gives the condition number that float32
-storage of C is to be judged by. Everything is done in place on one (d_m, d_m) array.
+storage of C is to be judged by. Everything is done in place on one (d_m, d_m) array: the factor
+takes C's lower triangle, and C's upper one stays, for the result to be checked against.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import dsymm
 from scipy.linalg.lapack import dpocon, dpotrf, dtrtrs
 
 from kscli.errors import NumericsError
@@ -24,10 +26,10 @@ FEWEST_TOKENS_PER_DIMENSION = 10
 class Whitening:
     """L^-1 of one layer's C.
 
-    `factor` is the lower Cholesky factor of C scaled to unit diagonal, (d_m, d_m) float64;
-    `scale` (d_m,) is the scaling, 1/sqrt(C_ii), and 0 where C_ii is 0: a coordinate that was
-    0 on every token and is left out. `condition` estimates the 1-norm condition number of the
-    scaled C.
+    `factor` (d_m, d_m) float64 is the lower Cholesky factor of C scaled to unit diagonal; above
+    its diagonal lies that scaled C itself. `scale` (d_m,) is the scaling, 1/sqrt(C_ii), and 0
+    where C_ii is 0: a coordinate that was 0 on every token and is left out. `condition` estimates
+    the 1-norm condition number of the scaled C.
     """
 
     factor: NDArray[np.float64]
@@ -44,6 +46,38 @@ class Whitening:
         columns = np.asfortranarray((keys * self.scale).T)
         whitened, _ = dtrtrs(self.factor.T, columns, lower=0, trans=1, overwrite_b=1)
         return whitened  # type: ignore[no-any-return]
+
+    def identity_residual(self, vectors: int = 8, seed: int = 0) -> float:
+        """The largest |L^-1 C L^-T x - x| / |x| over random x: what L lacks of whitening C.
+
+        `C` is what was factorised, any ridge included; the x are Gaussian, live coordinates only.
+        """
+        x = np.random.default_rng(seed).standard_normal((len(self.scale), vectors))
+        x[self.dead] = 0
+        x = np.asfortranarray(x)
+        product, _ = dtrtrs(
+            self.factor.T, self._times_scaled(self._back(x)), lower=0, trans=1, overwrite_b=1
+        )
+        return float((_lengths(product - x) / _lengths(x)).max())
+
+    def solve_residual(self, keys: NDArray[np.float64], whitened: NDArray[np.float64]) -> float:
+        """The largest |C (C^-1 k) - k| / |k| over (m, d_m) keys, `whitened` by `whiten`."""
+        residual = self._times_scaled(self._back(whitened)).T
+        residual -= keys * self.scale
+        residual /= np.where(self.scale > 0, self.scale, 1)
+        return float((_lengths(residual.T) / _lengths(keys.T)).max())
+
+    def _back(self, whitened: NDArray[np.float64]) -> NDArray[np.float64]:
+        """L^-T y for (d_m, n) columns, L the factor of the scaled C."""
+        columns, _ = dtrtrs(self.factor.T, whitened, lower=0, trans=0)
+        return columns  # type: ignore[no-any-return]
+
+    def _times_scaled(self, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The scaled C times (d_m, n) columns."""
+        product = dsymm(1.0, self.factor.T, columns, lower=1)
+        # On the diagonal the factor lies where the scaled C had 1.
+        product += (1 - np.diagonal(self.factor))[:, None] * columns
+        return product  # type: ignore[no-any-return]
 
 
 def whitening(C: NDArray[np.float64], count: int, ridge: float = 0.0) -> Whitening:
@@ -94,3 +128,7 @@ def _scale_to_unit_diagonal(C: NDArray[np.float64], scale: NDArray[np.float64]) 
         rows.flat[start :: len(C) + 1] = 1.0
         sums += np.abs(rows).sum(axis=0)
     return float(sums.max())
+
+
+def _lengths(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.norm(columns, axis=0))

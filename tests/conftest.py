@@ -8,6 +8,7 @@ import pytest
 
 # As the command line does: threads that spin make a shared machine several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,9 @@ def test_standard_input_goes_on_when_the_same_text_comes_again(
     changed = kscli_process(*command, text="\n".join(['{"text": "Other."}', *lines[1:]]))
     assert changed.returncode == 1
     assert "are not those that the checkpoint has counted" in one_sentence(changed.stderr)
+    shorter = kscli_process(*command, text="\n".join(lines[:3]))
+    assert shorter.returncode == 1
+    assert "are not those that the checkpoint has counted" in one_sentence(shorter.stderr)
     again = kscli_process(*command, text="\n".join(lines))
     assert again.returncode == 0, again.stderr
     np.testing.assert_array_equal(second_moments(path), second_moments(undisturbed))
@@ -181,11 +185,52 @@ def test_shards_merged_give_what_one_process_does(
     assert "is up to date" in again.stderr
 
 
+def test_a_shard_is_made_again_where_other_documents_are_asked_for(
+    corpus: Path, tmp_path: Path
+) -> None:
+    common = (*COMMON, "--corpus", corpus, "--dir", tmp_path, "--shard", "0/2")
+    assert kscli(*common).exit_code == 0
+    assert "is up to date" in kscli(*common).stderr
+    fewer = kscli(*common, "--samples", "1000")
+    assert fewer.exit_code == 1
+    assert "samples changed" in one_sentence(fewer.stderr)
+
+
+def test_what_was_left_beside_a_finished_file_goes(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cov.h5"
+    command = (*COMMON, "--corpus", corpus, "-o", path)
+    process = start(*command)
+    folder = tmp_path / "cov.h5.checkpoint"
+    wait_for_checkpoint(folder, process)
+    process.kill()
+    process.communicate()
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    assert kscli(*command).exit_code == 0
+    kept.rename(folder)
+    assert "is up to date" in kscli(*command).stderr
+    assert not folder.exists()
+
+
+def test_a_shard_without_a_document_says_so(corpus: Path, tmp_path: Path) -> None:
+    result = kscli(
+        *COMMON, "--corpus", corpus, "--dir", tmp_path, "--samples", "2", "--shard", "2/3"
+    )
+    assert result.exit_code == 1
+    assert "has no token; use fewer" in one_sentence(result.stderr)
+
+
+def test_run_is_one_process(tmp_path: Path) -> None:
+    result = kscli_process("run", "--dir", tmp_path, WORLD_SIZE="2", RANK="0")
+    assert result.returncode == 2
+    assert "`run` is one process" in one_sentence(result.stderr)
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
     common = ("cache-cov", "--corpus", corpus, "--dir", tmp_path, "--dry-run")
     table = kscli(*common)
     assert table.exit_code == 0, table.stderr
-    for words in ("passes", "checkpoints, on disk", "estimated time", "4,096 tokens"):
+    for words in ("passes", "checkpoints, on disk", "at most about", "4,096 tokens"):
         assert words in table.stdout
     plan = json.loads(kscli(*common, "--tokens", "5000", "-f", "json").stdout)
     assert plan["groups"] == [[0, 1, 2, 3]]

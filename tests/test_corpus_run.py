@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -32,6 +35,7 @@ from kscli.errors import ArtifactError, CorpusError, ModelError, NumericsError, 
 from kscli.interrupts import InterruptedRunError
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.moments import SecondMoment
+from kscli.ranks import RankError
 from kscli.reporter import Reporter, Task
 from kscli.shards import WHOLE, Shard
 
@@ -54,6 +58,7 @@ class Watcher(Reporter):
     """Calls `at_batch` with the number of every batch that is done, and keeps what is said."""
 
     at_batch: Callable[[int], None] = lambda number: None
+    at_note: Callable[[str], None] = lambda text: None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     batches: int = 0
@@ -75,6 +80,7 @@ class Watcher(Reporter):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        self.at_note(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -487,3 +493,93 @@ def test_a_corpus_without_tokens_is_refused(model: LoadedModel, tmp_path: Path) 
     with pytest.raises(CorpusError, match="gave no token"):
         second_moments(model, corpus, CovarianceOptions(samples=1))
     assert second_moments(model, corpus, CovarianceOptions()).totals.empty == 1
+
+
+def test_a_signal_in_the_last_evaluation_is_not_lost(
+    model: LoadedModel, plan: RunPlan, tmp_path: Path, undisturbed: tuple[Path, int]
+) -> None:
+    path = tmp_path / "cov.h5"
+    first = Watcher()
+    run(model, plan, tmp_path / "first.h5", first)
+    last = [note for note in first.notes if "p is settled" in note][-1]
+    watcher = Watcher(
+        at_note=lambda text: signal.raise_signal(signal.SIGTERM) if text == last else None
+    )
+    with pytest.raises(InterruptedRunError, match="the same command goes on") as raised:
+        run(model, plan, path, watcher)
+    assert raised.value.exit_code == 143
+    run(model, plan, path)
+    assert_same(path, undisturbed[0])
+
+
+def test_unreadable_checkpoints_are_said_to_be(
+    model: LoadedModel, plan: RunPlan, tmp_path: Path, undisturbed: tuple[Path, int]
+) -> None:
+    path = tmp_path / "cov.h5"
+    with pytest.raises(InterruptedRunError):
+        run(model, plan, path, Watcher(interrupt_at(3)))
+    for state in folder_of(path).iterdir():
+        state.write_bytes(b"no HDF5")
+    watcher = Watcher()
+    run(model, plan, path, watcher)
+    assert "no checkpoint in" in watcher.warnings[0]
+    assert_same(path, undisturbed[0])
+
+
+def test_a_damaged_finished_pass_is_summed_again(
+    model: LoadedModel, plan: RunPlan, tmp_path: Path, undisturbed: tuple[Path, int]
+) -> None:
+    path = tmp_path / "cov.h5"
+    passes = replace(plan, groups=((0, 1), (2, 3)))
+    with pytest.raises(InterruptedRunError):
+        run(model, passes, path, Watcher(interrupt_at(undisturbed[1] + 3)))
+    (finished,) = folder_of(path).glob("pass-*.h5")
+    finished.write_bytes(finished.read_bytes()[:5000])
+    run(model, passes, path)
+    with h5py.File(path) as one, h5py.File(undisturbed[0]) as other:
+        np.testing.assert_array_equal(one["second_moment"][()], other["second_moment"][()])
+
+
+class LostRanks:
+    """One rank of one, whose fellows are lost at the third look."""
+
+    shard = Shard(0, 1)
+    leader = True
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def check(self) -> None:
+        self.looks += 1
+        if self.looks == 3:
+            raise RankError("rank 1 was killed")
+
+
+def test_a_rank_whose_fellow_is_lost_saves_its_own_sums(
+    model: LoadedModel, plan: RunPlan, tmp_path: Path
+) -> None:
+    corpus = open_corpus(CorpusSpec("tiny"))
+    checkpoints = Checkpoints(tmp_path / "c", {"corpus": "tiny"}, every=1e9)
+    lost: Any = LostRanks()
+    with pytest.raises(RankError):
+        CovarianceRun(model, corpus, OPTIONS, plan, Watcher(), checkpoints, lost).sum_up()
+    saved = checkpoints.latest()
+    assert saved is not None
+    assert saved.position.batches == 3
+
+
+def test_what_ran_out_of_memory_is_let_go(model: LoadedModel) -> None:
+    """An error that is held would hold the keys, and with them the memory to try again with."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def refuse(layer: int, keys: Tensor) -> None:
+        seen.append(weakref.ref(keys))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.disable()
+    try:
+        with suppress(torch.OutOfMemoryError):
+            model.decoder.run(torch.tensor([[5, 6, 7]]), [0], refuse)
+        assert [reference() for reference in seen] == [None]
+    finally:
+        gc.enable()

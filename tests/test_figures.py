@@ -16,30 +16,53 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from kscli.cli.plot import counts_of, default_name
 from kscli.errors import KscliError, UsageError
-from kscli.figures import KINDS, Source
+from kscli.figures import KINDS, FigureOptions, Source, paged
+from kscli.figures.angles import angles, mode
+from kscli.figures.curves import make_curve
 from kscli.figures.density import kernel_density, robust_bandwidth
-from kscli.figures.saving import FORMATS, check_target, render, save_figure
-from kscli.figures.style import fitted, house_style, names, number, text_width
+from kscli.figures.families import family, parameters
+from kscli.figures.saving import (
+    FORMATS,
+    check_target,
+    page_paths,
+    render,
+    save_figure,
+    save_pages,
+)
+from kscli.figures.settled import default_counts, largest_difference, settle
+from kscli.figures.style import Caption, fitted, house_style, names, number, shades, text_width
+from kscli.resampling import Resampling, bootstrap_moments, interval, resample_counts
 from kscli.statistics import MatrixName
 
+SMALL = np.array([[0, 0.1, 0.2], [0.1, 0, -0.3], [0.2, -0.3, 0]])
 LONG = "HuggingFaceTB/SmolLM2-135M-Instruct_with-a$name$-that-goes-on-and-on-Q4_1-revision-2f"
 
 
 @dataclass
 class Stored:
-    """A pmatrix file in memory."""
+    """A pmatrix file in memory; its cosines are P without its asymmetry and beyond 1."""
 
     model: str
     matrices: dict[int, NDArray[np.float64]]
+    tokens: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(self.matrices)
 
+    @property
+    def token_id(self) -> NDArray[np.int64]:
+        m = len(next(iter(self.matrices.values())))
+        return np.array(self.tokens or [at // 3 for at in range(m)])
+
     def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
-        assert name == "P"
-        return self.matrices[layer]
+        P = self.matrices[layer]
+        if name == "P":
+            return P
+        cosine = np.clip((P + P.T) / 2, -1, 1)
+        return cosine if name == "whitened_cosine" else np.sqrt(np.abs(cosine))
 
 
 def heavy_tailed(m: int, seed: int = 0, largest: float = 0.9) -> NDArray[np.float64]:
@@ -71,6 +94,10 @@ def off_diagonal(P: NDArray[np.float64]) -> NDArray[np.float64]:
     return P[~np.eye(len(P), dtype=bool)]
 
 
+# Kinds that can be drawn of any facts.
+STANDARD = [name for name, kind in KINDS.items() if kind.standard]
+
+
 # Every kind
 
 
@@ -87,10 +114,25 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STANDARD)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_nothing_is_drawn_off_the_page(kind: str, situation: str) -> None:
-    fig = KINDS[kind].draw(SITUATIONS[situation])
+    sources = SITUATIONS[situation]
+    if kind == "convergence":
+        sources = [Source(one.matrices, one.layers[:2]) for one in sources]
+    assert_on_the_page(KINDS[kind].draw(sources))
+
+
+@pytest.mark.parametrize("kind", ["heatmap", "kde"])
+@pytest.mark.parametrize("situation", ["models and layers", "a long name", "one fact", "constant"])
+def test_no_grid_and_no_mark_is_drawn_off_the_page(kind: str, situation: str) -> None:
+    sources = [Source(one.matrices, one.layers[-5:]) for one in SITUATIONS[situation]]
+    for options in (FigureOptions(mark_same_token=True), FigureOptions(True, True)):
+        for fig in KINDS[kind].pages(sources, options):
+            assert_on_the_page(fig)
+
+
+def assert_on_the_page(fig: Figure) -> None:
     with house_style():
         fig.set_dpi(72)
         fig.draw_without_rendering()
@@ -102,7 +144,7 @@ def test_nothing_is_drawn_off_the_page(kind: str, situation: str) -> None:
     assert box.y1 < height + 0.02
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STANDARD)
 def test_every_kind_names_model_layer_and_m(kind: str) -> None:
     text = texts(KINDS[kind].draw([source("gpt2-xl", m=24)]))
     assert "gpt2-xl" in text
@@ -110,13 +152,46 @@ def test_every_kind_names_model_layer_and_m(kind: str) -> None:
     assert "layer" in text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STANDARD)
 def test_without_a_layer_there_is_nothing_to_draw(kind: str) -> None:
-    with pytest.raises(UsageError, match="no layer"):
-        KINDS[kind].draw([Source(Stored("gpt2", {}), ())])
+    for draw in (KINDS[kind].draw, KINDS[kind].pages):
+        with pytest.raises(UsageError, match="no layer"):
+            draw([Source(Stored("gpt2", {}), ())])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_that_a_kind_does_not_take_is_refused_naming_those_that_do() -> None:
+    with pytest.raises(UsageError, match="angles takes no --grid; heatmap and kde do"):
+        KINDS["angles"].draw([source()], FigureOptions(grid=True))
+    with pytest.raises(UsageError, match="kurtosis takes no --facts-counts; convergence does"):
+        KINDS["kurtosis"].pages([source()], FigureOptions(facts_counts=(2,)))
+
+
+@pytest.mark.parametrize("kind", STANDARD)
+def test_the_smallest_model_comes_first(kind: str) -> None:
+    models = ("someone/unknown", "pythia-1b", "gpt-j", "openai-community--gpt2", "SmolLM2-135M")
+    text = texts(KINDS[kind].draw([source(model, m=8) for model in models]))
+    places = [text.index(model) for model in models]
+    assert sorted(places, reverse=True) == [places[at] for at in (0, 2, 1, 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "of"),
+    [
+        ("gpt2-large", 774_030_080, "GPT2"),
+        ("EleutherAI--pythia-1b", 1_011_781_632, "Pythia"),
+        ("SmolLM2-135M-Instruct.gguf", 135e6, "SmolLM2-Instruct"),
+        ("Qwen/Qwen2.5-0.5B", 0.5e9, "Qwen2.5"),
+        ("Llama-3.2-1b", 1e9, "Llama-3.2"),
+        ("Mixtral-8x7B", None, "Mixtral-8x7B"),
+        ("7B", 7e9, "7B"),
+    ],
+)
+def test_a_name_tells_size_and_family(model: str, size: float | None, of: str) -> None:
+    assert parameters(model) == size
+    assert family(model) == of
+
+
+@pytest.mark.parametrize("kind", STANDARD)
 def test_drawing_leaves_matplotlibs_settings_as_they_were(kind: str) -> None:
     before = dict(matplotlib.rcParams)
     render(KINDS[kind].draw([source()]), "svg")
@@ -140,9 +215,11 @@ def test_kinds_are_listed_without_matplotlib_or_numpy() -> None:
 def test_drawing_does_not_touch_pyplot() -> None:
     code = (
         "import sys, numpy as np, kscli.figures as f\n"
+        f"P = np.array({SMALL.tolist()})\n"
         "class Pm:\n model = 'a'\n layers = (0,)\n"
-        " def matrix(self, name, layer): return np.eye(3) + np.tri(3) / 9\n"
-        "for kind in f.KINDS.values(): kind.draw([f.Source(Pm(), (0,))])\n"
+        " def matrix(self, name, layer): return np.eye(3) + P\n"
+        "for kind in f.KINDS.values():\n"
+        " if kind.standard: kind.draw([f.Source(Pm(), (0,))])\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
     assert run(code) == "False"
@@ -335,10 +412,10 @@ def test_kde_of_entries_that_are_all_equal_is_a_line_where_they_are() -> None:
 
 
 def test_kurtosis_lines_are_scipys_values_over_the_layers() -> None:
-    shallow, deep = source("a", 3), source("b", 5)
-    fig = KINDS["kurtosis"].draw([shallow, deep])
+    first, second = source("a", 4), source("b", 4, largest=1.4)
+    fig = KINDS["kurtosis"].draw([first, second])
     lines = fig.axes[0].lines[1:]  # the first marks zero
-    for line, one in zip(lines, (shallow, deep), strict=True):
+    for line, one in zip(lines, (first, second), strict=True):
         expected = [
             scipy.stats.kurtosis(off_diagonal(one.matrices.matrix("P", layer)))
             for layer in one.layers
@@ -346,6 +423,49 @@ def test_kurtosis_lines_are_scipys_values_over_the_layers() -> None:
         np.testing.assert_array_equal(line.get_xdata(), one.layers)
         np.testing.assert_allclose(np.asarray(line.get_ydata()), expected, atol=1e-9)
     assert {line.get_color() for line in lines} == {"#0072B2", "#D55E00"}
+
+
+def test_kurtosis_of_models_of_different_depth_is_over_the_relative_depth() -> None:
+    shallow, deep, part = source("a", 3), source("b", 5), source("c", 5)
+    fig = KINDS["kurtosis"].draw([shallow, deep, Source(part.matrices, (0, 2, 4), depth=9)])
+    lines = fig.axes[0].lines[1:]
+    np.testing.assert_allclose(lines[0].get_xdata(), [0, 0.5, 1])
+    np.testing.assert_allclose(lines[1].get_xdata(), [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(lines[2].get_xdata(), [0, 0.25, 0.5])
+    assert "relative depth" in fig.axes[0].get_xlabel()
+
+
+def test_kurtosis_families_are_side_by_side_in_shades_by_size() -> None:
+    models = ("pythia-2.8b", "gpt2-medium", "gpt-j", "gpt2-small", "pythia-1b", "gpt2-large")
+    fig = KINDS["kurtosis"].draw([source(model, 2, m=8) for model in models])
+    drawn = [ax for ax in fig.axes if ax.lines]
+    assert [ax.get_title() for ax in drawn] == ["GPT2", "Pythia", "GPT-J"]
+    legends = [ax.get_legend() for ax in fig.axes if ax.get_legend()]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends if legend] == [
+        ["gpt2-small", "gpt2-medium", "gpt2-large"],
+        ["pythia-1b", "pythia-2.8b"],
+        ["gpt-j"],
+    ]
+    colours = [line.get_color() for line in drawn[0].lines[1:]]
+    assert colours == shades("#0072B2", 3)
+    lightness = [sum(colour) for colour in colours]
+    assert lightness == sorted(lightness, reverse=True)
+    assert len({ax.get_ylim() for ax in drawn}) == 1
+
+
+def test_kurtosis_band_is_the_interval_of_resampled_facts() -> None:
+    one = source(layers=3, m=16)
+    fig = KINDS["kurtosis"].draw([one], FigureOptions(seed=3))
+    [band] = [artist for artist in fig.axes[0].collections if artist.get_alpha()]
+    drawn = band.get_paths()[0].vertices
+    for layer in one.layers:
+        counts = resample_counts(16, seed=3)
+        of = interval(bootstrap_moments(one.matrices.matrix("P", layer), counts).kurtosis)
+        there = drawn[drawn[:, 0] == layer, 1]
+        assert (there.min(), there.max()) == pytest.approx((of.low, of.high))
+    assert "95 % interval" in texts(fig)
+    many = KINDS["kurtosis"].draw([source(name, 3) for name in "abc"])
+    assert not [artist for artist in many.axes[0].collections if artist.get_alpha()]
 
 
 def test_kurtosis_legend_names_the_models_where_there_are_several() -> None:
@@ -370,6 +490,236 @@ def test_kurtosis_ticks_are_layers(layers: int) -> None:
     assert all(tick == int(tick) and 0 <= tick < layers for tick in ticks)
 
 
+# Angles
+
+
+def test_angles_are_the_arccos_of_every_pair_once() -> None:
+    K = np.random.default_rng(0).standard_normal((5, 3))
+    K[4] = 2 * K[0]
+    unit = K / np.linalg.norm(K, axis=1, keepdims=True)
+    found = angles(unit @ unit.T * (1 + 1e-15))
+    expected = [
+        np.degrees(np.arctan2(np.linalg.norm(np.cross(K[i], K[j])), K[i] @ K[j]))
+        for i in range(5)
+        for j in range(i + 1, 5)
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_angles_of_both_spaces_are_side_by_side_on_one_scale() -> None:
+    one = source(layers=2, m=32)
+    fig = KINDS["angles"].draw([Source(one.matrices, (1,))])
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["whitening space", "activation space"]
+    for ax, legend, name in zip(
+        fig.axes[:2], fig.axes[2:], ("whitened_cosine", "cosine"), strict=True
+    ):
+        values = angles(one.matrices.matrix(name, 1))  # type: ignore[arg-type]
+        density = kernel_density(values, bounds=(0, 180))
+        x, y = np.asarray(ax.lines[1].get_xdata()), np.asarray(ax.lines[1].get_ydata())
+        np.testing.assert_array_equal(y, density.y[np.isin(density.x, x)])
+        at = density.x[np.argmax(density.y)]
+        [label] = legend.get_legend().get_texts()  # type: ignore[union-attr]
+        assert label.get_text() == f"{at:.1f}°"
+    assert fig.axes[0].get_xlim() == fig.axes[1].get_xlim()
+    assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
+
+
+def test_the_mode_is_where_most_angles_are() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(88, 3, 20_000), rng.uniform(10, 80, 2_000)])
+    assert mode(make_curve(values, (0, 180))) == pytest.approx(88, abs=0.5)
+    assert mode(make_curve(np.full(3, 60.0))) == 60
+    assert np.isnan(mode(make_curve(np.array([]))))
+
+
+def test_density_within_bounds_loses_nothing_beyond_them() -> None:
+    values = np.abs(np.random.default_rng(0).normal(0, 1, 5_000))
+    density = kernel_density(values, bounds=(0.0, 10.0))
+    assert density.x[0] > 0
+    assert np.trapezoid(density.y, density.x) == pytest.approx(1, abs=0.02)
+    assert density.y[0] == pytest.approx(2 * scipy.stats.norm.pdf(0), rel=0.1)
+
+
+# Convergence
+
+
+def test_settling_is_the_kurtosis_of_the_first_facts() -> None:
+    P = heavy_tailed(32)
+    found = settle(P, (16, 8, 32, 8), Resampling(seed=1))
+    assert found.counts == (8, 16, 32)
+    for count, value, of in zip(found.counts, found.kurtosis, found.intervals, strict=True):
+        part = P[:count, :count]
+        assert value == pytest.approx(scipy.stats.kurtosis(off_diagonal(part)), abs=1e-9)
+        assert of == interval(bootstrap_moments(part, resample_counts(count, seed=1)).kurtosis)
+    assert found.before == 1
+    assert found.moved == pytest.approx(
+        scipy.stats.ks_2samp(off_diagonal(P[:16, :16]), off_diagonal(P)).statistic
+    )
+    inside = found.intervals[2].low <= found.kurtosis[1] <= found.intervals[2].high
+    assert found.converged == inside
+
+
+def test_the_sentence_says_whether_the_kurtosis_has_converged() -> None:
+    rng = np.random.default_rng(0)
+    alike = rng.normal(0, 0.1, (64, 64))
+    found = settle(alike, (), Resampling())
+    assert found.converged
+    assert "has converged to within its error at m = 64" in found.sentence
+    assert f"was {found.kurtosis[3]:.1f} with 32 facts" in found.sentence
+    then_bound = alike.copy()
+    then_bound[40:46, 40:46] = 1.0
+    found = settle(then_bound, (), Resampling())
+    assert found.converged is False
+    assert "has not converged at m = 64" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("P", "counts", "said"),
+    [
+        (np.eye(1), (), "One fact makes no pair"),
+        (np.array([[1, 0.2], [0.1, 1]]), (), "it has no interval"),
+        (heavy_tailed(3), (), "it has no interval"),
+        (np.ones((16, 16)), (), "it is undefined"),
+        (heavy_tailed(16), (16,), "no count of at most half"),
+        (heavy_tailed(16), (9, 16), "no count of at most half"),
+    ],
+)
+def test_the_sentence_where_convergence_cannot_be_told(
+    P: NDArray[np.float64], counts: tuple[int, ...], said: str
+) -> None:
+    found = settle(P, counts, Resampling(repeats=100))
+    assert found.converged is None
+    assert said in found.sentence
+
+
+@pytest.mark.parametrize(("counts", "said"), [((8, 17), "17 facts among 16"), ((1, 8), "no pair")])
+def test_counts_that_the_facts_do_not_allow_are_refused(counts: tuple[int, ...], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        KINDS["convergence"].draw([source(m=16)], FigureOptions(facts_counts=counts))
+
+
+def test_the_default_counts() -> None:
+    assert default_counts(128) == (16, 32, 48, 64, 80, 96, 112, 128)
+    assert default_counts(1000) == tuple(range(125, 1001, 125))
+    assert [default_counts(m) for m in (1, 2, 3, 5)] == [(1,), (2,), (3,), (4, 5)]
+
+
+def test_the_largest_difference_of_two_distributions_is_scipys() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 1, 50), np.round(rng.normal(0.3, 1, 70), 1)
+    expected = scipy.stats.ks_2samp(first, second).statistic
+    assert largest_difference(first, second) == pytest.approx(expected)
+    assert np.isnan(largest_difference(first, np.array([])))
+
+
+def test_convergence_draws_density_and_kurtosis_of_the_first_facts() -> None:
+    P = heavy_tailed(32)
+    fig = KINDS["convergence"].draw([of(P)], FigureOptions(facts_counts=(8, 16, 32)))
+    left, right = fig.axes[:2]
+    for count, line in zip((8, 16, 32), left.lines[1:], strict=True):
+        density = kernel_density(off_diagonal(P[:count, :count]))
+        x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+        np.testing.assert_array_equal(y, density.y[np.isin(density.x, x)])
+    settling = settle(P, (8, 16, 32), Resampling())
+    np.testing.assert_array_equal(right.lines[1].get_xdata(), [8, 16, 32])
+    np.testing.assert_allclose(right.lines[1].get_ydata(), settling.kurtosis)
+    bars = [bar.get_segments()[0][:, 1] for bar in right.collections]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(bars, [(of.low, of.high) for of in settling.intervals])
+    assert settling.sentence in texts(fig).replace("\n", " ")
+
+
+def test_convergence_of_more_rows_than_a_page_holds_is_refused() -> None:
+    with pytest.raises(UsageError, match="not 7; name fewer"):
+        KINDS["convergence"].draw([source(layers=7)])
+
+
+# Grids and marks
+
+
+def test_a_grid_has_twenty_layers_of_one_model_on_a_page() -> None:
+    sources = [source("gpt2-large", 23, m=4), source("gpt2-small", 2, m=4)]
+    grid = FigureOptions(grid=True)
+    pages = paged(sources, grid)
+    assert [[one.matrices.model for one in page] for page in pages] == [
+        ["gpt2-small"],
+        ["gpt2-large"],
+        ["gpt2-large"],
+    ]
+    assert [page[0].layers for page in pages] == [(0, 1), tuple(range(20)), (20, 21, 22)]
+    assert paged(sources, FigureOptions()) == [tuple(sources)]
+    for kind in ("heatmap", "kde"):
+        drawn = KINDS[kind].pages(sources, grid)
+        heads = [fig.get_suptitle().splitlines()[1] for fig in drawn]
+        assert heads == [
+            "gpt2-small, layers 0-1, m = 4",
+            "gpt2-large, layers 0-19, m = 4",
+            "gpt2-large, layers 20-22, m = 4",
+        ]
+
+
+def test_kde_grid_has_a_panel_a_layer_on_one_scale() -> None:
+    one = source(layers=5)
+    [fig] = KINDS["kde"].pages([one], FigureOptions(grid=True))
+    panels = [ax for ax in fig.axes if ax.lines]
+    assert len({(*ax.get_xlim(), *ax.get_ylim()) for ax in panels}) == 1
+    for layer, ax in enumerate(panels):
+        entries = off_diagonal(one.matrices.matrix("P", layer))
+        density = kernel_density(entries)
+        x, y = np.asarray(ax.lines[1].get_xdata()), np.asarray(ax.lines[1].get_ydata())
+        np.testing.assert_array_equal(y, density.y[np.isin(density.x, x)])
+        kurtosis = number(float(scipy.stats.kurtosis(entries)), 1)
+        low, high = number(entries.min(), 2), number(entries.max(), 2)
+        assert ax.get_title() == f"layer {layer}: {kurtosis}\n{low} to {high}"
+
+
+def test_heatmap_frames_the_pairs_of_the_same_token() -> None:
+    stored = Stored("gpt2", {0: heavy_tailed(5)}, tokens=(7, 8, 7, 7, 9))
+    fig = KINDS["heatmap"].draw([Source(stored, (0,))], FigureOptions(mark_same_token=True))
+    [frames] = fig.axes[0].collections
+    centres = {
+        tuple(np.round(path.vertices[:4].mean(axis=0)).astype(int)) for path in frames.get_paths()
+    }
+    # x is the column j, y the row i.
+    assert centres == {(i, j) for i in (0, 2, 3) for j in (0, 2, 3) if i != j}
+    assert all(np.ptp(path.vertices[:, 0]) > 1 for path in frames.get_paths())
+    assert "same last token" in fig.get_suptitle()
+    assert not KINDS["heatmap"].draw([Source(stored, (0,))]).axes[0].collections
+
+
+def test_kde_marked_has_a_line_of_all_pairs_and_one_of_pairs_at_different_tokens() -> None:
+    P = heavy_tailed(30)
+    tokens = tuple(at // 2 for at in range(30))
+    stored = Stored("gpt2", {0: P}, tokens)
+    fig = KINDS["kde"].draw([Source(stored, (0,))], FigureOptions(mark_same_token=True))
+    ax = fig.axes[0]
+    every, others = ax.lines[1:]
+    assert ax.get_yscale() == "log"
+    distinct = [P[i, j] for i in range(30) for j in range(30) if tokens[i] != tokens[j]]
+    entries = off_diagonal(P)
+    for line, share in ((every, 1.0), (others, len(distinct) / (30 * 29))):
+        x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+        assert x[0] < entries.min()
+        assert x[-1] > entries.max()
+        assert np.trapezoid(y, x) == pytest.approx(share, abs=2e-3)
+    [label] = fig.axes[1].get_legend().get_texts()  # type: ignore[union-attr]
+    both = (scipy.stats.kurtosis(entries), scipy.stats.kurtosis(distinct))
+    assert label.get_text() == " / ".join(number(float(value), 1) for value in both)
+
+
+def test_kde_marks_only_as_many_lines_as_can_be_told_apart() -> None:
+    marked = FigureOptions(mark_same_token=True)
+    with pytest.raises(UsageError, match="at most 6 lines; name fewer layers, or add --grid"):
+        KINDS["kde"].draw([source(layers=7)], marked)
+    assert KINDS["kde"].draw([source("a", 4), source("b", 4)], marked)
+
+
+def test_kde_marked_where_all_pairs_share_a_token() -> None:
+    stored = Stored("gpt2", {0: heavy_tailed(4)}, tokens=(1, 1, 1, 1))
+    fig = KINDS["kde"].draw([Source(stored, (0,))], FigureOptions(mark_same_token=True))
+    assert not np.asarray(fig.axes[0].lines[2].get_ydata()).any()
+    assert "undefined" in texts(fig)
+
+
 # Names
 
 
@@ -386,6 +736,14 @@ def test_a_name_that_is_too_wide_loses_its_middle() -> None:
     assert "…" in text
     assert text_width(text, 7) <= 1.5
     assert fitted(["gpt2", "layer 0"], 1.5, 7) == "gpt2, layer 0"
+
+
+def test_a_caption_is_wrapped_to_its_axes() -> None:
+    words = "Whether this has converged cannot be told: there is nothing to compare it with."
+    lines = Caption(words).lines(2.5)
+    assert len(lines) > 1
+    assert " ".join(lines) == words
+    assert all(text_width(line, 6) <= 1.9 for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -462,8 +820,48 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("extension", FORMATS)
-@pytest.mark.parametrize("kind", KINDS)
+def test_pages_are_one_pdf_or_numbered_files(tmp_path: Path, figure: Figure) -> None:
+    two = [figure, KINDS["kde"].draw([source(m=8)])]
+    assert save_pages(two, tmp_path / "a.pdf") == [tmp_path / "a.pdf"]
+    assert (tmp_path / "a.pdf").read_bytes().count(b"/Type /Page ") == 2
+    paths = [tmp_path / "a-1.svg", tmp_path / "a-2.svg"]
+    assert page_paths(tmp_path / "a.svg", 2) == paths
+    assert save_pages(two, tmp_path / "a.svg") == paths
+    assert b"Excess kurtosis" in paths[0].read_bytes()
+    assert b"Density" in paths[1].read_bytes()
+    assert save_pages([figure], tmp_path / "b.svg") == [tmp_path / "b.svg"]
+    first = (tmp_path / "a.pdf").read_bytes()
+    save_pages(two, tmp_path / "a.pdf", force=True)
+    assert (tmp_path / "a.pdf").read_bytes() == first
+
+
+def test_no_page_is_written_where_one_may_not_be(tmp_path: Path, figure: Figure) -> None:
+    (tmp_path / "a-2.svg").write_text("mine")
+    with pytest.raises(KscliError, match="--force"):
+        save_pages([figure, figure], tmp_path / "a.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["a-2.svg"]
+
+
+def test_the_counts_of_a_command_line() -> None:
+    assert counts_of(None) == ()
+    assert counts_of("64, 16,16") == (16, 64)
+    for text in ("", "16,", "-4", "a", "1e2"):
+        with pytest.raises(UsageError, match="16,32,64,128"):
+            counts_of(text)
+
+
+def test_files_are_named_by_what_was_asked_for() -> None:
+    assert default_name("kde", ["a"], None) == "kde.png"
+    asked = FigureOptions(True, True, (16, 32))
+    assert default_name("kde", ["a", "b"], "0,3", asked) == (
+        "kde-a-b-layer0_3-grid-same-token-m16_32.png"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "extension"),
+    [*((kind, "svg") for kind in STANDARD), ("heatmap", "pdf"), ("kurtosis", "png")],
+)
 def test_the_same_input_gives_the_same_bytes(kind: str, extension: str) -> None:
     first, second = (
         render(KINDS[kind].draw([source("a", m=8), source("b", m=8)]), extension) for _ in range(2)
@@ -474,17 +872,25 @@ def test_the_same_input_gives_the_same_bytes(kind: str, extension: str) -> None:
 def test_another_process_gives_the_same_bytes() -> None:
     code = (
         "import hashlib, numpy as np, kscli.figures as f\n"
+        f"P = np.array({SMALL.tolist()})\n"
         "from kscli.figures.saving import render\n"
         "class Pm:\n model = 'a'\n layers = (0,)\n"
-        " def matrix(self, name, layer): return np.eye(3) + np.tri(3) / 9\n"
+        " def matrix(self, name, layer): return np.eye(3) + P\n"
         "digest = hashlib.sha256()\n"
         "for kind in f.KINDS.values():\n"
-        " digest.update(render(kind.draw([f.Source(Pm(), (0,))]), 'svg'))\n"
+        " if kind.standard: digest.update(render(kind.draw([f.Source(Pm(), (0,))]), 'svg'))\n"
         "print(digest.hexdigest())"
     )
     digest = hashlib.sha256()
-    for kind in KINDS.values():
-        digest.update(render(kind.draw([of(np.eye(3) + np.tri(3) / 9, model="a")]), "svg"))
+
+    class Same:
+        model, layers = "a", (0,)
+
+        def matrix(self, name: str, layer: int) -> NDArray[np.float64]:
+            return np.eye(3) + SMALL
+
+    for kind in map(KINDS.__getitem__, STANDARD):
+        digest.update(render(kind.draw([Source(Same(), (0,))]), "svg"))
     assert run(code) == digest.hexdigest()
 
 

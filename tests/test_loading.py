@@ -6,12 +6,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import GPT2_LIKE, save_family, save_model
+from numpy.typing import NDArray
 
+from kscli import resources
+from kscli.batching import TokenBatch, TokenSequence, make_batches
 from kscli.errors import ModelError, UsageError
-from kscli.models.loading import ModelOptions, load_model, locate_model
+from kscli.layer_sums import LayerSums, SumsPlan
+from kscli.models.decoder import Decoder
+from kscli.models.loading import ModelOptions, load_model, locate_model, resolve_dtype
+from kscli.resources import MemorySplit
 from kscli.tiny import MODEL_DIR
 
 
@@ -203,6 +210,57 @@ def test_a_model_whose_layers_differ_in_size_is_refused(tmp_path: Path) -> None:
 def test_wrong_options_are_wrong_usage(options: ModelOptions) -> None:
     with pytest.raises(UsageError):
         load_model(options)
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(resources, "fast_bfloat16", lambda device: fast)
+    assert resolve_dtype("auto", "cpu") == dtype
+    assert resolve_dtype("float16", "cpu") == "float16"
+    with pytest.raises(UsageError, match="--dtype int8"):
+        resolve_dtype("int8", "cpu")
+
+
+def keys_of(decoder: Decoder) -> torch.Tensor:
+    ids = torch.arange(40, 72).reshape(2, 16)
+    keys: list[torch.Tensor] = []
+    decoder.run(ids, range(decoder.n_layers), lambda _, k: keys.append(k.clone()))
+    return torch.stack(keys)
+
+
+def sums_of(sums: LayerSums, batch: TokenBatch) -> list[NDArray[np.float64]]:
+    sums.add(batch)
+    return [moment.packed() for moment in sums.moments.values()]
+
+
+def test_a_model_that_may_be_spread_has_the_same_keys() -> None:
+    options = ModelOptions("tiny", device="cpu", dtype="float32")
+    spread_out, whole = load_model(options, spread=MemorySplit(2**20)), load_model(options)
+    assert torch.equal(keys_of(spread_out.decoder), keys_of(whole.decoder))
+
+
+def test_a_model_of_which_a_part_lies_elsewhere_has_the_same_keys(tmp_path: Path) -> None:
+    """The weights of two layers lie on the disk, as on a card's host, until they are used."""
+    from accelerate import disk_offload
+
+    options = ModelOptions("tiny", device="cpu", dtype="float32")
+    whole = load_model(options).decoder
+    network = load_model(options).decoder.model
+    for layer in (1, 2):
+        part = network.transformer.h[layer]  # type: ignore[union-attr, index]
+        disk_offload(part, tmp_path / str(layer), torch.device("cpu"), offload_buffers=True)
+    decoder = Decoder(network, whole.model.config.hidden_size, whole.n_layers)  # type: ignore[union-attr, arg-type]
+    assert decoder.device_of(1) == "meta"
+    assert torch.equal(keys_of(decoder), keys_of(whole))
+    (batch,) = make_batches([TokenSequence(0, tuple(range(40, 72)))], 64)
+    plan = SumsPlan((0, 1, 2, 3), "host", 0)
+    for ours, reference in zip(
+        *(sums_of(LayerSums(one, plan), batch) for one in (decoder, whole)), strict=True
+    ):
+        assert reference.any()
+        np.testing.assert_array_equal(ours, reference)
 
 
 def test_the_forward_pass_stops_at_the_last_layer_asked_for(tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def test_what_is_held_is_half_and_a_block() -> None:
 def test_sums_on_the_host_come_in_order_and_errors_are_raised() -> None:
     total = torch.zeros(3, dtype=torch.float64)
     sums = HostSums()
-    sums.add(total, torch.ones(3))
+    sums.add([total], [torch.ones(3)])
     sums.wait()
     assert total.tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(RuntimeError):
-        sums.add(total, torch.ones(4))
+        sums.add([total], [torch.ones(4)])

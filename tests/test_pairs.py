@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from artifact_kit import LAYERS, write_toy
+from cli_kit import kscli
 from numpy.typing import NDArray
 
 from kscli.errors import UsageError
 from kscli.facts import Fact
-from kscli.pairs import Pair, pair_rows, top_pairs
+from kscli.pairs import Pair, pair_rows, strongest_rows, top_pairs
 from kscli.statistics import MatrixName
 
 
@@ -119,3 +124,143 @@ def test_rows_hold_both_facts_and_say_whether_they_share_the_token() -> None:
 def test_rows_of_one_fact_are_none() -> None:
     fact = Fact("{} is", "Rome", "old")
     assert pair_rows(Stored(np.ones((1, 1)), (fact,), np.array([3])), 7, 20) == []
+
+
+@dataclass
+class Layered:
+    """A pmatrix file in memory with random P at every layer, and few tokens."""
+
+    m: int = 7
+    layers: tuple[int, ...] = (0, 2, 5)
+    model: str = "gpt2"
+    matrices: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.m)
+        self.matrices = {at: rng.integers(-9, 10, (self.m, self.m)) / 10 for at in self.layers}
+        self.token_id = rng.integers(0, 3, self.m)
+        self.facts = tuple(Fact("{} is", f"s{i}", f"t{i}") for i in range(self.m))
+
+    def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
+        assert name == "P"
+        return self.matrices[layer]
+
+
+def naive_strongest(
+    pm: Layered, k: int, absolute: bool, distinct: bool
+) -> list[tuple[int, int, int, float]]:
+    """Layer, i, j and p of every pair at its best layer, sorted; the first of equal layers."""
+    found = []
+    for i in range(pm.m):
+        for j in range(pm.m):
+            if i == j or (distinct and pm.token_id[i] == pm.token_id[j]):
+                continue
+            best = pm.layers[0]
+            for layer in pm.layers:
+                p, old = pm.matrices[layer][i, j], pm.matrices[best][i, j]
+                if (abs(p) > abs(old)) if absolute else (p > old):
+                    best = layer
+            found.append((best, i, j, float(pm.matrices[best][i, j])))
+    found.sort(key=lambda one: (-(abs(one[3]) if absolute else one[3]), one[1], one[2]))
+    return found[:k]
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("k", [1, 4, 500])
+def test_the_strongest_over_layers_are_each_pair_once_at_its_best(
+    k: int, absolute: bool, distinct: bool
+) -> None:
+    pm = Layered()
+    rows = strongest_rows(pm, pm.layers, k, absolute, distinct)
+    expected = naive_strongest(pm, k, absolute, distinct)
+    assert [(row["layer"], row["i"], row["j"], row["p"]) for row in rows] == expected
+    assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_matrices_that_were_read_are_left_as_they_are() -> None:
+    pm = Layered()
+    before = {layer: P.copy() for layer, P in pm.matrices.items()}
+    strongest_rows(pm, pm.layers, 5)
+    assert all((pm.matrices[layer] == before[layer]).all() for layer in pm.layers)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_pairs_at_one_token_can_be_left_out(absolute: bool) -> None:
+    pm = Layered(m=9)
+    rows = pair_rows(pm, 2, 1000, absolute, distinct_token=True)
+    every = naive(pm.matrices[2], 1000, absolute)
+    kept = [pair for pair in every if pm.token_id[pair.i] != pm.token_id[pair.j]]
+    assert [(row["i"], row["j"], row["p"]) for row in rows] == kept
+    assert 0 < len(kept) < len(every)
+    assert not any(row["same_last_token"] for row in rows)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """Artifacts of the model `toy`, whose facts 0 and 1 end in one token."""
+    write_toy(tmp_path)
+    return tmp_path
+
+
+def topk(toy: Path, *arguments: str) -> str:
+    result = kscli("topk", "-m", "toy", "--dir", toy, *arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_topk_leaves_out_what_shares_a_token(toy: Path) -> None:
+    every = json.loads(topk(toy, "-k", "99", "-f", "json"))
+    distinct = json.loads(topk(toy, "-k", "99", "-f", "json", "--distinct-token"))
+    assert [row["p"] for row in distinct] == [
+        row["p"] for row in every if {row["i"], row["j"]} != {0, 1}
+    ]
+    assert [row["rank"] for row in distinct] == list(range(1, 29))
+
+
+def test_topk_strongest_takes_all_layers_unless_told(toy: Path) -> None:
+    rows = json.loads(topk(toy, "-k", "3", "-f", "json", "--strongest"))
+    with h5py.File(toy / "toy" / "pmatrix.h5") as file:
+        P = file["P"][()]
+    P[:, np.arange(6), np.arange(6)] = -np.inf
+    best = P.max(axis=0)
+    assert [row["p"] for row in rows] == np.sort(best.ravel())[::-1][:3].tolist()
+    assert all(P[row["layer"], row["i"], row["j"]] == row["p"] for row in rows)
+    two = json.loads(topk(toy, "-k", "30", "-f", "json", "--strongest", "--layer", "1,2"))
+    assert {row["layer"] for row in two} <= {1, 2}
+    one = json.loads(topk(toy, "-k", "4", "-f", "json", "--strongest", "--layer", "1"))
+    assert one == json.loads(topk(toy, "-k", "4", "-f", "json", "--layer", "1"))
+    assert topk(toy, "-k", "1", "--strongest", "--layer", "1").split()[0] == "layer"
+
+
+def test_topk_without_options_is_layer_0(toy: Path) -> None:
+    rows = json.loads(topk(toy, "-f", "json"))
+    assert {row["layer"] for row in rows} == {LAYERS[0]}
+
+
+def test_topk_in_latex_has_a_pair_in_two_lines_as_the_paper(toy: Path) -> None:
+    lines = topk(toy, "-k", "2", "-f", "latex").splitlines()
+    rows = json.loads(topk(toy, "-k", "2", "-f", "json"))
+    assert lines[0] == r"\begin{tabular}{rll}"
+    assert lines[2] == r"  p(i, j) & item i \& j & same token \\"
+    for at, row in enumerate(rows):
+        shares = "yes" if row["same_last_token"] else ""
+        i, j = row["i"], row["j"]
+        first = f"The [Größe {i}] of place {i} is [target {i}]."
+        second = f"The [Größe {j}] of place {j} is [target {j}]."
+        assert lines[4 + 2 * at] == rf"  {row['p']:.2f} & {first} & {shares} \\"
+        assert lines[5 + 2 * at] == rf"   & {second} &  \\"
+    several = topk(toy, "-k", "1", "-f", "latex", "--layer", "0,1").splitlines()
+    assert several[2].startswith("  layer & p(i, j) & ")
+    assert several[6].startswith("  1 & ")
+
+
+def test_topk_says_when_every_pair_shares_a_token(toy: Path) -> None:
+    with h5py.File(toy / "toy" / "pmatrix.h5", "r+") as file:
+        file["token_id"][...] = 3
+    result = kscli("topk", "-m", "toy", "--dir", toy, "--distinct-token", "-f", "json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == []
+    assert "leaves no pair" in " ".join(result.stderr.split())
+    marked = json.loads(topk(toy, "-f", "json"))
+    assert all(row["same_last_token"] for row in marked)

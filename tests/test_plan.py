@@ -45,8 +45,12 @@ def test_no_plan_is_over_its_bounds_and_every_layer_is_in_one_group(
     assert [layer for group in found.groups for layer in group] == list(range(shape.n_layers))
     on_device = found.device_sums + found.work + (0 if found.spread else found.model)
     assert on_device <= gib * GIB
-    on_host = found.host_sums + 12 * shape.d_m**2 + (found.model if found.spread else 0)
-    assert on_host <= host * GIB
+    assert found.host_sums + 12 * shape.d_m**2 + found.host_model <= host * GIB
+    if found.spread:
+        split = found.split
+        assert split is not None
+        sizes = split.for_weights({0: gib * GIB}, found.host_model)
+        assert sum(sizes.values()) >= found.model
 
 
 def test_what_the_known_machines_do() -> None:
@@ -63,6 +67,11 @@ def test_what_the_known_machines_do() -> None:
     assert plan(GPT_J, card(40)).placement == "split"
     assert plan(GPT_J, card(8)).spread
     assert plan(GPT_J, card(24, host=24)).passes == 2
+    two_cards = Resources("cuda", 64 * GIB, 8 * GIB, 16 * GIB, device_count=2)
+    assert plan(GPT_J, two_cards).host_model < plan(GPT_J, card(8)).host_model
+    many_cards = Resources("cuda", 48 * GIB, 8 * GIB, 64 * GIB, device_count=8)
+    laid_out = plan(LLAMA2_13B, many_cards)
+    assert (laid_out.spread, laid_out.host_model, laid_out.passes) == (True, 0, 1)
     cpu = plan(SMALL, Resources("cpu", 22 * GIB))
     assert (cpu.placement, cpu.passes, cpu.batch_tokens) == ("host", 1, 4096)
 
@@ -86,10 +95,34 @@ def test_max_memory_bounds_the_device_or_the_process() -> None:
     bound = plan(GPT_J, card(78), max_memory=30 * GIB)
     assert (free.placement, bound.placement) == ("device", "split")
     assert bound.model + bound.device_sums + bound.work <= 30 * GIB
-    process = plan(SMALL, Resources("cpu", 22 * GIB), max_memory=GIB)
+    little = 5 * GIB // 4
+    process = plan(SMALL, Resources("cpu", 22 * GIB), max_memory=little)
     assert process.passes > 1
-    assert process.model + process.host_sums + process.work <= GIB
-    assert plan(SMALL, Resources("cpu", GIB), max_memory=22 * GIB) == process
+    assert process.model + process.host_sums + process.work <= little
+    assert plan(SMALL, Resources("cpu", little), max_memory=22 * GIB).groups == process.groups
+
+
+def test_a_model_that_is_spread_stays_within_the_bound_on_each_device() -> None:
+    bound = 8 * GIB
+    found = plan(GPT_J, card(78), max_memory=bound)
+    assert found.split is not None
+    sizes = found.split.for_weights({0: 78 * GIB, 1: 2 * GIB}, 100 * GIB)
+    assert sizes == {0: bound - found.work, 1: 0, "cpu": 100 * GIB}
+    assert plan(GPT_J, card(78)).split is None
+
+
+def test_more_memory_on_a_card_or_beside_it_never_means_more_passes() -> None:
+    def passes(shape: ModelShape, gib: int, host: int) -> float:
+        try:
+            return plan(shape, card(gib, host)).passes
+        except ModelError:
+            return float("inf")
+
+    sizes = range(4, 84, 4)
+    for shape in SHAPES:
+        table = [[passes(shape, gib, host) for host in sizes] for gib in sizes]
+        for row in (*table, *map(list, zip(*table, strict=True))):
+            assert row == sorted(row, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +154,8 @@ def test_the_estimate_counts_what_each_pass_runs() -> None:
     forward = 2 * SMALL.layer_parameters / 0.6 / rate
     products = 30 * 1536**2 / rate
     assert once == pytest.approx(forward + products)
-    passes = plan(SMALL, Resources("cpu", GIB))
+    passes = plan(SMALL, Resources("cpu", 5 * GIB // 4))
+    assert passes.passes > 1
     runs = sum((group[-1] + 1) / 30 for group in passes.groups)
     assert seconds_a_token(passes, SMALL, 0.0, rate) == pytest.approx(forward * runs + products)
     assert seconds_a_token(whole, SMALL, 512.0, rate) > once
@@ -132,6 +166,9 @@ def test_the_plan_in_words_and_for_programs() -> None:
     (sentence,) = found.sentences()
     assert "one pass over 28 layers" in sentence
     assert "14.2 GiB on cuda (float32) and 28.4 GiB on the host (float64)" in sentence
+    assert sentence.endswith("of checkpoints.")
+    (spread,) = plan(GPT_J, card(8)).sentences()
+    assert "11.3 GiB, of which" in spread
     two = plan(GPT_J, card(24, host=24))
     assert "2 passes, over layers 0-13, 14-27" in two.sentences()[0]
     assert two.as_dict()["passes"] == 2

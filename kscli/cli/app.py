@@ -24,6 +24,7 @@ from kscli.cli import (
     models,
     plot,
     pmatrix,
+    relations,
     run,
     show,
     stats,
@@ -42,6 +43,10 @@ class _Group(TyperGroup):
             _fail(str(error), error.exit_code)
         except MemoryError:
             _fail("out of memory.")
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            _fail(f"out of memory: {str(error).splitlines()[0]}")
         except BrokenPipeError:
             sys.exit(0)
         except OSError as error:
@@ -78,6 +83,7 @@ for command in (
     pmatrix,
     stats,
     topk,
+    relations,
     plot,
     models,
     show,
@@ -121,6 +127,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     # Threads that spin while they wait make a shared machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     _open_closed_streams()

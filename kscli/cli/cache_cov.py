@@ -99,7 +99,8 @@ def cache_cov(
         bound = parse_size(max_memory) if max_memory else None
         execution = Execution(batch_tokens, bound, checkpoint_every, ranks)
         if dry_run:
-            print_plan(session, chosen, measured, execution, path, output_format)
+            if ranks is None or ranks.leader:
+                print_plan(session, chosen, measured, execution, path, output_format)
         elif session.cache_cov(chosen, measured, path, execution):
             reporter.note(f"wrote {path}")
 
@@ -117,11 +118,12 @@ def print_plan(
     from kscli.resources import format_size, free_disk
 
     plan = session.plan(measured, execution)
-    estimate = session.estimate(plan, corpus, measured)
+    estimate = session.estimate(plan, corpus, measured, execution.ranks)
     if output_format is Format.json:
         print_json({**plan.as_dict(), **asdict(estimate), "dtype": session.dtype})
         return
     tokens, seconds = estimate.tokens, estimate.seconds
+    about = "at most about" if estimate.at_most else "about"
     rows = {
         "device": f"{plan.device}, {session.dtype}" + (", spread" if plan.spread else ""),
         "passes": f"{plan.passes}: layers " + "; ".join(map(format_layers, plan.groups)),
@@ -132,9 +134,9 @@ def print_plan(
         "activations and work": format_size(plan.work),
         "checkpoints, on disk": f"{format_size(plan.checkpoints)} at most",
         path.name: f"{format_size(plan.output)}, of {format_size(free_disk(path))} free",
-        "tokens": "as many as the corpus has" if tokens is None else f"about {tokens:,.0f}",
+        "tokens": "as many as the corpus has" if tokens is None else f"{about} {tokens:,.0f}",
         "estimated speed": f"{estimate.tokens_per_second:,.0f} tokens/s in all",
-        "estimated time": "unknown" if seconds is None else duration(seconds),
+        "estimated time": "unknown" if seconds is None else f"{about} {duration(seconds)}",
     }
     print_rows(
         [{"what": what, "plan": text} for what, text in rows.items()],

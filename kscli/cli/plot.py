@@ -10,9 +10,14 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.complete import complete_layers
-from kscli.figures import KINDS, FigureKind
+from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, flag, takers
 
-KIND_HELP = "  ".join(f"[bold]{kind.name}[/bold]: {kind.help}" for kind in KINDS.values())
+PLAIN = FigureOptions()
+KIND_HELP = "\n\n".join(
+    f"[bold]{kind.name}[/bold]: {kind.help}"
+    + (f" Takes {', '.join(map(flag, kind.options))}." if kind.options else "")
+    for kind in KINDS.values()
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +28,11 @@ def register(app: typer.Typer) -> None:
 def complete_kind(incomplete: str) -> list[str]:
     """The kinds of figure."""
     return [name for name in KINDS if name.startswith(incomplete)]
+
+
+def of_kinds(option: str) -> str:
+    """The kinds that take an option, to begin its help with."""
+    return f"({', '.join(takers(option))}) "
 
 
 def plot(
@@ -45,6 +55,37 @@ def plot(
             autocompletion=complete_layers,
         ),
     ] = None,
+    grid: Annotated[
+        bool,
+        typer.Option(
+            "--grid",
+            help=f"{of_kinds('grid')}A panel a layer, {PER_PAGE} of one model on a page. Pages are "
+            "those of one .pdf, or NAME-1.png, NAME-2.png and so on.",
+        ),
+    ] = False,
+    mark_same_token: Annotated[
+        bool,
+        typer.Option(
+            "--mark-same-token",
+            help=f"{of_kinds('mark_same_token')}Show the pairs whose facts have the same last "
+            "token of the subject.",
+        ),
+    ] = False,
+    facts_counts: Annotated[
+        str | None,
+        typer.Option(
+            "--facts-counts",
+            metavar="COUNTS",
+            help=f"{of_kinds('facts_counts')}How many of the first facts, as in 16,32,64,128.",
+            show_default="eight, up to all",
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, help=f"{of_kinds('seed')}Of the facts resampled for intervals."
+        ),
+    ] = 0,
     directory: options.Dir = Path("artifacts"),
     output: Annotated[
         Path | None,
@@ -58,35 +99,51 @@ def plot(
     ] = None,
     force: options.Force = False,
 ) -> None:
-    """Draw a figure of P; prints the path of the file that it writes.
+    """Draw a figure of P; prints the path of the file, or files, that it writes.
+
+    Several models are drawn in one figure, the smallest first.
 
     [bold]Examples[/bold]
 
-      kscli plot heatmap -m gpt2-small --layer 0 -o heatmap.pdf
+      kscli plot heatmap -m gpt2-small -m gpt2-large -m gpt-j --layer 0 -o heatmap.pdf
 
-      kscli plot kde -m gpt2-small --layers 0,5,11
+      kscli plot heatmap -m gpt2-medium --grid -o layers.pdf
+
+      kscli plot kde -m gpt2-small --layers 0,5,11 --mark-same-token
 
       kscli plot kurtosis -m gpt2-small -m gpt2-medium -m gpt2-large -o scaling.svg
+
+      kscli plot angles -m llama3-8b -m llama3.1-8b
+
+      kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
     from kscli.cli.output import print_line
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
-    from kscli.figures import Source
-    from kscli.figures.saving import check_target, save_figure
+    from kscli.figures import Source, paged
+    from kscli.figures.saving import check_target, page_paths, save_pages
     from kscli.layers import select_layers
 
     figure_kind = find_kind(kind)
+    figure_options = FigureOptions(grid, mark_same_token, counts_of(facts_counts), seed)
+    figure_kind.check_options(figure_options)
     with ExitStack() as stack:
         files = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
-        folders = [file.path.parent / "figures" for file in files]
-        folder = folders[0] if len(files) == 1 else directory / "figures"
-        path = output or folder / default_name(kind, [file.model for file in files], layers)
-        check_target(path, force)
         sources = [
-            Source(file, select_layers(layers or figure_kind.layers, file.layers, str(file.path)))
+            Source(
+                file,
+                select_layers(layers or figure_kind.layers, file.layers, str(file.path)),
+                file.attributes["n_layers"],
+            )
             for file in files
         ]
-        save_figure(figure_kind.draw(sources), path, force)
-    print_line(str(path))
+        folder = files[0].path.parent if len(files) == 1 else directory
+        name = default_name(kind, [file.model for file in files], layers, figure_options)
+        path = output or folder / "figures" / name
+        for page in page_paths(path, len(paged(sources, figure_options))):
+            check_target(page, force)
+        written = save_pages(figure_kind.pages(sources, figure_options), path, force)
+    for page in written:
+        print_line(str(page))
 
 
 def find_kind(name: str) -> FigureKind:
@@ -98,7 +155,29 @@ def find_kind(name: str) -> FigureKind:
     return KINDS[name]
 
 
-def default_name(kind: str, models: list[str], layers: str | None) -> str:
-    """KIND.png of one model's default layers; further models and chosen layers are named."""
-    suffix = "" if layers is None else f"-layer{layers.replace(',', '_')}"
-    return f"{'-'.join([kind, *(models if len(models) > 1 else [])])}{suffix}.png"
+def counts_of(text: str | None) -> tuple[int, ...]:
+    """The numbers of `--facts-counts`. Raises UsageError where they are none."""
+    from kscli.errors import UsageError
+
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise UsageError(f"--facts-counts {text!r} is not understood; write 16,32,64,128.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def default_name(
+    kind: str, models: list[str], layers: str | None, chosen: FigureOptions = PLAIN
+) -> str:
+    """KIND.png of one model's default layers; further models and what was chosen are named."""
+    parts = [kind, *(models if len(models) > 1 else [])]
+    if layers is not None:
+        parts.append(f"layer{layers.replace(',', '_')}")
+    if chosen.grid:
+        parts.append("grid")
+    if chosen.mark_same_token:
+        parts.append("same-token")
+    if chosen.facts_counts:
+        parts.append(f"m{'_'.join(map(str, chosen.facts_counts))}")
+    return f"{'-'.join(parts)}.png"

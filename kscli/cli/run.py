@@ -10,7 +10,7 @@ import typer
 from kscli.cli import options
 from kscli.cli.output import Format, print_json, print_line, print_rows
 from kscli.cli.stats import statistic_columns
-from kscli.cli.topk import pair_columns
+from kscli.cli.topk import print_pairs
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -72,8 +72,10 @@ def run(
         make_pmatrix,
         make_statistics,
     )
-    from kscli.statistics import compute_statistics
+    from kscli.statistics import caution
+    from kscli.stats_file import statistics_of
 
+    refuse_ranks()
     reporter = ConsoleReporter(quiet=quiet)
     existing = Existing.FORCE if force else Existing.REMAKE
     places = Places(directory, model)
@@ -96,7 +98,10 @@ def run(
     with PMatrixFile(places.path("pmatrix")) as pm:
         make_statistics(pm, pm.layers, places.path("stats"), existing, reporter)
         figures = draw_figures(pm, places.figures, force, reporter)
-        statistics = compute_statistics(pm).rows()
+        described = statistics_of(pm, pm.layers, places.path("stats"))
+        if said := caution(described, pm.facts):
+            reporter.warn(said)
+        statistics = described.rows()
         pairs = pair_rows(pm, pm.layers[0], k=20)
     if output_format is Format.json:
         print_json(
@@ -114,9 +119,21 @@ def run(
         statistics, statistic_columns(statistics), output_format, f"P of {model}, layer by layer"
     )
     title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
-    print_rows(pairs, pair_columns(pairs), output_format, title)
+    print_pairs(pairs, output_format, title)
     for path in figures:
         print_line(str(path))
+
+
+def refuse_ranks() -> None:
+    """Raise UsageError where several processes were started that would all do the same."""
+    import os
+
+    from kscli.errors import UsageError
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            "`run` is one process; start `cache-cov` with torchrun, and then `run` without it."
+        )
 
 
 def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter) -> list[Path]:
@@ -127,7 +144,7 @@ def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter)
     from kscli.layers import select_layers
 
     paths = []
-    for kind in KINDS.values():
+    for kind in (kind for kind in KINDS.values() if kind.standard):
         path = folder / f"{kind.name}.png"
         paths.append(path)
         layers = select_layers(kind.layers, pm.layers, str(pm.path))
@@ -135,5 +152,6 @@ def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter)
         if not force and source_of_png(path) == shows:
             reporter.note(f"{path} is up to date.")
             continue
-        save_figure(kind.draw([Source(pm, layers)]), path, force=True, source=shows)
+        drawn = kind.draw([Source(pm, layers, pm.attributes["n_layers"])])
+        save_figure(drawn, path, force=True, source=shows)
     return paths

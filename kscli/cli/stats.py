@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, Row, field, print_rows
+from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
+from kscli.cli.topk import sentence
+
+if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
+    from kscli.pipeline import Existing
+    from kscli.reporter import Reporter
+    from kscli.resampling import Resampling
+    from kscli.statistics import Statistics
+
+    Chosen = list[tuple[PMatrixFile, tuple[int, ...]]]
+
+FOR_MACHINES = (Format.json, Format.csv, Format.tsv)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
     app.command("stats")(stats)
-
-
-def statistic_columns(rows: Sequence[Row]) -> list[Column]:
-    """A column for every statistic there is, after the layer; the model only where it varies."""
-    from kscli.statistics import STATISTICS
-
-    return [
-        *([field("model")] if len({row["model"] for row in rows}) > 1 else []),
-        field("layer", spec="d"),
-        field("m", spec="d"),
-        *(field(kind.name, kind.heading, kind.spec) for kind in STATISTICS.values()),
-    ]
 
 
 def stats(
@@ -37,6 +38,35 @@ def stats(
         typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),
     ] = None,
     layers: options.Layers = "all",
+    scaling: Annotated[
+        bool,
+        typer.Option("--scaling", help="Of several models: kurtosis against size, by family."),
+    ] = False,
+    fixed_points: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-points", help="Of several models: pairs in every model's top K at layer 0."
+        ),
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="FILE",
+            help="A pmatrix.h5 of the same keys and C of disjoint text: how much of p is noise.",
+        ),
+    ] = None,
+    above: Annotated[
+        bool, typer.Option("--above", help="With --against: the pairs that stand above the noise.")
+    ] = False,
+    k: Annotated[
+        int, typer.Option("-k", metavar="K", min=1, help="How many pairs are a model's top pairs.")
+    ] = 20,
+    repeats: Annotated[
+        int,
+        typer.Option("--repeats", metavar="N", min=100, help="How often facts are drawn again."),
+    ] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these draws.")] = 0,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -45,9 +75,16 @@ def stats(
 ) -> None:
     """Describe the distribution of P's off-diagonal entries, layer by layer.
 
+    Intervals are 95 % bootstrap intervals from resampled facts. `distinct tokens` is the kurtosis
+    without the pairs whose subjects share the last token; `half in` is the least number of pairs
+    of facts that hold half of the fourth moment. json, csv and tsv have more: quantiles, tails, a
+    Hill index, who carries the variance, and all of it without same-token pairs (NAME_distinct).
+
     Reads pmatrix.h5, loads no model; writes the statistics of all layers to stats.h5 beside each
     model's pmatrix.h5 (of chosen layers, or of a file named with --pmatrix, only where --output
-    says).
+    says). Several models are compared in further tables, which --scaling, --fixed-points and
+    --against print alone, in any format; families and sizes are known from a model's alias or
+    name.
 
     [bold]Examples[/bold]
 
@@ -55,30 +92,234 @@ def stats(
 
       kscli stats -m gpt2-small -m gpt2-medium -m gpt2-large -f csv > kurtosis.csv
 
-      kscli stats -m gpt-j --layers 0,-1 -f json | jq '.\\[].kurtosis'
+      kscli stats -m gpt2-small -m gpt2-medium --scaling -f json | jq '.\\[].difference'
+
+      kscli stats -m gpt-j --layers 0,-1 -f json | jq '.\\[] | {layer, kurtosis, kurtosis_low}'
+
+      kscli stats -m gpt2-small --against other-text/pmatrix.h5
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.errors import UsageError
     from kscli.layers import select_layers
-    from kscli.pipeline import Existing, make_statistics
-    from kscli.statistics import compute_statistics
+    from kscli.pipeline import Existing
+    from kscli.resampling import Resampling
+    from kscli.statistics import caution
 
     reporter = ConsoleReporter(quiet=quiet)
     paths = pmatrix_paths(model, pmatrix, directory)
+    alone = sum([scaling, fixed_points, against is not None])
+    if alone > 1:
+        raise UsageError("--scaling, --fixed-points and --against print a table each; name one.")
     if output is not None and len(paths) > 1:
         raise UsageError("--output names one file, but several models were given.")
-    rows = []
+    if output is not None and alone:
+        raise UsageError("--output is for the statistics; what this prints is stored nowhere.")
+    if above and against is None:
+        raise UsageError("--above needs --against FILE, from which the noise is known.")
+    if against is not None and len(paths) > 1:
+        raise UsageError("--against compares one model with itself on other text; name one model.")
+    resampling = Resampling(repeats, seed)
     with ExitStack() as stack:
         files = open_pmatrices(paths, stack)
-        chosen = [select_layers(layers, file.layers, str(file.path)) for file in files]
-        in_the_way = Existing.KEEP if output is None else Existing.REFUSE
-        existing = Existing.FORCE if force else in_the_way
-        for file, of_file in zip(files, chosen, strict=True):
-            path = output
-            if path is None and of_file == file.layers and file.path not in (pmatrix or []):
-                path = file.path.with_name("stats.h5")
-            if path is not None:
-                make_statistics(file, of_file, path, existing, reporter)
-            rows += compute_statistics(file, of_file).rows()
-    print_rows(rows, statistic_columns(rows), output_format)
+        chosen = [(file, select_layers(layers, file.layers, str(file.path))) for file in files]
+        if against is not None:
+            (other,) = open_pmatrices([against], stack)
+            _print_noise(*chosen[0], other, k, above, output_format, reporter)
+        elif scaling:
+            _print_scaling(chosen, resampling, output_format, reporter, asked=True)
+        elif fixed_points:
+            _print_fixed_points(files, k, output_format, reporter)
+        else:
+            in_the_way = Existing.KEEP if output is None else Existing.REFUSE
+            existing = Existing.FORCE if force else in_the_way
+            rows = []
+            for file, of_file in chosen:
+                path = output
+                if path is None and of_file == file.layers and file.path not in (pmatrix or []):
+                    path = file.path.with_name("stats.h5")
+                statistics = _make(file, of_file, path, existing, resampling, reporter)
+                rows += statistics.rows()
+                said = caution(statistics, file.facts)
+                if said:
+                    reporter.warn(said)
+            print_rows(rows, statistic_columns(rows), output_format, _title(rows))
+            if len(files) > 1 and output_format not in FOR_MACHINES:
+                _print_scaling(chosen, resampling, output_format, reporter)
+                if _comparable(files):
+                    _print_fixed_points(files, k, output_format, reporter)
+
+
+def _make(
+    file: PMatrixFile,
+    layers: tuple[int, ...],
+    path: Path | None,
+    existing: Existing,
+    resampling: Resampling,
+    reporter: Reporter,
+) -> Statistics:
+    """The statistics, stored at `path` unless it is None."""
+    from kscli.pipeline import make
+    from kscli.stats_file import statistics_of, statistics_recipe, write_statistics
+
+    if path is not None:
+        make(
+            path,
+            "stats",
+            statistics_recipe(file, layers, resampling),
+            lambda: write_statistics(
+                file, layers, path, resampling=resampling, force=True, reporter=reporter
+            ),
+            existing,
+            reporter,
+        )
+    return statistics_of(file, layers, path, resampling, reporter)
+
+
+def statistic_columns(rows: Sequence[Row]) -> list[Column]:
+    """The statistics that fit a screen; model and m only where they vary."""
+    varying = [name for name in ("model", "m") if len({row[name] for row in rows}) > 1]
+    return [
+        *(field(name, spec="d" if name == "m" else "") for name in varying),
+        field("layer", spec="d"),
+        with_interval("mean", spec=".3f"),
+        field("std", spec=".3f"),
+        with_interval("kurtosis"),
+        with_interval("kurtosis_distinct", "distinct tokens"),
+        field("tail_0_25", "|p|>0.25", spec=".1%"),
+        field("fourth_moment_pairs", "half in", spec="g"),
+    ]
+
+
+def with_interval(name: str, title: str | None = None, spec: str = ".1f") -> Column:
+    """A column of an estimate with its interval: `47.5 [29.3, 73.0]`."""
+
+    def cell(row: Row) -> str:
+        value, low, high = (row[name + end] for end in ("", "_low", "_high"))
+        if math.isnan(value):
+            return "-"
+        ends = "" if math.isnan(low) else f" [{low:z{spec}}, {high:z{spec}}]"
+        return f"{value:z{spec}}{ends}"
+
+    return Column(title or name, cell, right=True)
+
+
+def _title(rows: Sequence[Row]) -> str:
+    facts = {row["m"] for row in rows}
+    m = f", m = {facts.pop()}" if len(facts) == 1 else ""
+    return f"P off the diagonal{m}; 95 % intervals from resampled facts"
+
+
+def _comparable(files: Sequence[PMatrixFile]) -> bool:
+    """Whether the models share what fixed points are made of: the facts, and layer 0."""
+    return all(file.facts == files[0].facts and 0 in file.layers for file in files)
+
+
+def _print_scaling(
+    chosen: Chosen,
+    resampling: Resampling,
+    output_format: Format,
+    reporter: Reporter,
+    *,
+    asked: bool = False,
+) -> None:
+    from kscli.scaling import Measured, scaling_rows
+
+    rows = scaling_rows(
+        [
+            Measured(file, file.attributes["model_id"], file.attributes["n_layers"], layers)
+            for file, layers in chosen
+        ],
+        resampling,
+    )
+    if asked and not rows:
+        reporter.warn(
+            "no two of the models are known to be sizes of one family; a family is known from an "
+            "alias, or from a name that says the size, as my-model-350M."
+        )
+    for row in rows:
+        if not row["same_facts"]:
+            reporter.warn(
+                f"{row['smaller']} and {row['larger']} were measured on different facts: their "
+                "difference has no interval. Extract the keys of one facts file from both."
+            )
+    if not rows and output_format not in FOR_MACHINES:
+        return
+    columns = [
+        field("smaller"),
+        field("larger"),
+        field("kurtosis_smaller", "kurtosis", spec=".1f"),
+        field("kurtosis_larger", "of larger", spec=".1f"),
+        with_interval("difference"),
+        field("share_higher", "higher at", spec=".0%"),
+        with_interval("difference_distinct", "distinct tokens"),
+    ]
+    title = "Kurtosis against size: means over layers, and the share of depths where it is larger"
+    print_rows(rows, columns, output_format, title)
+
+
+def _print_fixed_points(
+    files: Sequence[PMatrixFile], k: int, output_format: Format, reporter: Reporter
+) -> None:
+    from kscli.fixed_points import fixed_points
+
+    points = fixed_points(files, k)
+    rows = points.rows(files[0].facts)
+    if output_format in FOR_MACHINES:
+        reporter.note(points.sentence())
+    else:
+        print_line(points.sentence())
+        if not rows:
+            return
+    columns = [
+        field("rank", spec="d"),
+        field("p_least", "least p", spec=".2f"),
+        *_pair_columns(),
+    ]
+    print_rows(rows, columns, output_format)
+
+
+def _print_noise(
+    file: PMatrixFile,
+    layers: tuple[int, ...],
+    other: PMatrixFile,
+    k: int,
+    above: bool,
+    output_format: Format,
+    reporter: Reporter,
+) -> None:
+    from kscli.noise import above_rows, noise_rows, require_disjoint
+
+    for warning in require_disjoint(file, other, layers):
+        reporter.warn(warning)
+    if above:
+        rows = above_rows(file, other, layers)
+        columns = [
+            field("layer", spec="d"),
+            field("rank", spec="d"),
+            field("p", spec=".2f"),
+            field("p_other", "other p", spec=".2f"),
+            *_pair_columns(),
+        ]
+        title = "Pairs above the noise of the corpus"
+    else:
+        rows = noise_rows(file, other, layers, k)
+        columns = [
+            field("layer", spec="d"),
+            field("rms_difference", "rms", spec=".4f"),
+            field("worst_difference", "worst", spec=".3f"),
+            field("correlation", spec=".3f"),
+            field("noise_share", "noise", spec=".1%"),
+            field("top_overlap", f"top {k} in both", spec=".0%"),
+            field("above_noise", "pairs above it", spec=".1%"),
+        ]
+        title = "P against P on disjoint text"
+    print_rows(rows, columns, output_format, title)
+
+
+def _pair_columns() -> list[Column]:
+    return [
+        Column("edited (i)", lambda row: sentence(row, "i")),
+        Column("moved (j)", lambda row: sentence(row, "j")),
+        Column("same last token", lambda row: "yes" if row["same_last_token"] else ""),
+    ]

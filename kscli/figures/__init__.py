@@ -1,62 +1,170 @@
 """The kinds of figure that kscli draws.
 
-A new kind is one module of this folder with `draw(sources) -> Figure`, and its line in `KINDS`.
+A new kind is one module of this folder with `draw(sources) -> Figure`, or with
+`draw(sources, options)` where the kind takes options, and its line in `KINDS`.
 This module imports neither matplotlib nor numpy, so that the command line can list the kinds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kscli.errors import UsageError
+from kscli.figures.families import parameters
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kscli.statistics import Matrices
+    from kscli.pairs import FactMatrices
 
-__all__ = ["KINDS", "FigureKind", "Source"]
+__all__ = ["KINDS", "PER_PAGE", "FigureKind", "FigureOptions", "Source", "flag", "paged", "takers"]
+
+PER_PAGE = 20
+"""Layers on a page of a grid, as the paper pages them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One model's open matrices, and the layers of it to draw, ascending."""
+    """One model's open matrices, and the layers of it to draw, ascending.
 
-    matrices: Matrices
+    `depth` is the number of layers that the model has; 0: as many as its last layer that
+    there are matrices of says.
+    """
+
+    matrices: FactMatrices
     layers: tuple[int, ...]
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """What may be asked of a figure; every kind takes some of it and refuses the rest.
+
+    `grid`: a panel a layer, `PER_PAGE` of one model on a page. `mark_same_token`: show which
+    pairs of facts have their keys at the same token. `facts_counts`: draw the first so many
+    facts (empty: eight counts up to all). `seed`: of the facts that are drawn again for an
+    interval.
+    """
+
+    grid: bool = False
+    mark_same_token: bool = False
+    facts_counts: tuple[int, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class FigureKind:
     """A kind of figure, drawn by the module of this folder that has its name.
 
-    `layers` is the selection that shows the kind best where the user names none.
+    `layers` is the selection that shows the kind best where the user names none, `options` the
+    fields of `FigureOptions` that the kind takes. `standard` kinds can be drawn of any facts.
     """
 
     name: str
     help: str
     layers: str = "all"
+    options: tuple[str, ...] = ()
+    standard: bool = True
 
-    def draw(self, sources: Sequence[Source]) -> Figure:
-        """The figure of `sources`, in their order. Raises UsageError where they hold no layer."""
-        if not any(source.layers for source in sources):
-            raise UsageError(f"there is no layer to draw as a {self.name}; name one with --layers.")
+    def draw(self, sources: Sequence[Source], options: FigureOptions = FigureOptions()) -> Figure:
+        """One figure of `sources`, the smallest model first.
+
+        Raises UsageError where they hold no layer, and for an option that the kind does not
+        take.
+        """
+        self._check(sources, options)
         from kscli.figures.style import house_style
 
-        draw: Callable[[Sequence[Source]], Figure]
-        draw = import_module(f"{__name__}.{self.name}").draw
+        draw: Callable[..., Figure] = import_module(f"{__name__}.{self.name}").draw
+        shown = _by_size([source for source in sources if source.layers])
         with house_style():
-            return draw([source for source in sources if source.layers])
+            return draw(shown, options) if self.options else draw(shown)
+
+    def pages(
+        self, sources: Sequence[Source], options: FigureOptions = FigureOptions()
+    ) -> list[Figure]:
+        """A figure for each of the pages of `paged`; raises as `draw` does."""
+        self._check(sources, options)
+        return [self.draw(page, options) for page in paged(sources, options)]
+
+    def check_options(self, options: FigureOptions) -> None:
+        """Raise UsageError naming an option that the kind does not take, and the kinds that do."""
+        for field in fields(options):
+            given = getattr(options, field.name) != field.default
+            if given and field.name not in self.options:
+                others = takers(field.name)
+                does = "do" if len(others) > 1 else "does"
+                raise UsageError(
+                    f"{self.name} takes no {flag(field.name)}; {' and '.join(others)} {does}."
+                )
+
+    def _check(self, sources: Sequence[Source], options: FigureOptions) -> None:
+        self.check_options(options)
+        if not any(source.layers for source in sources):
+            raise UsageError(f"there is no layer to draw as a {self.name}; name one with --layers.")
+
+
+def flag(option: str) -> str:
+    """A field of `FigureOptions` as it is written on the command line."""
+    return f"--{option.replace('_', '-')}"
+
+
+def takers(option: str) -> list[str]:
+    """The kinds that take a field of `FigureOptions`."""
+    return [kind.name for kind in KINDS.values() if option in kind.options]
+
+
+def paged(sources: Sequence[Source], options: FigureOptions) -> list[tuple[Source, ...]]:
+    """The sources of every page: all on one, but in a grid `PER_PAGE` layers of one model each."""
+    if not options.grid:
+        return [tuple(sources)]
+    return [
+        (Source(source.matrices, source.layers[at : at + PER_PAGE], source.depth),)
+        for source in _by_size(sources)
+        for at in range(0, len(source.layers), PER_PAGE)
+    ]
+
+
+def _by_size(sources: Sequence[Source]) -> list[Source]:
+    """The smallest model first; those of unknown size last, in their order."""
+    return sorted(sources, key=lambda source: parameters(source.matrices.model) or float("inf"))
 
 
 KINDS: dict[str, FigureKind] = {
     kind.name: kind
     for kind in (
-        FigureKind("heatmap", "P as an image, one panel a model and layer."),
-        FigureKind("kde", "The density of P's off-diagonal entries, one line a model and layer."),
-        FigureKind("kurtosis", "Excess kurtosis of P over the layers, one line a model."),
+        FigureKind(
+            "heatmap",
+            "P as an image, one panel a model and layer.",
+            options=("grid", "mark_same_token"),
+        ),
+        FigureKind(
+            "kde",
+            "The density of P's off-diagonal entries, one line a model and layer.",
+            options=("grid", "mark_same_token"),
+        ),
+        FigureKind(
+            "kurtosis",
+            "Excess kurtosis of P over the layers with its 95 % interval, families side by side.",
+            options=("seed",),
+        ),
+        FigureKind(
+            "angles",
+            "The angles between keys in the whitening and in the activation space.",
+            layers="-1",
+        ),
+        FigureKind(
+            "convergence",
+            "The density and the kurtosis of P of the first 16, 32, ... facts, and whether they "
+            "have converged.",
+            layers="0",
+            options=("facts_counts", "seed"),
+        ),
+        FigureKind(
+            "relations", "Mean |p| between relations, one panel a model and layer.", standard=False
+        ),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 _GAUSSIAN_IQR = 1.349
 _BINS_PER_BANDWIDTH = 10
 _REACH = 5
+_UNBOUNDED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,28 @@ def robust_bandwidth(values: NDArray[np.float64]) -> float:
     return max(bandwidth, float(np.ptp(values)) / 8192)
 
 
-def kernel_density(values: NDArray[np.float64]) -> Density:
+def kernel_density(
+    values: NDArray[np.float64],
+    *,
+    bandwidth: float | None = None,
+    bounds: tuple[float, float] = _UNBOUNDED,
+) -> Density:
     """Gaussian kernel density of 1-D `values`, not all equal, over their whole range.
 
-    Differs from the sum of kernels by the width of a bin, a tenth of the bandwidth; takes
-    the time of a histogram, however many values.
+    `bandwidth` is by default `robust_bandwidth`'s. No value lies beyond `bounds`, and what a
+    kernel would put there is reflected into them. Differs from the sum of kernels by the width
+    of a bin, a tenth of the bandwidth; takes the time of a histogram, however many values.
     """
     from scipy.ndimage import gaussian_filter1d
 
-    bandwidth = robust_bandwidth(values)
-    low = float(values.min()) - _REACH * bandwidth
-    high = float(values.max()) + _REACH * bandwidth
-    bins = int(np.ceil((high - low) / bandwidth * _BINS_PER_BANDWIDTH))
+    width = bandwidth or robust_bandwidth(values)
+    low = max(float(values.min()) - _REACH * width, bounds[0])
+    high = min(float(values.max()) + _REACH * width, bounds[1])
+    bins = math.ceil((high - low) / width * _BINS_PER_BANDWIDTH)
     counts, edges = np.histogram(values, bins=bins, range=(low, high))
     step = (high - low) / bins
+    # Where the range ends short of the bounds there is nothing to reflect.
     smooth = gaussian_filter1d(
-        counts / (values.size * step), bandwidth / step, mode="constant", truncate=_REACH
+        counts / (values.size * step), width / step, mode="reflect", truncate=_REACH
     )
-    return Density((edges[:-1] + edges[1:]) / 2, smooth, bandwidth)
+    return Density((edges[:-1] + edges[1:]) / 2, smooth, width)

@@ -9,14 +9,28 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from kscli.figures import Source
-from kscli.figures.style import COLUMN, PAGE, SMALL, TEXT, fitted, names, new_figure, number, title
-from kscli.statistics import off_diagonal
+from kscli.figures import FigureOptions, Source
+from kscli.figures.style import (
+    COLOURS,
+    COLUMN,
+    PAGE,
+    SMALL,
+    TEXT,
+    fitted,
+    grid_columns,
+    layers_text,
+    names,
+    new_figure,
+    number,
+    title,
+)
+from kscli.statistics import distinct_tokens, off_diagonal
 
 # Beyond the scale by less than this is rounding of a p of 1.
 _ROUNDING = 1e-9
@@ -27,6 +41,7 @@ _LEFT, _RIGHT = 0.45, 0.65
 _COLUMN_GAP, _ROW_GAP = 0.1, 0.1
 _BELOW, _HEADING = 0.33, 0.39
 _DPI = (300, 600)
+_FRAME = COLOURS[2]
 
 
 @dataclass(frozen=True)
@@ -34,24 +49,25 @@ class _Panel:
     names: tuple[str, ...]
     P: NDArray[np.float64]
     extremes: tuple[float, float] | None
+    marked: NDArray[np.bool_] | None
 
     @property
     def m(self) -> int:
         return len(self.P)
 
 
-def draw(sources: Sequence[Source]) -> Figure:
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One panel a model and layer, all on one scale from -1 to 1.
 
     Where P goes beyond the scale the shared bar has an arrow, and the cells the arrow's
-    colour; each panel's title has the least and the greatest off-diagonal entry.
+    colour; each panel's title has the least and the greatest off-diagonal entry. Marked pairs
+    of the same token have a green frame.
     """
-    panels = [
-        _panel(source, layer, source.matrices.matrix("P", layer))
-        for source in sources
-        for layer in source.layers
-    ]
-    grid = _grid(len(panels), len(sources))
+    panels = [_panel(source, layer, options) for source in sources for layer in source.layers]
+    if options.grid:
+        grid = _page(len(panels), grid_columns(len(sources[0].matrices.layers)))
+    else:
+        grid = _grid(len(panels), len(sources))
     named = names([panel.names for panel in panels])
     head = (grid.text * 1.2 * (1 + bool(named.own[0])) + 3) / 72
     height = grid.rows * (grid.side + head + _ROW_GAP) + _BELOW + _HEADING
@@ -74,16 +90,28 @@ def draw(sources: Sequence[Source]) -> Figure:
         pad=0.1 / grid.width,
     )
     bar.set_label("$p(k_i, k_j)$")
-    title(fig, "Superposition matrix P", named.shared)
+    what = "Superposition matrix P"
+    if options.mark_same_token:
+        what = "P; green frames: pairs with the same last token"
+    shared = named.shared
+    if options.grid and named.own[0]:
+        shared = (shared[0], layers_text(sources[0].layers), *shared[1:])
+    title(fig, what, shared)
     fig.supxlabel("fact $j$, which is moved")
     fig.supylabel("fact $i$, which is edited")
     return fig
 
 
-def _panel(source: Source, layer: int, P: NDArray[np.float64]) -> _Panel:
+def _panel(source: Source, layer: int, options: FigureOptions) -> _Panel:
+    P = source.matrices.matrix("P", layer)
+    marked = None
+    if options.mark_same_token:
+        marked = ~distinct_tokens(source.matrices.token_id) & ~np.eye(len(P), dtype=bool)
     entries = off_diagonal(P)
     extremes = (float(entries.min()), float(entries.max())) if entries.size else None
-    return _Panel((source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}"), P, extremes)
+    return _Panel(
+        (source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}"), P, extremes, marked
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +140,10 @@ def _grid(panels: int, models: int) -> _Grid:
         columns = panels
     else:
         columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(panels)))
+    return _page(panels, columns)
+
+
+def _page(panels: int, columns: int) -> _Grid:
     return _Grid(math.ceil(panels / columns), columns, COLUMN if columns == 1 else PAGE)
 
 
@@ -122,13 +154,30 @@ def _dpi(m: int, side: float) -> int:
 
 def _draw_panel(ax: Axes, panel: _Panel, own: tuple[str, ...], grid: _Grid) -> None:
     ax.imshow(panel.P, cmap=_colours(), norm=Normalize(-1, 1), interpolation="none")
-    extremes = _extremes(panel) if own else f"off the diagonal: {_extremes(panel)}"
+    if panel.marked is not None:
+        _frame(ax, panel.marked, 72 * grid.side / panel.m)
+    extremes = _extremes(panel) if grid.side < 2 or own else f"off the diagonal: {_extremes(panel)}"
     lines = [fitted(own, grid.side + _COLUMN_GAP / 2, grid.text)] if own else []
     ax.set_title("\n".join([*lines, extremes]), fontsize=grid.text, pad=3, parse_math=False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(
             MaxNLocator(3 if grid.side < 1.2 else 5, integer=True, min_n_ticks=1)
         )
+
+
+def _frame(ax: Axes, cells: NDArray[np.bool_], size: float) -> None:
+    """Frame the cells, which are of `size` points, from outside, so that none is hidden."""
+    width = min(max(0.25 * size, 0.25), 0.8)
+    half = 0.5 + 0.5 * width / size
+    rows, columns = np.nonzero(cells)
+    square = half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    centres = np.stack([columns, rows], axis=1)[:, None, :]
+    ax.add_collection(
+        PolyCollection(
+            list(centres + square), facecolors="none", edgecolors=_FRAME, linewidths=width
+        ),
+        autolim=False,
+    )
 
 
 def _extremes(panel: _Panel) -> str:

@@ -11,10 +11,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
-from kscli.figures import Source
-from kscli.figures.density import Density, kernel_density
+from kscli.errors import UsageError
+from kscli.figures import FigureOptions, Source
+from kscli.figures.curves import (
+    Curve,
+    Window,
+    common_window,
+    draw_curve,
+    make_curve,
+    no_pairs,
+    note_outside,
+)
+from kscli.figures.density import kernel_density
 from kscli.figures.style import (
+    COLOURS,
     COLUMN,
     GREY,
     PAGE,
@@ -23,171 +35,224 @@ from kscli.figures.style import (
     Legend,
     axes_with_legends,
     fitted,
+    grid_columns,
     layer_colours,
+    layers_text,
     legend_below,
     line_style,
     names,
+    new_figure,
     number,
     open_axes,
     title,
+    wrapped,
 )
-from kscli.statistics import STATISTICS, Entries, off_diagonal
+from kscli.statistics import STATISTICS, Entries, distinct_tokens, off_diagonal
 
-# The share of a line's entries that may lie outside the axes, at either end.
-_OUTSIDE = 0.005
 _AXES_HEIGHT = 2.1
-_NOTE = SMALL - 0.5
+_PANEL_HEIGHT = 1.05
+_DEFAULT = Window(-1.0, 1.0, 1.0)
+# Lines that some axes hold while each has a dashed one beside it.
+_MOST_MARKED = 6
+# Where single pairs are to be seen, a kernel of this share of the range.
+_MARKED_BANDWIDTH = 1 / 80
+_TITLE = "Density of P off the diagonal"
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """One layer's entries; no density where they are all equal or there are none."""
+class _Line:
+    """One layer's entries; `distinct` are those of pairs at different tokens, where marked."""
 
     names: tuple[str, ...]
-    entries: Entries
-    kurtosis: float
-    density: Density | None
+    curve: Curve
+    distinct: Entries | None
+
+    @property
+    def label(self) -> str:
+        """Its excess kurtosis, and that of the pairs at different tokens."""
+        kurtosis = STATISTICS["kurtosis"]
+        values = [self.curve.values, *([] if self.distinct is None else [self.distinct])]
+        return " / ".join(number(kurtosis(entries), 1) for entries in values)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The curves that share axes."""
+    """The lines that share axes."""
 
     title: str
-    curves: tuple[_Curve, ...]
+    lines: tuple[_Line, ...]
     legend: Legend
     styles: tuple[dict[str, Any], ...]
 
 
-@dataclass(frozen=True)
-class _Window:
-    """What part of p and of its density the axes show."""
-
-    low: float
-    high: float
-    top: float
-
-
-def draw(sources: Sequence[Source]) -> Figure:
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One line a model and layer; models of several layers each have axes, on one scale.
 
-    The axes show the bulk; a note at either end says what share of the entries lies
-    beyond, and how far they go. The legend has the excess kurtosis.
+    The axes show the bulk; a note at either end says what share of the entries lies beyond,
+    and how far they go. The legend has the excess kurtosis. In a grid every line has a panel.
+    Where pairs of the same token are marked, the axes show everything on a logarithmic scale,
+    with a dashed line for the other pairs: its distance from the first is those pairs' share.
+    Raises UsageError for more lines than can then be told apart.
     """
-    models = [[_curve(source, layer) for layer in source.layers] for source in sources]
-    curves = [curve for model in models for curve in model]
-    apart = len(models) > 1 and len(curves) > len(models)
+    models = [[_line(source, layer, options) for layer in source.layers] for source in sources]
+    lines = [line for model in models for line in model]
+    if options.grid:
+        return _draw_grid(sources[0], lines, marked=options.mark_same_token)
+    apart = len(models) > 1 and len(lines) > len(models)
+    if options.mark_same_token and max(map(len, models if apart else [lines])) > _MOST_MARKED:
+        raise UsageError(
+            f"kde marks pairs of the same token in at most {_MOST_MARKED} lines; name fewer "
+            "layers, or add --grid."
+        )
     columns = 2 if apart else 1
-    width = PAGE if apart or len(curves) > 12 else COLUMN
-    shared = names([curve.names for curve in curves]).shared
+    width = PAGE if apart or len(lines) > 12 else COLUMN
+    shared = names([line.names for line in lines]).shared
     groups = [
         _group(group, shared, by_layer=apart or len(models) == 1, width=width / columns)
-        for group in (models if apart else [curves])
+        for group in (models if apart else [lines])
     ]
     legends = [group.legend for group in groups]
     fig, places = axes_with_legends(width, _AXES_HEIGHT, columns, legends)
-    window = _window(curves)
+    scale = _scale(lines)
     for (ax, place), group in zip(places, groups, strict=True):
-        handles = _draw_group(ax, group, window)
+        handles = _draw_group(ax, group, scale)
         legend_below(place, handles, group.legend, width / columns)
-    title(fig, "Density of P off the diagonal", shared)
+    title(fig, _TITLE, shared)
     return fig
 
 
-def _curve(source: Source, layer: int) -> _Curve:
+def _line(source: Source, layer: int, options: FigureOptions) -> _Line:
     P = source.matrices.matrix("P", layer)
-    entries = off_diagonal(P)
-    kurtosis = STATISTICS["kurtosis"](entries)
-    return _Curve(
-        (source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}"),
-        entries,
-        kurtosis,
-        None if math.isnan(kurtosis) else kernel_density(entries),
-    )
+    distinct = None
+    if options.mark_same_token:
+        distinct = P[distinct_tokens(source.matrices.token_id)]
+    named = (source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}")
+    return _Line(named, make_curve(off_diagonal(P)), distinct)
 
 
-def _group(curves: list[_Curve], shared: tuple[str, ...], by_layer: bool, width: float) -> _Group:
-    named = names([curve.names for curve in curves])
+def _group(lines: list[_Line], shared: tuple[str, ...], by_layer: bool, width: float) -> _Group:
+    named = names([line.names for line in lines])
     styles = (
-        [{"color": colour} for colour in layer_colours(len(curves))]
+        [{"color": colour} for colour in layer_colours(len(lines))]
         if by_layer
-        else [line_style(at) for at in range(len(curves))]
+        else [line_style(at) for at in range(len(lines))]
     )
     labels = []
-    for curve, own in zip(curves, named.own, strict=True):
-        value = number(curve.kurtosis, 1)
-        labels.append(f"{fitted(own, width - 1.35, SMALL)}: {value}" if own else value)
+    for line, own in zip(lines, named.own, strict=True):
+        room = width - 0.8 - 0.55 * (1 + (line.distinct is not None))
+        labels.append(f"{fitted(own, room, SMALL)}: {line.label}" if own else line.label)
+    marked = lines[0].distinct is not None
     return _Group(
         fitted([text for text in named.shared if text not in shared], width - 0.6, TEXT),
-        tuple(curves),
-        Legend(tuple(labels), head="excess kurtosis"),
+        tuple(lines),
+        Legend(tuple(labels), head=_MARKED_HEAD if marked else "excess kurtosis"),
         tuple(styles),
     )
 
 
-def _window(curves: Sequence[_Curve]) -> _Window:
-    """The bulk of every curve, and the highest peak."""
-    bulks = [
-        np.quantile(curve.entries, [_OUTSIDE, 1 - _OUTSIDE])
-        for curve in curves
-        if curve.entries.size
-    ]
-    if not bulks:
-        return _Window(-1.0, 1.0, 1.0)
-    low, high = min(bulk[0] for bulk in bulks), max(bulk[1] for bulk in bulks)
-    densities = [curve.density for curve in curves if curve.density is not None]
-    margin = max((3 * density.bandwidth for density in densities), default=0.1)
-    top = max((float(density.y.max()) for density in densities), default=1.0)
-    return _Window(float(low) - margin, float(high) + margin, 1.05 * top)
+_MARKED_HEAD = "excess kurtosis of all pairs / of those with different last tokens (dashed)"
 
 
-def _draw_group(ax: Axes, group: _Group, window: _Window) -> list[Line2D]:
+@dataclass(frozen=True)
+class _Scale:
+    """The common axes of a figure's lines; `bandwidth` and `floor` where tokens are marked."""
+
+    window: Window
+    bandwidth: float = 0.0
+    floor: float = 0.0
+
+
+def _scale(lines: Sequence[_Line]) -> _Scale:
+    curves = [line.curve for line in lines]
+    if lines[0].distinct is None:
+        return _Scale(common_window(curves, _DEFAULT))
+    values = [curve.values for curve in curves if curve.density is not None]
+    if not values:
+        return _Scale(common_window(curves, _DEFAULT), 0.1, 0.01)
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    bandwidth = (high - low) * _MARKED_BANDWIDTH
+    top = max(float(kernel_density(v, bandwidth=bandwidth).y.max()) for v in values)
+    # Half of what a single pair makes.
+    floor = 0.5 / max(v.size for v in values) / (bandwidth * math.sqrt(2 * math.pi))
+    return _Scale(Window(low - 3 * bandwidth, high + 3 * bandwidth, 2 * top), bandwidth, floor)
+
+
+def _draw_group(ax: Axes, group: _Group, scale: _Scale) -> list[Line2D]:
     ax.axvline(0, color=GREY, linewidth=0.5, zorder=1)
     handles = [
-        _draw_curve(ax, curve, window, style)
-        for curve, style in zip(group.curves, group.styles, strict=True)
+        _draw_line(ax, line, scale, style)
+        for line, style in zip(group.lines, group.styles, strict=True)
     ]
-    ax.set(xlim=(window.low, window.high), ylim=(0, window.top))
+    _finish(ax, [line.curve for line in group.lines], scale)
     ax.set_xlabel("$p(k_i, k_j)$, $i \\neq j$")
     ax.set_ylabel("density")
-    ax.set_title(group.title, pad=_NOTE + 6, parse_math=False)
-    open_axes(ax)
-    _note_outside(ax, [curve.entries for curve in group.curves if curve.entries.size], window)
+    ax.set_title(group.title, pad=11.5, parse_math=False)
+    note_outside(ax, [line.curve for line in group.lines], scale.window, digits=2)
     return handles
 
 
-def _draw_curve(ax: Axes, curve: _Curve, window: _Window, style: dict[str, Any]) -> Line2D:
-    if curve.density is not None:
-        x, y = curve.density.x, curve.density.y
-        shown = (x >= window.low) & (x <= window.high)
-        return ax.plot(x[shown], y[shown], **style)[0]
-    if curve.entries.size:
-        return ax.axvline(float(curve.entries[0]), **style)
-    return ax.plot([], [], **style)[0]
+def _draw_line(ax: Axes, line: _Line, scale: _Scale, style: dict[str, Any]) -> Line2D:
+    if line.distinct is None or line.curve.density is None:
+        return draw_curve(ax, line.curve, scale.window, style)
+    total = line.curve.values.size
+    x, all_pairs = _marked_density(line.curve.values, total, scale)
+    _, others = _marked_density(line.distinct, total, scale)
+    drawn = ax.plot(x, all_pairs, **style)[0]
+    ax.plot(x, others, **(style | {"linestyle": (0, (2.5, 1.2)), "linewidth": 0.8}))
+    return drawn
 
 
-def _note_outside(ax: Axes, curves: Sequence[Entries], window: _Window) -> None:
-    """Say, above either end of the axes, what share of the entries lies beyond, and how far."""
-    at_most = "up to " if len(curves) > 1 else ""
-    below = max((float(np.mean(curve < window.low)) for curve in curves), default=0.0)
-    beyond = max((float(np.mean(curve > window.high)) for curve in curves), default=0.0)
-    style: dict[str, Any] = {
-        "xycoords": "axes fraction",
-        "xytext": (0, 2),
-        "textcoords": "offset points",
-        "color": GREY,
-        "fontsize": _NOTE,
-    }
-    if below:
-        far = number(min(float(curve.min()) for curve in curves), 2)
-        text = f"\N{LEFTWARDS ARROW} {at_most}{_percent(below)} beyond, to {far}"
-        ax.annotate(text, (0, 1), ha="left", **style)
-    if beyond:
-        far = number(max(float(curve.max()) for curve in curves), 2)
-        text = f"{at_most}{_percent(beyond)} beyond, to {far} \N{RIGHTWARDS ARROW}"
-        ax.annotate(text, (1, 1), ha="right", **style)
+def _marked_density(
+    values: Entries, total: int, scale: _Scale
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The density of some of `total` entries, as a share of all, over the scale's window."""
+    window = scale.window
+    x = np.linspace(window.low, window.high, 1000)
+    if not values.size:
+        return x, np.zeros_like(x)
+    density = kernel_density(values, bandwidth=scale.bandwidth, bounds=(window.low, window.high))
+    y = np.interp(x, density.x, density.y, left=0.0, right=0.0)
+    return x, y * (values.size / total)
 
 
-def _percent(share: float) -> str:
-    percent = 100 * share
-    return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
+def _finish(ax: Axes, curves: Sequence[Curve], scale: _Scale) -> None:
+    ax.set(xlim=(scale.window.low, scale.window.high))
+    if scale.floor:
+        ax.set_yscale("log")
+    ax.set(ylim=(scale.floor, scale.window.top))
+    open_axes(ax)
+    if not any(curve.values.size for curve in curves):
+        no_pairs(ax)
+
+
+def _draw_grid(source: Source, lines: Sequence[_Line], *, marked: bool) -> Figure:
+    """A panel a layer on one scale, its kurtosis and the range of its entries above it."""
+    columns = grid_columns(len(source.matrices.layers))
+    rows = math.ceil(len(lines) / columns)
+    width = COLUMN if columns == 1 else PAGE
+    head = _MARKED_HEAD if marked else "excess kurtosis"
+    below = wrapped(f"above each panel: {head}, and the range of p", width - 0.3, TEXT)
+    height = 0.55 + rows * (_PANEL_HEIGHT + 0.32) + 0.13 * len(below)
+    fig = new_figure(width, height)
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    scale = _scale(lines)
+    for at, (ax, line) in enumerate(zip(axes.flat, lines, strict=False)):
+        ax.axvline(0, color=GREY, linewidth=0.5, zorder=1)
+        _draw_line(ax, line, scale, {"color": COLOURS[0]})
+        _finish(ax, [line.curve], scale)
+        ax.set_title(f"{line.names[1]}: {line.label}\n{_range(line)}", fontsize=SMALL, pad=3)
+        ax.tick_params(labelbottom=at + columns >= len(lines))
+    for ax in axes.flat[len(lines) :]:
+        ax.set_axis_off()
+    model, _, m = lines[0].names
+    title(fig, _TITLE, (model, layers_text(source.layers), m))
+    fig.supxlabel("\n".join(["$p(k_i, k_j)$, $i \\neq j$", *below]))
+    fig.supylabel("density")
+    return fig
+
+
+def _range(line: _Line) -> str:
+    values = line.curve.values
+    if not values.size:
+        return "no pairs"
+    return f"{number(float(values.min()), 2)} to {number(float(values.max()), 2)}"

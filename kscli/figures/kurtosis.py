@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from kscli.figures import Source
+from kscli.figures import FigureOptions, Source
+from kscli.figures.curves import no_pairs, note
+from kscli.figures.families import family
 from kscli.figures.style import (
+    COLOURS,
     COLUMN,
     GREY,
     MARKERS,
     PAGE,
     SMALL,
+    TEXT,
     Legend,
     axes_with_legends,
     fitted,
@@ -22,68 +30,182 @@ from kscli.figures.style import (
     line_style,
     names,
     open_axes,
+    shades,
     title,
 )
 from kscli.layers import format_layers
+from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.statistics import STATISTICS, off_diagonal
 
 _AXES_HEIGHT = 2.2
+# Layers that a column of the page has room for, and lines whose bands can be told apart.
+_FEW_LAYERS = 32
+_FEW_LINES = 2
 
 
-def draw(sources: Sequence[Source]) -> Figure:
+@dataclass(frozen=True)
+class _Line:
+    """A model's kurtosis at its layers; `x` are these, or the depths relative to the last."""
+
+    model: str
+    m: int
+    layers: tuple[int, ...]
+    x: tuple[float, ...]
+    kurtosis: tuple[float, ...]
+    intervals: tuple[Interval, ...]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The lines that share axes; `title` is empty where there is one panel."""
+
+    title: str
+    lines: tuple[_Line, ...]
+    styles: tuple[dict[str, Any], ...]
+
+
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One line a model, over its layers; a layer whose kurtosis is undefined is a gap.
 
-    The legend names such layers; without them one model needs no legend.
+    Families of several sizes have axes each, side by side on one scale, of one colour, lighter
+    for smaller models. Models of different depth are drawn over the relative depth, 0 the first
+    layer and 1 the last. Where no axes have more than
+    two lines, each has the 95 % interval of resampled facts as a band.
+    The legend, in the order of `sources`, names undefined layers; without them one model needs
+    none.
     """
-    named = names([_names(source) for source in sources])
-    values = [_kurtosis(source) for source in sources]
-    first = min(source.layers[0] for source in sources)
-    last = max(source.layers[-1] for source in sources)
-    width = COLUMN if last - first <= 32 else PAGE
-    labels = tuple(
-        _label(source, kurtosis, own, width)
-        for source, kurtosis, own in zip(sources, values, named.own, strict=True)
-    )
-    legend = Legend(labels if any(labels) else ())
-    fig, [(ax, place)] = axes_with_legends(width, _AXES_HEIGHT, 1, [legend])
-    ax.axhline(0, color=GREY, linewidth=0.5, zorder=1)
-    handles = [
-        ax.plot(
-            source.layers,
-            kurtosis,
-            marker=MARKERS[at % len(MARKERS)],
-            markersize=3.2 if last - first <= 32 else 2.6,
-            markeredgewidth=0,
-            **line_style(at),
-        )[0]
-        for at, (source, kurtosis) in enumerate(zip(sources, values, strict=True))
+    relative = len({_depth(source) for source in sources}) > 1
+    lines = [_line(source, relative, options.seed) for source in sources]
+    panels = _panels(lines)
+    columns = min(len(panels), 2 if len(panels) == 4 else 3)
+    span = max(len(line.layers) for line in lines)
+    width = COLUMN if columns == 1 and (relative or span <= _FEW_LAYERS + 1) else PAGE
+    bands = max(len(panel.lines) for panel in panels) <= _FEW_LINES
+    named = names([(line.model, f"m = {line.m}") for line in lines])
+    own = dict(zip([id(line) for line in lines], named.own, strict=True))
+    legends = [
+        _legend([_label(line, own[id(line)], width / columns) for line in panel.lines])
+        for panel in panels
     ]
-    room = max(0.5, 0.02 * (last - first))
-    ax.set_xlim(first - room, last + room)
-    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-    ax.set_xlabel("layer")
-    ax.set_ylabel("excess kurtosis (Gaussian: 0)")
-    open_axes(ax)
-    if legend.labels:
-        legend_below(place, handles, legend, width)
+    fig, places = axes_with_legends(width, _AXES_HEIGHT, columns, legends)
+    for at, ((ax, place), panel, legend) in enumerate(zip(places, panels, legends, strict=True)):
+        handles = _draw_panel(ax, panel, span)
+        if bands:
+            _draw_bands(ax, panel)
+        if at:
+            ax.sharey(places[0][0])
+        ax.set_xlabel("relative depth (0 first, 1 last layer)" if relative else "layer")
+        if at % columns == 0:
+            ax.set_ylabel("excess kurtosis (Gaussian: 0)")
+        else:
+            ax.tick_params(labelleft=False)
+        _set_x(ax, lines, relative)
+        if legend.labels:
+            legend_below(place, handles, legend, width / columns)
     title(fig, "Excess kurtosis of P off the diagonal", named.shared)
     return fig
 
 
-def _names(source: Source) -> tuple[str, ...]:
-    m = source.matrices.matrix("P", source.layers[0]).shape[0]
-    return source.matrices.model, f"m = {m}"
+def _depth(source: Source) -> int:
+    return source.depth or max(source.matrices.layers) + 1
 
 
-def _kurtosis(source: Source) -> list[float]:
+def _line(source: Source, relative: bool, seed: int) -> _Line:
     kurtosis = STATISTICS["kurtosis"]
-    return [kurtosis(off_diagonal(source.matrices.matrix("P", at))) for at in source.layers]
+    values, intervals, m = [], [], 0
+    for layer in source.layers:
+        P = source.matrices.matrix("P", layer)
+        m = len(P)
+        values.append(kurtosis(off_diagonal(P)))
+        counts = Resampling(seed=seed).counts(m)
+        intervals.append(interval(bootstrap_moments(P, counts).kurtosis))
+    last = max(_depth(source) - 1, 1) if relative else 1
+    return _Line(
+        source.matrices.model,
+        m,
+        source.layers,
+        tuple(layer / last for layer in source.layers),
+        tuple(values),
+        tuple(intervals),
+    )
 
 
-def _label(source: Source, kurtosis: Sequence[float], own: Sequence[str], width: float) -> str:
+def _panels(lines: Sequence[_Line]) -> list[_Panel]:
+    """One a family of several sizes and one for all other models; one where no such family is."""
+    families: dict[str, list[_Line]] = {}
+    for line in lines:
+        families.setdefault(family(line.model), []).append(line)
+    several = {name: of for name, of in families.items() if len(of) > 1}
+    single = [of[0] for of in families.values() if len(of) == 1]
+    panels = []
+    for at, (name, of) in enumerate(several.items()):
+        colours = shades(COLOURS[at % len(COLOURS)], len(of))
+        panels.append(_Panel(name, tuple(of), tuple({"color": colour} for colour in colours)))
+    if single:
+        styles = tuple(line_style(len(several) + at) for at in range(len(single)))
+        name = family(single[0].model) if len(single) == 1 else "other models"
+        panels.append(_Panel(name if several else "", tuple(single), styles))
+    return panels
+
+
+def _legend(labels: Sequence[str]) -> Legend:
+    return Legend(tuple(labels) if any(labels) else ())
+
+
+def _label(line: _Line, own: Sequence[str], width: float) -> str:
     undefined = [
-        layer for layer, value in zip(source.layers, kurtosis, strict=True) if math.isnan(value)
+        layer for layer, value in zip(line.layers, line.kurtosis, strict=True) if math.isnan(value)
     ]
     gaps = f"undefined at layer {format_layers(undefined)}" if undefined else ""
     name = fitted(own, width - 0.95 - (1.2 if gaps else 0), SMALL)
     return ": ".join(text for text in (name, gaps) if text)
+
+
+def _draw_panel(ax: Axes, panel: _Panel, span: int) -> list[Line2D]:
+    ax.axhline(0, color=GREY, linewidth=0.5, zorder=1)
+    handles = [
+        ax.plot(
+            line.x,
+            line.kurtosis,
+            marker=MARKERS[at % len(MARKERS)],
+            markersize=3.2 if span <= _FEW_LAYERS + 1 else 2.6,
+            markeredgewidth=0,
+            **style,
+        )[0]
+        for at, (line, style) in enumerate(zip(panel.lines, panel.styles, strict=True))
+    ]
+    if all(line.m < 2 for line in panel.lines):
+        no_pairs(ax)
+    ax.set_title(panel.title, pad=11.5 if panel.title else 6, fontsize=TEXT, parse_math=False)
+    open_axes(ax)
+    return handles
+
+
+def _draw_bands(ax: Axes, panel: _Panel) -> None:
+    bands = 0
+    for line, style in zip(panel.lines, panel.styles, strict=True):
+        low = [one.low for one in line.intervals]
+        high = [one.high for one in line.intervals]
+        if all(map(math.isnan, low)):
+            continue
+        bands += 1
+        if len(low) == 1:
+            ax.vlines(line.x, low, high, color=style["color"], alpha=0.4, linewidth=3)
+        else:
+            ax.fill_between(
+                line.x, low, high, color=style["color"], alpha=0.18, linewidth=0, zorder=1.5
+            )
+    if bands:
+        note(ax, "band: 95 % interval, facts resampled", "right")
+
+
+def _set_x(ax: Axes, lines: Sequence[_Line], relative: bool) -> None:
+    first = min(min(line.x) for line in lines)
+    last = max(max(line.x) for line in lines)
+    if relative:
+        ax.set_xlim(min(first, 0) - 0.03, max(last, 1) + 0.03)
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        return
+    room = max(0.5, 0.02 * (last - first))
+    ax.set_xlim(first - room, last + room)
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +41,38 @@ def check_target(path: Path, force: bool = False) -> str:
     return extension
 
 
+def page_paths(path: Path, pages: int) -> list[Path]:
+    """The files that hold a figure's pages: a PDF all of them, else `NAME-1.png`, `NAME-2.png`."""
+    if pages == 1 or path.suffix.lower() == ".pdf":
+        return [path]
+    return [path.with_name(f"{path.stem}-{page + 1}{path.suffix}") for page in range(pages)]
+
+
 def render(fig: Figure, extension: str, source: str = "") -> bytes:
     """The figure as the bytes of a file of one of `FORMATS`, which says that it shows `source`."""
     from kscli.figures.style import house_style
 
     buffer = io.BytesIO()
     with house_style():
-        metadata = _METADATA[extension] | ({_SOURCE[extension]: source} if source else {})
-        fig.savefig(buffer, format=extension, metadata=metadata)
+        fig.savefig(buffer, format=extension, metadata=_metadata(extension, source))
     return buffer.getvalue()
+
+
+def render_pdf(pages: Sequence[Figure], source: str = "") -> bytes:
+    """Figures as the bytes of one PDF, a page each."""
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    from kscli.figures.style import house_style
+
+    buffer = io.BytesIO()
+    with house_style(), PdfPages(buffer, metadata=_metadata("pdf", source)) as pdf:
+        for fig in pages:
+            pdf.savefig(fig)
+    return buffer.getvalue()
+
+
+def _metadata(extension: str, source: str) -> dict[str, str | None]:
+    return _METADATA[extension] | ({_SOURCE[extension]: source} if source else {})
 
 
 def source_of_png(path: Path) -> str:
@@ -67,3 +91,21 @@ def save_figure(fig: Figure, path: Path, force: bool = False, source: str = "") 
     content = render(fig, check_target(path, force), source)
     with replace_file(path, force=force) as beside:
         beside.write_bytes(content)
+
+
+def save_pages(pages: Sequence[Figure], path: Path, force: bool = False) -> list[Path]:
+    """Write the pages of a figure as `page_paths` says, and return these; raises as `check_target`.
+
+    Nothing is written where one of the files may not be.
+    """
+    paths = page_paths(path, len(pages))
+    extensions = [check_target(one, force) for one in paths]
+    contents = (
+        [render_pdf(pages)]
+        if len(pages) > 1 and len(paths) == 1
+        else [render(fig, extension) for fig, extension in zip(pages, extensions, strict=True)]
+    )
+    for one, content in zip(paths, contents, strict=True):
+        with replace_file(one, force=force) as beside:
+            beside.write_bytes(content)
+    return paths

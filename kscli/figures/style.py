@@ -15,8 +15,12 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+
+from kscli.figures import PER_PAGE
+from kscli.layers import format_layers
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -29,6 +33,7 @@ PAGE = 6.9
 
 TEXT = 7.0
 SMALL = 6.0
+NOTE = 5.5
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; less its yellow,
 # which is lost on white, and its black, which is for axes.
@@ -83,6 +88,11 @@ def new_figure(width: float, height: float, layout: str = "constrained") -> Figu
     return Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
 
 
+def grid_columns(layers: int) -> int:
+    """Columns of a grid of a model of `layers` layers: those of five rows of `PER_PAGE` panels."""
+    return min(PER_PAGE // 5, layers)
+
+
 def open_axes(ax: Axes) -> None:
     """Leave out the axes' upper and right edge, and rule it lightly across."""
     ax.spines[["top", "right"]].set_visible(False)
@@ -104,11 +114,29 @@ def line_style(at: int) -> dict[str, Any]:
     }
 
 
+def shades(colour: str, count: int) -> list[Any]:
+    """`count` shades of a colour, light to dark; the colour itself where it is one."""
+    if count == 1:
+        return [colour]
+    base = np.array(to_rgb(colour))
+    # Towards white, and less far towards black, where hues are lost.
+    mixed = [
+        base + (1 - base) * -at if at < 0 else base * (1 - at)
+        for at in np.linspace(-0.5, 0.5, count)
+    ]
+    return [tuple(map(float, rgb)) for rgb in mixed]
+
+
 def number(value: float, digits: int) -> str:
     """A number as a figure shows it: a true minus sign, no negative zero, NaN in words."""
     return (
         "undefined" if math.isnan(value) else f"{value:z.{digits}f}".replace("-", "\N{MINUS SIGN}")
     )
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers in words: `layer 3`, `layers 0-19`."""
+    return f"layer{'s' * (len(layers) > 1)} {format_layers(layers)}"
 
 
 def text_width(text: str, size: float) -> float:
@@ -136,6 +164,18 @@ def fitted(parts: Sequence[str], width: float, size: float) -> str:
         head = keep // 2
         text = f"{first[:head]}\N{HORIZONTAL ELLIPSIS}{first[len(first) - keep + head :]}{rest}"
     return text
+
+
+def wrapped(text: str, width: float, size: float) -> list[str]:
+    """A text in lines of at most `width` inches, where its words allow it."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 @dataclass(frozen=True)
@@ -186,10 +226,25 @@ class Legend:
         return (rows * 1.55 + 0.8) * SMALL / 72
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A sentence, for `caption_below` to write below some axes."""
+
+    text: str
+
+    def lines(self, width: float) -> list[str]:
+        """The sentence in lines that fit below axes of `width` inches and their labels."""
+        return wrapped(self.text, width - 0.6, SMALL)
+
+    def height(self, width: float) -> float:
+        """The inches that it takes below axes of `width` inches."""
+        return (len(self.lines(width)) * 1.3 + 0.8) * SMALL / 72
+
+
 def axes_with_legends(
-    width: float, height: float, columns: int, legends: Sequence[Legend]
+    width: float, height: float, columns: int, legends: Sequence[Legend | Caption]
 ) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure of `width` inches with axes of `height`, and below each a place for its legend.
+    """A figure of `width` inches with axes of `height`, each over a place for legend or caption.
 
     Axes and places are as many as `legends`; axes side by side are equally high.
     """
@@ -232,3 +287,19 @@ def legend_below(place: Axes, handles: Sequence[Artist], legend: Legend, width: 
     )
     for text in drawn.get_texts():
         text.set_parse_math(False)
+
+
+def caption_below(place: Axes, caption: Caption, width: float) -> None:
+    """Write the sentence in the place under its axes."""
+    written = place.text(
+        0,
+        1,
+        "\n".join(caption.lines(width)),
+        transform=place.transAxes,
+        va="top",
+        fontsize=SMALL,
+        linespacing=1.3,
+        parse_math=False,
+    )
+    # The axes above are not to yield to it.
+    written.set_in_layout(False)

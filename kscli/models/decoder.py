@@ -39,9 +39,10 @@ class _LastLayerReachedError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of a device or of the host, is used up."""
-    # On the host torch has no class of its own for it.
+    # Only torch's own allocators have a class for it.
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
@@ -128,6 +129,8 @@ class Decoder:
         finally:
             for handle in handles:
                 handle.remove()
+            # An error holds its frames and these all activations, for as long as it is held.
+            raised.clear()
         if sorted(seen) != sorted(layers):
             raise ModelError(
                 f"the down-projections {self.hook} of layers {sorted(layers)} were not each called "

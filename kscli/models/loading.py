@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from kscli.models.decoder import Decoder
+    from kscli.resources import MemorySplit
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_DOCUMENT = 2048
@@ -137,13 +138,13 @@ def load_model(
     reporter: Reporter = SILENT,
     located: LocatedModel | None = None,
     *,
-    spread: bool = False,
+    spread: MemorySplit | None = None,
 ) -> LoadedModel:
     """Load the model that `options` names, on its device and in its dtype, without gradients.
 
     `located` saves finding its files again; with `spread` the model is laid over all devices,
-    and over the host's memory where these are not enough. Raises ModelError when it cannot be
-    read, is not a dense causal decoder, or lacks weights.
+    and over the host's memory where these are not enough (True: all that is free). Raises
+    ModelError when it cannot be read, is not a dense causal decoder, or lacks weights.
     """
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
@@ -153,7 +154,7 @@ def load_model(
     with quiet_transformers():
         config = load_config(located, options)
         model, has_head = _load_weights(
-            located, config, options, "auto" if spread else device, dtype
+            located, config, options, _device_arguments(device, spread), dtype
         )
         tokenizer = load_tokenizer(located, options)
     text = config.get_text_config()
@@ -321,7 +322,11 @@ def _check_kind(located: LocatedModel, config: Any) -> None:
 
 
 def _load_weights(
-    located: LocatedModel, config: Any, options: ModelOptions, device: str, dtype: str
+    located: LocatedModel,
+    config: Any,
+    options: ModelOptions,
+    device: dict[str, Any],
+    dtype: str,
 ) -> tuple[torch.nn.Module, bool]:
     """The model, and whether its checkpoint has the LM head's weights."""
     import torch
@@ -335,7 +340,7 @@ def _load_weights(
             use_safetensors=None if options.allow_pickle or located.gguf else True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
-            **_device_argument(device),
+            **device,
             **_gguf_argument(located),
         )
     model, info = loaded
@@ -370,10 +375,13 @@ def load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
     return tokenizer
 
 
-def _device_argument(device: str) -> dict[str, Any]:
-    if device == "cpu":
-        return {}
-    return {"device_map": device if device == "auto" else {"": device}}
+def _device_arguments(device: str, spread: MemorySplit | None) -> dict[str, Any]:
+    if spread:
+        from kscli.resources import free_on_devices, measure_resources
+
+        free, host = free_on_devices(device), measure_resources(device).host_memory
+        return {"device_map": "auto", "max_memory": spread.for_weights(free, host)}
+    return {} if device == "cpu" else {"device_map": {"": device}}
 
 
 def _gguf_argument(located: LocatedModel) -> dict[str, str]:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import os
 
+# As the command line does: threads that spin while they wait take the others' cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import resource
 import statistics

@@ -1,0 +1,131 @@
+"""The angles between keys in the whitening and in the activation space (Figure 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from kscli.figures import Source
+from kscli.figures.curves import (
+    Curve,
+    Window,
+    common_window,
+    draw_curve,
+    make_curve,
+    no_pairs,
+    note_outside,
+)
+from kscli.figures.style import (
+    GREY,
+    PAGE,
+    SMALL,
+    Legend,
+    axes_with_legends,
+    fitted,
+    layer_colours,
+    legend_below,
+    line_style,
+    names,
+    number,
+    open_axes,
+    title,
+)
+from kscli.statistics import MatrixName
+
+_AXES_HEIGHT = 1.9
+_BOUNDS = (0.0, 180.0)
+_SPACES: tuple[tuple[MatrixName, str], ...] = (
+    ("whitened_cosine", "whitening space"),
+    ("cosine", "activation space"),
+)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One layer's angles in every space of `_SPACES`."""
+
+    names: tuple[str, ...]
+    curves: tuple[Curve, ...]
+
+
+def draw(sources: Sequence[Source]) -> Figure:
+    """One line a model and layer, in each space; the legends have the angle of each mode.
+
+    Both axes have one scale; a note at either end says what share of the angles lies beyond.
+    """
+    lines = [_line(source, layer) for source in sources for layer in source.layers]
+    named = names([line.names for line in lines])
+    width = PAGE / 2
+    legends = [
+        Legend(
+            tuple(
+                _label(line.curves[at], own, width)
+                for line, own in zip(lines, named.own, strict=True)
+            ),
+            head="most frequent angle",
+        )
+        for at in range(len(_SPACES))
+    ]
+    fig, places = axes_with_legends(PAGE, _AXES_HEIGHT, len(_SPACES), legends)
+    window = _window([curve for line in lines for curve in line.curves])
+    if len(sources) == 1:
+        styles = [{"color": colour} for colour in layer_colours(len(lines))]
+    else:
+        styles = [line_style(at) for at in range(len(lines))]
+    for at, ((ax, place), legend) in enumerate(zip(places, legends, strict=True)):
+        curves = [line.curves[at] for line in lines]
+        ax.axvline(90, color=GREY, linewidth=0.5, zorder=1)
+        handles = [
+            draw_curve(ax, curve, window, style)
+            for curve, style in zip(curves, styles, strict=True)
+        ]
+        if not any(curve.values.size for curve in curves):
+            no_pairs(ax)
+        ax.set(xlim=(window.low, window.high), ylim=(0, window.top))
+        ax.set_xlabel("angle between two keys (degrees)")
+        ax.set_title(_SPACES[at][1], pad=11.5)
+        open_axes(ax)
+        note_outside(ax, curves, window, digits=0, unit="\N{DEGREE SIGN}")
+        legend_below(place, handles, legend, width)
+    places[0][0].set_ylabel("density (per degree)")
+    places[1][0].tick_params(labelleft=False)
+    title(fig, "Angles between the keys of two facts", named.shared)
+    return fig
+
+
+def _line(source: Source, layer: int) -> _Line:
+    cosines = [source.matrices.matrix(name, layer) for name, _ in _SPACES]
+    named = (source.matrices.model, f"layer {layer}", f"m = {len(cosines[0])}")
+    return _Line(named, tuple(make_curve(angles(cosine), _BOUNDS) for cosine in cosines))
+
+
+def angles(cosine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The angles in degrees of the m(m-1)/2 pairs i < j, of their cosines (m, m)."""
+    pairs = cosine[np.triu_indices(len(cosine), 1)]
+    # Rounding takes the cosine of two equal keys beyond 1.
+    return np.asarray(np.degrees(np.arccos(np.clip(pairs, -1, 1))))
+
+
+def mode(curve: Curve) -> float:
+    """Where the density is highest; where all values are equal, there; else NaN."""
+    if curve.density is not None:
+        return float(curve.density.x[curve.density.y.argmax()])
+    return float(curve.values[0]) if curve.values.size else float("nan")
+
+
+def _label(curve: Curve, own: tuple[str, ...], width: float) -> str:
+    at = mode(curve)
+    value = number(at, 1) + ("" if np.isnan(at) else "\N{DEGREE SIGN}")
+    return f"{fitted(own, width - 1.35, SMALL)}: {value}" if own else value
+
+
+def _window(curves: Sequence[Curve]) -> Window:
+    """The bulk, and 90 degrees in any case."""
+    window = common_window(curves, Window(*_BOUNDS, 1.0))
+    return Window(
+        max(_BOUNDS[0], min(window.low, 85.0)), min(_BOUNDS[1], max(window.high, 95.0)), window.top
+    )

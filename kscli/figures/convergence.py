@@ -1,0 +1,138 @@
+"""Density and kurtosis of P of more and more facts (Figures 7-17, Appendix C)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
+
+from kscli.errors import UsageError
+from kscli.figures import FigureOptions, Source
+from kscli.figures.curves import (
+    Curve,
+    Window,
+    common_window,
+    draw_curve,
+    make_curve,
+    no_pairs,
+    note,
+    note_outside,
+)
+from kscli.figures.settled import Settling, settle
+from kscli.figures.style import (
+    GREY,
+    PAGE,
+    TEXT,
+    Caption,
+    Legend,
+    axes_with_legends,
+    caption_below,
+    fitted,
+    layer_colours,
+    legend_below,
+    names,
+    open_axes,
+    title,
+)
+from kscli.resampling import Resampling
+from kscli.statistics import off_diagonal
+
+_AXES_HEIGHT = 1.75
+_MOST_ROWS = 6
+_MOST_TICKS = 10
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One model and layer."""
+
+    names: tuple[str, ...]
+    settling: Settling
+    curves: tuple[Curve, ...]
+
+
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
+    """A row a model and layer: the densities, then the kurtosis of the first so many facts.
+
+    A count has one colour in both; bars are 95 % intervals of resampled facts. Below the
+    kurtosis a sentence says whether it has converged. Raises UsageError for more rows than a
+    page holds, and for counts that the facts do not allow.
+    """
+    wanted = sum(len(source.layers) for source in sources)
+    if wanted > _MOST_ROWS:
+        raise UsageError(
+            f"convergence has a row a model and layer, and a page holds {_MOST_ROWS} of them, "
+            f"not {wanted}; name fewer with --layers."
+        )
+    rows = [_row(source, layer, options) for source in sources for layer in source.layers]
+    named = names([row.names for row in rows])
+    half = PAGE / 2
+    legends = [Legend(tuple(f"m = {n}" for n in row.settling.counts)) for row in rows]
+    captions = [Caption(row.settling.sentence) for row in rows]
+    below = [part for pair in zip(legends, captions, strict=True) for part in pair]
+    fig, places = axes_with_legends(PAGE, _AXES_HEIGHT, 2, below)
+    for at, (row, own) in enumerate(zip(rows, named.own, strict=True)):
+        (left, list_place), (right, caption_place) = places[2 * at : 2 * at + 2]
+        colours = layer_colours(len(row.curves))
+        head = fitted(own, half - 0.6, TEXT) if own else ""
+        handles = _draw_densities(left, row, colours)
+        _draw_kurtosis(right, row.settling, colours)
+        for ax in (left, right):
+            ax.set_title(head, pad=11.5 if head else 6, parse_math=False)
+            open_axes(ax)
+        legend_below(list_place, handles, legends[at], half)
+        caption_below(caption_place, captions[at], half)
+    title(fig, "P of the first m facts, off the diagonal", named.shared)
+    return fig
+
+
+def _row(source: Source, layer: int, options: FigureOptions) -> _Row:
+    P = source.matrices.matrix("P", layer)
+    settling = settle(P, options.facts_counts, Resampling(seed=options.seed))
+    curves = tuple(make_curve(off_diagonal(P[:count, :count])) for count in settling.counts)
+    named = (source.matrices.model, f"layer {layer}", f"m = {settling.counts[-1]}")
+    return _Row(named, settling, curves)
+
+
+def _draw_densities(ax: Axes, row: _Row, colours: Sequence[Any]) -> list[Line2D]:
+    window = common_window(row.curves, Window(-1.0, 1.0, 1.0))
+    ax.axvline(0, color=GREY, linewidth=0.5, zorder=1)
+    handles = [
+        draw_curve(ax, curve, window, {"color": colour})
+        for curve, colour in zip(row.curves, colours, strict=True)
+    ]
+    if not any(curve.values.size for curve in row.curves):
+        no_pairs(ax)
+    ax.set(xlim=(window.low, window.high), ylim=(0, window.top))
+    ax.set_xlabel("$p(k_i, k_j)$, $i \\neq j$")
+    ax.set_ylabel("density")
+    note_outside(ax, row.curves, window, digits=2)
+    return handles
+
+
+def _draw_kurtosis(ax: Axes, settling: Settling, colours: Sequence[Any]) -> None:
+    ax.axhline(0, color=GREY, linewidth=0.5, zorder=1)
+    ax.plot(settling.counts, settling.kurtosis, color=GREY, linewidth=0.6, zorder=2)
+    for count, value, of, colour in zip(
+        settling.counts, settling.kurtosis, settling.intervals, colours, strict=True
+    ):
+        ax.vlines(count, of.low, of.high, color=colour, linewidth=1.1, zorder=2.5)
+        ax.plot([count], [value], "o", color=colour, markersize=3.6, markeredgewidth=0, zorder=3)
+    if all(map(math.isnan, settling.kurtosis)):
+        no_pairs(
+            ax, "no pairs of facts" if settling.counts[-1] < 2 else "the kurtosis is undefined"
+        )
+    elif not all(math.isnan(of.low) for of in settling.intervals):
+        note(ax, "bar: 95 % interval, facts resampled", "right")
+    room = max(0.5, 0.04 * settling.counts[-1])
+    ax.set_xlim(max(0, settling.counts[0] - room), settling.counts[-1] + room)
+    step = math.ceil(len(settling.counts) / _MOST_TICKS)
+    ax.xaxis.set_major_locator(FixedLocator(list(settling.counts[::-step])))
+    ax.set_xlabel("number of facts m")
+    ax.set_ylabel("excess kurtosis")

@@ -1,0 +1,124 @@
+"""Whether the distribution of P has settled at m facts (Appendix C); draws nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.errors import UsageError
+from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
+from kscli.statistics import STATISTICS, Entries, off_diagonal
+
+_COUNTS = 8
+
+
+@dataclass(frozen=True)
+class Settling:
+    """The kurtosis of P of the first so many facts, one entry a count, ascending.
+
+    `moved` is the greatest difference between the cumulative distributions of the entries at
+    `before` and at the last count (Kolmogorov and Smirnov's), NaN where there are none.
+    """
+
+    counts: tuple[int, ...]
+    kurtosis: tuple[float, ...]
+    intervals: tuple[Interval, ...]
+    moved: float
+
+    @property
+    def before(self) -> int | None:
+        """Index of the count that is compared with the last: the greatest of at most its half."""
+        return _before(self.counts)
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the kurtosis of half the facts lies in the interval of all; None: unknown."""
+        last = self.intervals[-1]
+        if self.before is None or math.isnan(last.low) or math.isnan(self.kurtosis[self.before]):
+            return None
+        return last.low <= self.kurtosis[self.before] <= last.high
+
+    @property
+    def sentence(self) -> str:
+        """Whether the kurtosis has converged, and by what numbers."""
+        m, last = self.counts[-1], self.intervals[-1]
+        if m < 2:
+            return "One fact makes no pair: there is nothing that could converge."
+        if math.isnan(self.kurtosis[-1]) or math.isnan(last.low):
+            return f"Whether the kurtosis has converged at m = {m} cannot be told: " + (
+                "it is undefined." if math.isnan(self.kurtosis[-1]) else "it has no interval."
+            )
+        if self.before is None:
+            return (
+                f"Whether the kurtosis has converged at m = {m} cannot be told: there is no count "
+                "of at most half as many facts to compare with."
+            )
+        half, then, now = self.counts[self.before], self.kurtosis[self.before], self.kurtosis[-1]
+        if math.isnan(then):
+            return (
+                f"Whether the kurtosis has converged at m = {m} cannot be told: at {half} facts "
+                "it is undefined."
+            )
+        verdict, where = (
+            ("has converged to within its error", "inside")
+            if self.converged
+            else ("has not converged", "outside")
+        )
+        return (
+            f"The kurtosis {verdict} at m = {m}: it was {then:.1f} with {half} facts and is "
+            f"{now:.1f} now, {where} the 95 % interval, {last.low:.1f} to {last.high:.1f}. "
+            f"The two distributions differ by at most {100 * self.moved:.1f} % of their entries."
+        )
+
+
+def default_counts(m: int) -> tuple[int, ...]:
+    """Eight counts in even steps up to all `m` facts: 16, 32, ..., 128 of 128."""
+    counts = sorted({round(m * at / _COUNTS) for at in range(1, _COUNTS + 1)})
+    return tuple(count for count in counts if count >= 4 or count == m)
+
+
+def settle(P: NDArray[np.float64], counts: Sequence[int], resampling: Resampling) -> Settling:
+    """The kurtosis of the first `counts` facts of P (m, m), with intervals of resampled facts.
+
+    Raises UsageError for a count below 2 where there are 2 facts, and for one beyond m.
+    """
+    m = len(P)
+    chosen = tuple(sorted(set(counts))) or default_counts(m)
+    for count in chosen:
+        if count > m:
+            raise UsageError(f"there is no count of {count} facts among {m}; name {m} at most.")
+        if count < min(2, m):
+            raise UsageError(f"{count} facts make no pair; count at least 2.")
+    kurtosis = STATISTICS["kurtosis"]
+    parts = [P[:count, :count] for count in chosen]
+    before = _before(chosen)
+    return Settling(
+        chosen,
+        tuple(kurtosis(off_diagonal(part)) for part in parts),
+        tuple(
+            interval(bootstrap_moments(part, resampling.counts(len(part))).kurtosis)
+            for part in parts
+        ),
+        float("nan")
+        if before is None
+        else largest_difference(off_diagonal(parts[before]), off_diagonal(parts[-1])),
+    )
+
+
+def largest_difference(first: Entries, second: Entries) -> float:
+    """The greatest difference between two empirical cumulative distributions; NaN of none."""
+    if not (first.size and second.size):
+        return float("nan")
+    first, second = np.sort(first), np.sort(second)
+    at = np.concatenate([first, second])
+    shares = [np.searchsorted(one, at, side="right") / one.size for one in (first, second)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def _before(counts: Sequence[int]) -> int | None:
+    halves = [at for at, count in enumerate(counts) if 2 * count <= counts[-1]]
+    return halves[-1] if halves else None

@@ -1,0 +1,121 @@
+"""What the tails of P are made of: how heavy they are, and which pairs and facts carry them.
+
+A pair here is two facts in either order: P_ij and P_ji are large together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.resampling import ROUNDING, Array, PairMask
+
+# Where this few pairs hold half of the fourth moment, kurtosis is a statement about them. In
+# tests/benchmarks/coverage.py such sets come from populations whose bound pairs a draw of 128
+# facts may hold none of, and no interval can know of pairs that were not drawn.
+FEW_PAIRS = 5
+
+HILL_ENTRIES = 20  # one entry in so many is in the tail that the Hill index describes: 5 %
+TOP_PAIRS = 100  # one pair in so many is a top pair: 1 %
+
+
+@dataclass(frozen=True)
+class Hill:
+    """A tail index and its standard error; a smaller index is a heavier tail. NaN: undefined."""
+
+    index: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """Who carries the variance and the fourth moment of P off the diagonal.
+
+    `variance_top_pairs` is the share of the variance in the top 1 % of pairs (rounded up),
+    `variance_top_pair` in the strongest, of facts `top_pair_i` < `top_pair_j`, and
+    `variance_top_fact` in all pairs of the fact that is in the most of it, `top_fact`.
+    `fourth_moment_pairs` is the least number of pairs that hold half of the fourth moment.
+    All NaN where the entries do not vary.
+    """
+
+    variance_top_pairs: float = math.nan
+    variance_top_pair: float = math.nan
+    top_pair_i: float = math.nan
+    top_pair_j: float = math.nan
+    variance_top_fact: float = math.nan
+    top_fact: float = math.nan
+    fourth_moment_pairs: float = math.nan
+
+
+def hill(P: Array, pairs: PairMask) -> Hill:
+    """The Hill index of the largest 5 % of |P_ij| over `pairs` (m, m), with a jackknife error.
+
+    With n entries and k = floor(n / 20) it is 1 / mean log(|p|_(r) / |p|_(k+1)) over r = 1..k
+    (Hill 1975, Annals of Statistics 3). The error is that of leaving out one fact at a time.
+    Whitened cosines are bounded, so this describes the tail that is there and extrapolates none.
+    """
+    m = len(P)
+    rows, columns = np.nonzero(pairs)
+    sizes = np.abs(P[rows, columns])
+    of_fact = pairs.sum(axis=0) + pairs.sum(axis=1)
+    tails = (len(sizes) - of_fact) // HILL_ENTRIES
+    # Without a fact, the tail that is left lies within this many of the largest entries.
+    needed = min(len(sizes), int((tails + of_fact).max(initial=len(sizes) // HILL_ENTRIES)) + 1)
+    if not needed:
+        return Hill(math.nan, math.nan)
+    largest = np.argpartition(-sizes, needed - 1)[:needed]
+    largest = largest[np.argsort(-sizes[largest], kind="stable")]
+    with np.errstate(divide="ignore"):
+        logs = np.log(sizes[largest])
+    i, j = rows[largest], columns[largest]
+    without = np.array(
+        [_hill_index(logs[(i != fact) & (j != fact)], tails[fact]) for fact in range(m)]
+    )
+    spread = np.sum((without - without.mean()) ** 2)
+    error = math.sqrt((m - 1) / m * spread)
+    return Hill(_hill_index(logs, len(sizes) // HILL_ENTRIES), error)
+
+
+def _hill_index(logs: Array, k: int) -> float:
+    """The index from logarithms in descending order."""
+    if k < 1 or not np.isfinite(logs[k]):
+        return math.nan
+    mean = float(np.mean(logs[:k] - logs[k]))
+    return 1 / mean if mean > ROUNDING else math.nan
+
+
+def carriers(P: Array, pairs: PairMask) -> Carriers:
+    """Who carries the variance and the fourth moment of P (m, m) over `pairs`, symmetric."""
+    entries = P[pairs]
+    if not entries.size:
+        return Carriers()
+    deviations = np.where(pairs, P - entries.mean(), 0.0)
+    scale = float(np.abs(deviations).max())
+    if not scale > ROUNDING * float(np.abs(entries).max()):
+        return Carriers()
+    squares = (deviations / scale) ** 2
+    i, j = np.nonzero(np.triu(pairs, 1))
+    of_pair = squares[i, j] + squares[j, i]
+    of_fact = squares.sum(axis=0) + squares.sum(axis=1)
+    total = of_pair.sum()
+    strongest, fact = int(of_pair.argmax()), int(of_fact.argmax())
+    top = -(-len(of_pair) // TOP_PAIRS)
+    fourth = np.cumsum(np.sort(squares[i, j] ** 2 + squares[j, i] ** 2)[::-1])
+    return Carriers(
+        variance_top_pairs=float(np.sort(of_pair)[-top:].sum() / total),
+        variance_top_pair=float(of_pair[strongest] / total),
+        top_pair_i=float(i[strongest]),
+        top_pair_j=float(j[strongest]),
+        variance_top_fact=float(of_fact[fact] / total),
+        top_fact=float(fact),
+        fourth_moment_pairs=float(np.searchsorted(fourth, fourth[-1] / 2) + 1),
+    )
+
+
+def share_within(tail: NDArray[np.bool_], of: PairMask) -> float:
+    """The share of the entries of `tail` (m, m) that are in `of`; NaN where there is none."""
+    size = np.count_nonzero(tail)
+    return np.count_nonzero(tail & of) / size if size else math.nan
