@@ -19,7 +19,7 @@ from torch import Tensor
 from kscli.batching import TokenBatch, make_batches
 from kscli.checkpoints import Checkpoint, Checkpoints, Position
 from kscli.corpus import Corpus
-from kscli.errors import ArtifactError, CorpusError, UsageError
+from kscli.errors import ArtifactError, UsageError
 from kscli.interrupts import HeldSignals, InterruptedRunError, held_signals
 from kscli.layer_sums import FLUSH_BATCHES, LayerSums, Placement, SumsPlan
 from kscli.models.loading import LoadedModel
@@ -193,7 +193,8 @@ class CovarianceRun:
 
         The sums of earlier passes lie in the checkpoints until these are removed. Raises
         NumericsError, naming layer and document, when a key is not finite, CorpusError when the
-        corpus gives no token, and InterruptedRunError when a signal has stopped the run.
+        text is not what it was at the checkpoint, and InterruptedRunError when a signal stopped
+        the run.
         """
         saved = self._saved()
         self._refuse_impossible()
@@ -277,8 +278,6 @@ class CovarianceRun:
             whole = self._sum_stream(current, stream, signals, task)
             if signals.received is not None:
                 self._stop(current, signals.received)
-        if current.position.tokens == 0 and not self._ranks:
-            raise CorpusError(f"the corpus {self.corpus.name} gave no token; is its text empty?")
         current.sums.flush()
         if self._checkpoints and number + 1 < passes:
             self._checkpoints.finish_pass(self._checkpoint(current), current.packed)
