@@ -51,7 +51,8 @@ def require_room(path: Path) -> None:
     HDF5 crashes, rather than fail, where not even the beginning of a file fits.
     """
     with path.open("wb") as file:
-        file.write(bytes(ROOM))
+        for _ in range(16):
+            file.write(bytes(ROOM // 16))
 
 
 def require_writable(path: Path, *, force: bool) -> None:
