@@ -2,10 +2,10 @@
 
     python tests/benchmarks/settling.py SmolLM2.gguf wikitext2_valid.jsonl counterfact.json
 
-At doublings of N from 2 d_m tokens up, in bfloat16: the error of p that cache-cov itself
-estimates to be left, and how far P of 128 facts is apart between C of two disjoint halves of the
-documents, N tokens each, over sqrt(2). Then, at 16 d_m tokens: P with bfloat16 keys and C
-against float32 on the same text, beside the two halves. Rms off the diagonal.
+In bfloat16: the error of p that cache-cov itself estimates to be left at doublings of the tokens,
+and how far P of 128 facts is apart between C of two disjoint halves of the documents, N tokens
+each, over sqrt(2), at doublings of N from 2 d_m up. Then, at 16 d_m tokens: P with bfloat16 keys
+and C against float32 on the same text, beside the two halves. Rms off the diagonal.
 """
 
 from __future__ import annotations
@@ -50,21 +50,18 @@ def main(model_path: str, corpus: str, facts_path: str) -> None:
     estimated = second_moments(
         model, open_corpus(CorpusSpec(corpus)), CovarianceOptions(None, None, MAX_LENGTH)
     )
-    estimates = {settled.tokens // d_m: settled for settled in estimated.settled}
     watched = watched_layers(range(model.decoder.n_layers))
-    print(f"{estimated.tokens:,} tokens; layers {watched}; rms of p")
+    print(f"{estimated.tokens:,} tokens; rms of p at layers {watched}")
+    for settled in estimated.settled:
+        at = ", ".join(f"{value:.3f}" for value in settled.by_layer)
+        print(f"estimated at {settled.tokens:7,} ({settled.tokens / d_m:4.1f} d_m): {at}")
     sizes = [factor * d_m for factor in (2, 4, 8, 16, 32)]
     halves = [moments_at(model, corpus, Shard(i, 2), sizes) for i in range(2)]
     for size in sizes:
         P = [matrices(half[size], size, keys["bfloat16"]) for half in halves]
         apart = [rms(a - b) / np.sqrt(2) for a, b in zip(*P, strict=True)]
-        settled = estimates.get(size // d_m)
-        estimate = [f"{value:.3f}" for value in settled.by_layer] if settled else "-"
         at = ", ".join(f"{apart[layer]:.3f}" for layer in watched)
-        print(
-            f"N = {size:6,} ({size // d_m:2} d_m): halves / sqrt 2 {at}, all layers "
-            f"{pooled(apart):.3f}; estimated {estimate}"
-        )
+        print(f"halves of   {size:7,} ({size // d_m:4} d_m): {at}; all layers {pooled(apart):.3f}")
     size = 16 * d_m
     same = [moments_at(m, corpus, Shard(0, 2), [size])[size] for m in models.values()]
     P = [
