@@ -106,7 +106,7 @@ def measure_loop(name: str, corpus: str) -> None:
 
 def measure_naive(name: str, corpus: str) -> None:
     """One pass a layer, stopped there: every pass pads, masks and sums in float32."""
-    tokens = 4096
+    tokens = 10240
     models = {dtype: load(name, dtype) for dtype in ("float32", "bfloat16")}
     model = models["float32"]
     batches = batches_of(model, corpus, tokens)
