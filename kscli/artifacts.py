@@ -170,13 +170,14 @@ def write_artifact(
     """
     with replace_file(path, force=force) as temporary:
         digest = hashlib.sha256(json.dumps([kind, provenance.recipe], sort_keys=True).encode())
-        with _open_for_writing(temporary) as file:
+        with open_for_writing(temporary) as file:
             yield ArtifactWriter(file, digest)
             _write_attributes(file, kind, provenance, digest.hexdigest()[:32])
 
 
 @contextmanager
-def _open_for_writing(path: Path) -> Iterator[h5py.File]:
+def open_for_writing(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file at `path`, flushed at the end; OSError where the disk is full."""
     require_room(path)
     file = h5py.File(path, "w", locking="best-effort")
     try:

@@ -21,9 +21,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import Recipe
+from kscli.artifacts import Recipe, open_for_writing
 from kscli.errors import ArtifactError
-from kscli.files import replace_file, require_room
+from kscli.files import replace_file
 from kscli.token_stream import Cursor
 
 FORMAT = 1
@@ -177,16 +177,9 @@ class Checkpoints:
         self, path: Path, checkpoint: Checkpoint, sums: Callable[[int], NDArray[np.float64]]
     ) -> None:
         with replace_file(path, force=True) as temporary:
-            require_room(temporary)
-            file = h5py.File(temporary, "w", locking="best-effort")
-            try:
-                _fill(file, checkpoint, self._recipe, ((i, sums(i)) for i in checkpoint.layers))
-                file.flush()
-            except BaseException:
-                with suppress(Exception):
-                    file.close()
-                raise
-            file.close()
+            sums_of = ((layer, sums(layer)) for layer in checkpoint.layers)
+            with open_for_writing(temporary) as file:
+                _fill(file, checkpoint, self._recipe, sums_of)
 
 
 def _fill(
