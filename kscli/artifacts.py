@@ -31,7 +31,7 @@ from kscli.files import replace_file, require_room
 from kscli.layers import format_layers, select_layers
 
 FORMAT_VERSION = 1
-Kind = Literal["cov", "keys", "pmatrix", "stats"]
+Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
 MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 Recipe = dict[str, Any]
 
@@ -40,6 +40,7 @@ KIND_NAMES: dict[str, str] = {
     "keys": "keys of facts (keys.h5)",
     "pmatrix": "superposition matrices (pmatrix.h5)",
     "stats": "statistics of P (stats.h5)",
+    "edits": "a run of edits (edits/METHOD-LAYERS-SEED.h5)",
 }
 
 
@@ -75,30 +76,34 @@ UNKNOWN = "unknown"
 
 # What every file of a kind has, or it is refused. A dataset's type is NumPy's codes for those
 # that it may have; axes of one name are of one length, and `d_m` is the attribute's.
-_TEXT, _INTEGER, _REAL = "OS", "iu", "f"
-_LAYERS: dict[str, tuple[str, ...]] = {"layer": (_INTEGER, "layer")}
-_FACTS: dict[str, tuple[str, ...]] = {
-    "facts/prompt": (_TEXT, "m"),
-    "facts/subject": (_TEXT, "m"),
-    "facts/target": (_TEXT, "m"),
-    "facts/relation": (_TEXT, "m"),
-    "facts/case_id": (_INTEGER, "m"),
-    "token_id": (_INTEGER, "m"),
-    "position": (_INTEGER, "m"),
+TEXT, INTEGER, REAL, BOOLEAN = "OS", "iu", "f", "b"
+Schema = dict[str, tuple[str, ...]]
+MAY_BE_EMPTY = ("moved", "kept out")
+_FACT_TEXTS = ("prompt", "subject", "target", "relation", "target_new")
+_LAYERS: Schema = {"layer": (INTEGER, "layer")}
+_FACTS: Schema = {
+    "facts/prompt": (TEXT, "m"),
+    "facts/subject": (TEXT, "m"),
+    "facts/target": (TEXT, "m"),
+    "facts/relation": (TEXT, "m"),
+    "facts/case_id": (INTEGER, "m"),
+    "token_id": (INTEGER, "m"),
+    "position": (INTEGER, "m"),
 }
-_DATASETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "cov": {**_LAYERS, "count": (_INTEGER,), "second_moment": (_REAL, "layer", "d_m", "d_m")},
-    "keys": {**_LAYERS, **_FACTS, "keys": (_REAL, "layer", "m", "d_m")},
+_DATASETS: dict[str, Schema] = {
+    "cov": {**_LAYERS, "count": (INTEGER,), "second_moment": (REAL, "layer", "d_m", "d_m")},
+    "keys": {**_LAYERS, **_FACTS, "keys": (REAL, "layer", "m", "d_m")},
     "pmatrix": {
         **_LAYERS,
         **_FACTS,
-        "P": (_REAL, "layer", "m", "m"),
-        "whitened_cosine": (_REAL, "layer", "m", "m"),
-        "cosine": (_REAL, "layer", "m", "m"),
-        "Q": (_REAL, "layer", "m", "m"),
-        "leverage": (_REAL, "layer", "m"),
+        "P": (REAL, "layer", "m", "m"),
+        "whitened_cosine": (REAL, "layer", "m", "m"),
+        "cosine": (REAL, "layer", "m", "m"),
+        "Q": (REAL, "layer", "m", "m"),
+        "leverage": (REAL, "layer", "m"),
     },
     "stats": _LAYERS,
+    "edits": {**_LAYERS, **_FACTS},
 }
 _INTEGER_ATTRIBUTES = ("d_m", "n_layers", "seed")
 _JSON_ATTRIBUTES = ("inputs", "recipe")
@@ -112,6 +117,7 @@ _TEXT_DETAILS: dict[str, tuple[str, ...]] = {
     "keys": _FACTS_DETAILS,
     "pmatrix": ("corpus", *_FACTS_DETAILS),
     "stats": ("corpus", *_FACTS_DETAILS),
+    "edits": ("corpus", *_FACTS_DETAILS, "method", "protocol", "order", "value"),
 }
 
 
@@ -149,10 +155,16 @@ class ArtifactWriter:
         self._file.create_dataset(name, data=array)
         self._digest.update(name.encode() + array.tobytes())
 
+    def texts(self, name: str, values: ArrayLike) -> None:
+        """Write an array of text, as UTF-8 strings."""
+        array = np.asarray(values, dtype=object)
+        self._file.create_dataset(name, data=array, dtype=h5py.string_dtype())
+        self._digest.update(name.encode() + json.dumps(array.tolist()).encode())
+
     def facts(self, facts: Sequence[Fact]) -> None:
         """Write facts, one dataset a field, as UTF-8 strings."""
         group = self._file.create_group("facts")
-        for column in ("prompt", "subject", "target", "relation"):
+        for column in _FACT_TEXTS:
             values = [getattr(fact, column) for fact in facts]
             group.create_dataset(column, data=values, dtype=h5py.string_dtype())
             self._digest.update(json.dumps(values).encode())
@@ -264,6 +276,10 @@ class Artifact:
         names = set(Provenance.__dataclass_fields__) - {"details", "inputs", "recipe"}
         return Provenance(**{name: self.attributes[name] for name in names} | changes)
 
+    def schema(self) -> Schema:
+        """The datasets that the file must have, with their types and axes."""
+        return _DATASETS[self.kind]
+
     def datasets(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and type of every dataset, by name."""
         found: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -338,12 +354,13 @@ class Artifact:
 
     def _check_datasets(self) -> None:
         lengths = {"d_m": self.attributes["d_m"]}
-        for name, (types, *axes) in _DATASETS[self.kind].items():
+        for name, (types, *axes) in self.schema().items():
             dataset = self._file[name]
             if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in types:
                 raise TypeError(f"{name} is {dataset}")
             for axis, length in zip(axes, dataset.shape, strict=True):
-                if length == 0 or lengths.setdefault(axis, length) != length:
+                empty = length == 0 and axis not in MAY_BE_EMPTY
+                if empty or lengths.setdefault(axis, length) != length:
                     raise ValueError(f"{name} is of shape {dataset.shape}")
 
 
@@ -368,17 +385,21 @@ class CovarianceFile(Artifact):
         return out
 
 
-class _FactsFile(Artifact):
-    """What keys.h5 and pmatrix.h5 share: the facts and where their keys were read."""
+class FactsFile(Artifact):
+    """What keys.h5, pmatrix.h5 and edits share: the facts and where their keys were read."""
 
     @cached_property
     def facts(self) -> tuple[Fact, ...]:
         """The facts, in the order of the file's fact axes."""
-        columns = ("prompt", "subject", "target", "relation")
         with self._reading():
-            texts = [self._dataset(f"facts/{name}").asstr()[()].tolist() for name in columns]
-            case_ids = self._values("facts/case_id").tolist()
-            return tuple(Fact(*fields) for fields in zip(*texts, case_ids, strict=True))
+            columns: dict[str, list[Any]] = {
+                name: self._dataset(f"facts/{name}").asstr()[()].tolist()
+                for name in _FACT_TEXTS
+                if f"facts/{name}" in self._file
+            }
+            columns["case_id"] = self._values("facts/case_id").tolist()
+            rows = zip(*columns.values(), strict=True)
+            return tuple(Fact(**dict(zip(columns, row, strict=True))) for row in rows)
 
     @cached_property
     def token_id(self) -> NDArray[np.int64]:
@@ -391,7 +412,7 @@ class _FactsFile(Artifact):
         return self._values("position")
 
 
-class KeysFile(_FactsFile):
+class KeysFile(FactsFile):
     """keys.h5: the key of every fact at every layer."""
 
     def __init__(self, path: Path) -> None:
@@ -402,7 +423,7 @@ class KeysFile(_FactsFile):
         return self._of_layer("keys", layer).astype(np.float64)
 
 
-class PMatrixFile(_FactsFile):
+class PMatrixFile(FactsFile):
     """pmatrix.h5: P, the cosines and Q of every layer."""
 
     def __init__(self, path: Path) -> None:

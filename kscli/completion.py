@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +39,30 @@ class TargetScores:
     """How a model takes n targets: `logprob` (n,) float64 and `rank` (n,) int64.
 
     `logprob` is the natural logarithm of the probability of the whole target after the prompt,
-    the sum over its tokens; `rank` is that of its first token among all tokens, from 1.
+    the sum over its tokens; `rank` is that of its first token among all tokens, from 1. `likeliest`
+    holds for each target the most probable token at the place of each of its own, given those.
     """
 
     logprob: NDArray[np.float64]
     rank: NDArray[np.int64]
+    likeliest: tuple[tuple[int, ...], ...]
+
+    def some(self, chosen: Sequence[int]) -> TargetScores:
+        """Those of some targets, by their indexes, in their order."""
+        rows = list(chosen)
+        likeliest = tuple(self.likeliest[row] for row in rows)
+        return TargetScores(self.logprob[rows], self.rank[rows], likeliest)
+
+    def answers(self, clozes: Sequence[Cloze]) -> list[tuple[int, ...] | None]:
+        """The greedy continuations, as long as the targets, as far as the scores tell them.
+
+        They do where the continuation keeps to the target up to the target's last token; None
+        for the rest.
+        """
+        return [
+            of_one if of_one[:-1] == cloze.target_ids[:-1] else None
+            for of_one, cloze in zip(self.likeliest, clozes, strict=True)
+        ]
 
 
 def tokenize_clozes(
@@ -82,21 +101,48 @@ def score_targets(
     without an LM head or with another model's tokenizer, and NumericsError, naming the prompt,
     when a probability is not finite.
     """
-    # Nothing is asked of the target's last token.
+    # Nothing is asked of the target's last token; one-word targets of a prompt share a sequence.
     sequences = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes]
     _check(model, sequences, [len(sequence) for sequence in sequences])
-    logprob = np.empty(len(clozes))
-    rank = np.empty(len(clozes), dtype=np.int64)
+    wanting: dict[tuple[int, ...], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        wanting.setdefault(sequence, []).append(index)
+    unique = list(wanting)
+    scores: dict[int, _Score] = {}
     with torch.no_grad(), reporter.task("probabilities", len(clozes), unit="targets") as task:
-        for rows in _batches(sequences):
-            ids = torch.tensor([sequences[row] for row in rows], device=model.decoder.device)
-            longest = max(len(clozes[row].target_ids) for row in rows)
+        for rows in same_length_batches(unique):
+            ids = torch.tensor([unique[row] for row in rows], device=model.decoder.device)
+            indexes = [wanting[unique[row]] for row in rows]
+            longest = max(len(clozes[index].target_ids) for same in indexes for index in same)
             logits, _ = _forward(model, ids, keep=longest)
-            for row, of_row in zip(rows, logits, strict=True):
-                logprob[row], rank[row] = _score(of_row, clozes[row].target_ids)
-            task.advance(len(rows))
+            for same, of_row in zip(indexes, logits, strict=True):
+                for index in same:
+                    scores[index] = _score(of_row, clozes[index].target_ids)
+                task.advance(len(same))
+    ordered = [scores[index] for index in range(len(clozes))]
+    logprob = np.array([score.logprob for score in ordered])
     _check_finite(model, clozes, logprob)
-    return TargetScores(logprob, rank)
+    rank = np.array([score.rank for score in ordered], dtype=np.int64)
+    return TargetScores(logprob, rank, tuple(score.likeliest for score in ordered))
+
+
+def greedy_answers(
+    model: LoadedModel, clozes: Sequence[Cloze], scores: TargetScores, reporter: Reporter = SILENT
+) -> tuple[tuple[int, ...], ...]:
+    """Each prompt's greedy continuation, as long as its target; raises as `score_targets` does.
+
+    The model is run again only for those that its `scores` leave open.
+    """
+    answers = scores.answers(clozes)
+    left = [index for index, answer in enumerate(answers) if answer is None]
+    prompts = [clozes[index].prompt_ids for index in left]
+    lengths = [len(clozes[index].target_ids) for index in left]
+    run = dict(zip(left, continue_greedily(model, prompts, lengths, reporter), strict=True))
+    end = model.tokenizer.eos_token_id
+    return tuple(
+        run[index] if answer is None else _until(answer, end)
+        for index, answer in enumerate(answers)
+    )
 
 
 def continue_greedily(
@@ -114,12 +160,11 @@ def continue_greedily(
     end = model.tokenizer.eos_token_id
     found: list[tuple[int, ...]] = [()] * len(prompts)
     with torch.no_grad(), reporter.task("continuations", len(prompts), unit="prompts") as task:
-        for rows in _batches(prompts):
+        for rows in same_length_batches(prompts):
             ids = torch.tensor([list(prompts[row]) for row in rows], device=model.decoder.device)
             steps = max(lengths[row] for row in rows)
             for row, token_ids in zip(rows, _greedy(model, ids, steps).tolist(), strict=True):
-                of_row = token_ids[: lengths[row]]
-                found[row] = tuple(of_row[: of_row.index(end)] if end in of_row else of_row)
+                found[row] = _until(tuple(token_ids[: lengths[row]]), end)
             task.advance(len(rows))
     return tuple(found)
 
@@ -131,6 +176,11 @@ def decode_continuation(tokenizer: Any, prompt: Sequence[int], continuation: Seq
         return str(tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
 
     return decode([*prompt, *continuation])[len(decode(prompt)) :]
+
+
+def _until(token_ids: tuple[int, ...], end: int | None) -> tuple[int, ...]:
+    """The tokens before the end-of-text token, where there is one."""
+    return token_ids[: token_ids.index(end)] if end in token_ids else token_ids
 
 
 def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -152,7 +202,7 @@ def _target_ids(
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
-def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def same_length_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indexes of sequences of one length, longest first."""
     lengths = [len(sequence) for sequence in sequences]
     order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
@@ -195,15 +245,21 @@ def _forward(
     return output.logits[:, -keep:], getattr(output, "past_key_values", None)
 
 
-def _score(logits: Tensor, target_ids: tuple[int, ...]) -> tuple[float, int]:
-    """Log-probability and first rank of a target, from the logits (n, vocabulary) before it.
+class _Score(NamedTuple):
+    logprob: float
+    rank: int
+    likeliest: tuple[int, ...]
+
+
+def _score(logits: Tensor, target_ids: tuple[int, ...]) -> _Score:
+    """A target's scores, from the logits (n, vocabulary) before it.
 
     The last of them are the target's; those before, of a longer target in the batch.
     """
     own = logits[-len(target_ids) :].float().log_softmax(-1)
     at_target = own.gather(1, torch.tensor(target_ids, device=own.device)[:, None])[:, 0]
     rank = int((own[0] > at_target[0]).sum()) + 1
-    return sum(at_target.tolist()), rank
+    return _Score(sum(at_target.tolist()), rank, tuple(own.argmax(-1).tolist()))
 
 
 def _check(model: LoadedModel, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:

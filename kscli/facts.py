@@ -46,6 +46,8 @@ Located = tuple[str, object]
 class Fact:
     """One fact; `prompt` holds `{}` exactly once, where the subject goes.
 
+    `target_new` is what an edit would write instead of the target; empty where none is given.
+
     Raises:
         FactsError: no `{}` or several, a blank subject or target, text that is not Unicode.
     """
@@ -55,9 +57,10 @@ class Fact:
     target: str
     relation: str = ""
     case_id: int = 0
+    target_new: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target", "relation"):
+        for name in ("prompt", "subject", "target", "relation", "target_new"):
             _check_text(name, getattr(self, name))
         slots = self.prompt.count(SLOT)
         if slots != 1:
@@ -100,7 +103,9 @@ def facts_identity(facts: Sequence[Fact]) -> str:
 
     Equal for the same facts whatever file or format they were read from.
     """
-    canonical = json.dumps([astuple(fact) for fact in facts], separators=(",", ":"))
+    # Facts without a new target are what they were before there was one.
+    fields = [astuple(fact) if fact.target_new else astuple(fact)[:-1] for fact in facts]
+    canonical = json.dumps(fields, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -131,12 +136,12 @@ def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = Fa
     return FactSet(facts, name)
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Fact, Mapping[str, object]]]:
-    """Every fact of a file: where it stands, the fact, and all that its record says.
+def read_records(name: str | Path) -> Iterator[tuple[str, Fact, Mapping[str, object]]]:
+    """Every fact of a source: where it stands, the fact, and all that its record says.
 
     Raises FactsError as `read_facts` does.
     """
-    for index, (where, record) in enumerate(_file_records(path)):
+    for index, (where, record) in enumerate(_records(str(name))):
         yield where, _parse(where, record, index), _fields(record)
 
 
@@ -169,6 +174,7 @@ def fact_record(fact: Fact) -> dict[str, object]:
         "prompt": fact.prompt,
         "subject": fact.subject,
         "target": fact.target,
+        **({"target_new": fact.target_new} if fact.target_new else {}),
     }
 
 
@@ -254,6 +260,7 @@ def _parse(where: str, record: object, index: int) -> Fact:
             target=_string(fields, "target"),
             relation="" if relation is None else _string(fields, "relation"),
             case_id=_case_id(fields.get("case_id"), index),
+            target_new=field_text(fields, "target_new") or "",
         )
     except FactsError as error:
         raise FactsError(f"{where}: {error}") from None
@@ -279,6 +286,17 @@ def _fields(record: object) -> Mapping[str, object]:
         "relation": rewrite.get("relation_id"),
         "case_id": record.get("case_id"),
     }
+
+
+def field_text(fields: Mapping[str, object], name: str) -> str | None:
+    """A field's text, which CounterFact puts into an object's `str`; None where there is none.
+
+    Raises FactsError for a field of another kind.
+    """
+    value = fields.get(name)
+    if isinstance(value, Mapping):
+        value = value.get("str")
+    return None if value is None else _string({name: value}, name)
 
 
 def _string(fields: Mapping[str, object], name: str) -> str:

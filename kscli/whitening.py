@@ -47,6 +47,10 @@ class Whitening:
         whitened, _ = dtrtrs(self.factor.T, columns, lower=0, trans=1, overwrite_b=1)
         return whitened  # type: ignore[no-any-return]
 
+    def solve(self, whitened: NDArray[np.float64]) -> NDArray[np.float64]:
+        """C^-1 k, as (m, d_m) rows, of keys that `whiten` gave as (d_m, m) columns."""
+        return np.asarray((self._back(whitened) * self.scale[:, None]).T)
+
     def identity_residual(self, vectors: int = 8, seed: int = 0) -> float:
         """The largest |L^-1 C L^-T x - x| / |x| over random x: what L lacks of whitening C.
 

@@ -125,7 +125,7 @@ def test_every_format_gives_the_same_facts(tmp_path: Path) -> None:
 
 
 def test_counterfact_record(tmp_path: Path) -> None:
-    fact = Fact("The mother tongue of {} is", "Danielle Darrieux", "French", "P103", 7)
+    fact = Fact("The mother tongue of {} is", "Danielle Darrieux", "French", "P103", 7, "English")
     for name, text in {
         "c.json": json.dumps([counterfact_record()]),
         "c.jsonl": as_jsonl([counterfact_record()]),
@@ -189,6 +189,7 @@ def test_known_facts() -> None:
         assert fact.text == rewrite["prompt"].replace("{}", rewrite["subject"])
         assert fact.target == rewrite["target_true"]["str"]
         assert fact.relation == rewrite["relation_id"]
+        assert fact.target_new == rewrite["target_new"]["str"]
     assert read_facts(KNOWN, DEFAULT_COUNT, at_most=True).facts == facts[:128]
 
 
@@ -218,10 +219,11 @@ def test_identity_tells_every_field_apart() -> None:
         Fact("a {} b", "s", "x", "r", 1),
         Fact("a {} b", "s", "t", "x", 1),
         Fact("a {} b", "s", "t", "r", 2),
+        Fact("a {} b", "s", "t", "r", 1, "n"),
     ]
     identities = {facts_identity([each]) for each in [fact, *others]}
     identities |= {facts_identity([fact, fact]), facts_identity([*others, fact])}
-    assert len(identities) == 8
+    assert len(identities) == 9
     assert facts_identity([fact, others[0]]) != facts_identity([others[0], fact])
     assert facts_identity([fact]) == facts_identity((Fact("a {} b", "s", "t", "r", 1),))
 
@@ -284,6 +286,7 @@ def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
         ("f.jsonl", as_jsonl([{**PLAIN[0], "subject": 7}]), "line 1: the subject is 7"),
         ("f.jsonl", as_jsonl([{**PLAIN[0], "target": ["a"]}]), "the target is a list"),
         ("f.jsonl", as_jsonl([{**PLAIN[0], "relation": {}}]), "the relation is an object"),
+        ("f.jsonl", as_jsonl([{**PLAIN[0], "target_new": ["a"]}]), "the target_new is a list"),
         ("f.jsonl", as_jsonl([{**PLAIN[0], "case_id": 1.5}]), "the case_id 1.5 is not"),
         ("f.jsonl", as_jsonl([{**PLAIN[0], "case_id": True}]), "the case_id True is not"),
         ("f.jsonl", as_jsonl([{**PLAIN[0], "case_id": "x"}]), "the case_id 'x' is not"),
