@@ -1,7 +1,8 @@
 """What a model says after a prompt: its greedy continuation, and how probable a target is.
 
-Prompts of one length share a batch, so nothing is padded and no mask is needed: every model gets
-what it would get alone. The LM head is the model's own, with whatever the model does to its
+Prompts of one length share a batch. Where they are few, shorter ones join them, padded on the
+right, which no token sees in a causal decoder: every model gets what it would get alone, and no
+mask is needed. The LM head is the model's own, with whatever the model does to its
 logits (a scale, a soft cap). The continuation keeps the decoder's cache where it has one.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from kscli.reporter import SILENT, Reporter
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 4096
+FEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,19 @@ def score_targets(
     unique = list(wanting)
     scores: dict[int, _Score] = {}
     with torch.no_grad(), reporter.task("probabilities", len(clozes), unit="targets") as task:
-        for rows in same_length_batches(unique):
-            ids = torch.tensor([unique[row] for row in rows], device=model.decoder.device)
+        for rows in full_batches(unique):
+            ids = pad_right([unique[row] for row in rows]).to(model.decoder.device)
             indexes = [wanting[unique[row]] for row in rows]
-            longest = max(len(clozes[index].target_ids) for same in indexes for index in same)
-            logits, _ = _forward(model, ids, keep=longest)
-            for same, of_row in zip(indexes, logits, strict=True):
+            ends = [len(unique[row]) - ids.shape[1] for row in rows]
+            keep = max(
+                len(clozes[index].target_ids) - end
+                for same, end in zip(indexes, ends, strict=True)
+                for index in same
+            )
+            logits, _ = _forward(model, ids, keep=keep)
+            for same, end, of_row in zip(indexes, ends, logits, strict=True):
                 for index in same:
-                    scores[index] = _score(of_row, clozes[index].target_ids)
+                    scores[index] = _score(of_row[: keep + end], clozes[index].target_ids)
                 task.advance(len(same))
     ordered = [scores[index] for index in range(len(clozes))]
     logprob = np.array([score.logprob for score in ordered])
@@ -204,13 +210,37 @@ def _target_ids(
 
 def same_length_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indexes of sequences of one length, longest first."""
+    return _batches(sequences, few=0)
+
+
+def full_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indexes of sequences, longest first, of one length where these are many.
+
+    A pass over few tokens takes as long as reading the weights does; shorter sequences join it.
+    """
+    return _batches(sequences, few=FEW_TOKENS)
+
+
+def _batches(sequences: Sequence[Sequence[int]], few: int) -> Iterator[list[int]]:
+    """Indexes of sequences of one length, or of any as long as a batch has `few` tokens."""
     lengths = [len(sequence) for sequence in sequences]
-    order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
-    for length, group in groupby(order, key=lengths.__getitem__):
-        rows = list(group)
-        size = max(1, min(BATCH_ROWS, BATCH_TOKENS // length))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size]
+    batch: list[int] = []
+    for row in sorted(range(len(sequences)), key=lambda index: -lengths[index]):
+        tokens = len(batch) * lengths[batch[0]] if batch else 0
+        joins = batch and (lengths[row] == lengths[batch[0]] or tokens < few)
+        full = batch and (len(batch) == BATCH_ROWS or tokens + lengths[batch[0]] > BATCH_TOKENS)
+        if batch and (full or not joins):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids (sequences, longest), padded with token 0."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences])
 
 
 def _greedy(model: LoadedModel, ids: Tensor, steps: int) -> Tensor:

@@ -20,6 +20,7 @@ from kscli.completion import (
     Cloze,
     continue_greedily,
     decode_continuation,
+    greedy_answers,
     score_targets,
     tokenize_clozes,
 )
@@ -118,6 +119,18 @@ def test_the_embedded_model_completes_as_transformers_does(tiny: LoadedModel) ->
     np.testing.assert_allclose(
         scores.logprob, [logprob for logprob, _ in naive], rtol=1e-5, atol=1e-5
     )
+    # Several targets of a prompt share its pass, and answers come from the scores where they can.
+    targets = [len(cloze.target_ids) for cloze in clozes]
+    again = [Cloze(cloze.prompt_ids, cloze.target_ids[:1]) for cloze in clozes]
+    both = score_targets(tiny, [*clozes, *again])
+    np.testing.assert_array_equal(both.some(range(len(clozes))).rank, scores.rank)
+    np.testing.assert_allclose(both.logprob[: len(clozes)], scores.logprob, rtol=1e-5, atol=1e-5)
+    assert None in scores.answers(clozes)
+    assert greedy_answers(tiny, clozes, scores) == continue_greedily(tiny, prompts, targets)
+    long = [
+        Cloze(prompt, made) for prompt, made in zip(prompts, expected, strict=True) if len(made) > 1
+    ]
+    assert score_targets(tiny, long).answers(long) == [cloze.target_ids for cloze in long]
     assert scores.rank.tolist() == [rank for _, rank in naive]
 
 
