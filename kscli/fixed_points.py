@@ -59,10 +59,11 @@ class FixedPoints:
     def sentence(self) -> str:
         """How many there are, beside chance, and how many share a last token."""
         found, shared = len(self.pairs), int(self.same_last_token.sum())
+        chance = format(self.expected, ".2g" if self.expected < 99.5 else ",.0f")
         return (
             f"{found} pair{'s are' if found != 1 else ' is'} in the top {self.k} of all "
             f"{len(self.models)} models at layer {self.layer}, where chance gives "
-            f"{self.expected:.2g}; {shared} of {found} share the last token in every model."
+            f"{chance}; {shared} of {found} share the last token in every model."
         )
 
 

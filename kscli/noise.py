@@ -35,7 +35,7 @@ class Noise:
 
     `rms_difference` and `worst_difference` are of P - P', the worst at (`worst_i`, `worst_j`);
     `correlation` is Pearson's of P and P'; `noise_share` is the part of P's variance that is
-    noise, half of the squared rms over the mean of both variances; `top_overlap` is the share of
+    noise, half of that of P - P' over the mean of both variances; `top_overlap` is the share of
     the `k` pairs of largest P that are so in P' too; `above_noise` is the share of pairs that
     `pairs_above` gives. NaN where there is no pair, or P does not vary.
     """
@@ -71,7 +71,7 @@ def layer_noise(P: NDArray[np.float64], other: NDArray[np.float64], k: int) -> N
         worst_i=worst_i,
         worst_j=worst_j,
         correlation=covariance / spread if spread > 0 else math.nan,
-        noise_share=squared / 2 / variance if variance > 0 else math.nan,
+        noise_share=float((a - b).var()) / 2 / variance if variance > 0 else math.nan,
         k=len(top),
         top_overlap=len(top & also) / len(top),
         above_noise=float(np.count_nonzero(_above(P, other)) / a.size),
@@ -126,8 +126,9 @@ def above_rows(
 def require_disjoint(pm: PMatrixFile, other: PMatrixFile, layers: Sequence[int]) -> list[str]:
     """Raise ArtifactError unless both hold `layers` for the same keys, with C of disjoint text.
 
-    Returns sentences for a warning, about what the files do not tell. Text is known to be another
-    by the corpus's identity, and within one corpus by the shards of `cache-cov --shard`.
+    Returns sentences for a warning, about what the files do not tell. Text is known to be the same
+    by the corpus's identity, and to be another by the shards of `cache-cov --shard`; whether two
+    corpora overlap, as two dumps of Wikipedia do, is not known from them.
     """
     warnings = require_same_identity(pm, other)
     mine, others = (json.loads(file.attributes["inputs"]) for file in (pm, other))
@@ -150,10 +151,21 @@ def require_disjoint(pm: PMatrixFile, other: PMatrixFile, layers: Sequence[int])
             f"{pm.path} and {other.path} have C of the same corpus ({pm.attributes['corpus']}), so "
             "their text overlaps. Measure C on other text, or on `cache-cov --shard 0/2` and 1/2."
         )
+    if all(np.array_equal(pm.leverage(layer), other.leverage(layer)) for layer in layers):
+        raise ArtifactError(
+            f"{pm.path} and {other.path} were made with one and the same C, so their text is the "
+            "same under two names. Measure C on other text."
+        )
     if UNKNOWN in corpora:
         warnings.append(
             f"that {pm.path} and {other.path} are about disjoint text could not be checked: an "
             "imported file does not say."
+        )
+    elif not same_corpus:
+        named = " and ".join(str(file.attributes["corpus"]) for file in (pm, other))
+        warnings.append(
+            f"{pm.path} and {other.path} are of two corpora ({named}); that these have no document "
+            "in common was not checked."
         )
     return warnings
 

@@ -5,7 +5,6 @@ Both models are measured on the same facts, so their difference is resampled on 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kscli.models.aliases import ALIASES, find_alias
+from kscli.models.families import family_of
 from kscli.pairs import FactMatrices
 from kscli.resampling import (
     Array,
@@ -27,17 +26,6 @@ from kscli.resampling import (
 from kscli.statistics import DISTINCT, STATISTICS, distinct_tokens
 
 DEPTHS = np.linspace(0, 1, 101)  # where two models' layers are compared, 0 the first, 1 the last
-
-_SIZE = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?)([mbt])(?![a-z])", re.IGNORECASE)
-_MULTIPLES = {"m": 1e6, "b": 1e9, "t": 1e12}
-
-
-@dataclass(frozen=True)
-class Member:
-    """A model's place in its family, `size` in parameters."""
-
-    family: str
-    size: float
 
 
 @dataclass(frozen=True)
@@ -53,26 +41,6 @@ class Measured:
     def depths(self) -> Array:
         """Where `layers` lie between the model's first layer (0) and its last (1)."""
         return np.array(self.layers) / max(self.n_layers - 1, 1)
-
-
-def family_of(model: str, model_id: str = "") -> Member | None:
-    """The family and size of a model; None where neither is known.
-
-    Known are the aliases and their Hub ids, and names that say a size, as `my-model-350M` or
-    `Qwen2.5-0.5B-Instruct`: their family is the rest of the name.
-    """
-    alias = find_alias(model)
-    for known in ALIASES:
-        if alias is None and model_id and known.hub_id == model_id:
-            alias = known
-    if alias is not None:
-        return Member(alias.family, float(alias.parameters))
-    name = (model_id or model).removesuffix(".gguf")
-    match = _SIZE.search(name)
-    if match is None:
-        return None
-    size = float(match[1]) * _MULTIPLES[match[2].lower()]
-    return Member(f"{name[: match.start()]}*{name[match.end() :]}", size)
 
 
 def scaling_rows(

@@ -42,7 +42,7 @@ def test_the_measures_are_their_definitions() -> None:
     assert found.worst_difference == np.abs(a - b).max()
     assert (found.worst_i, found.worst_j) == pairs[int(np.abs(a - b).argmax())]
     assert found.correlation == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert found.noise_share == pytest.approx(np.mean((a - b) ** 2) / (a.var() + b.var()))
+    assert found.noise_share == pytest.approx((a - b).var() / (a.var() + b.var()))
     top = [set(sorted(pairs, key=lambda pair: -M[pair])[:k]) for M in (P, other)]
     assert found.top_overlap == len(top[0] & top[1]) / k
     assert found.k == k
@@ -81,6 +81,13 @@ def test_equal_matrices_differ_in_nothing() -> None:
     assert found.top_overlap == found.above_noise == 1
 
 
+def test_a_shift_of_all_entries_is_no_part_of_the_variance() -> None:
+    P = np.array([[1, 0.10], [0.11, 1]])
+    found = layer_noise(P, P + 0.3, 20)
+    assert found.rms_difference == pytest.approx(0.3)
+    assert found.noise_share == pytest.approx(0, abs=1e-12)
+
+
 def test_one_fact_has_no_noise_and_two_equal_entries_no_correlation() -> None:
     found = layer_noise(np.ones((1, 1)), np.ones((1, 1)), 20)
     assert math.isnan(found.rms_difference)
@@ -108,6 +115,7 @@ def test_one_corpus_and_another_are_compared(tmp_path: Path) -> None:
     a, b = pmatrix(tmp_path, "a"), pmatrix(tmp_path, "b", seed=1)
     result = kscli("stats", "--pmatrix", a, "--against", b, "-k", "4", "-f", "json")
     assert result.exit_code == 0, result.stderr
+    assert "no document in common was not checked" in " ".join(result.stderr.split())
     rows = json.loads(result.stdout)
     with PMatrixFile(a) as pm, PMatrixFile(b) as other:
         assert [row["layer"] for row in rows] == [0, 1, 2]
@@ -142,9 +150,10 @@ def test_the_pairs_above_the_noise_are_listed_with_their_facts(tmp_path: Path) -
 
 def test_shards_of_one_corpus_are_disjoint(tmp_path: Path) -> None:
     for shards in (("0/2", "1/2"), ("2/3", "0/3")):
-        a, b = (pmatrix(tmp_path, name, shard=s) for name, s in zip("ab", shards, strict=True))
-        with h5py.File(b, "a") as file:
-            file.attrs["inputs"] = json.dumps(json.loads(file.attrs["inputs"]) | {"cov": "other"})
+        a, b = (pmatrix(tmp_path, s[0], seed=int(s[0]), shard=s) for s in shards)
+        for path in (a, b):
+            with h5py.File(path, "a") as file:
+                file.attrs["corpus_identity"] = "one corpus"
         with PMatrixFile(a) as pm, PMatrixFile(b) as other:
             assert require_disjoint(pm, other, LAYERS) == []
 
@@ -167,6 +176,16 @@ def test_a_file_against_itself_is_refused_even_where_its_corpus_is_unknown(tmp_p
         pytest.raises(ArtifactError, match="overlaps"),
     ):
         require_disjoint(pm, other, LAYERS)
+
+
+def test_one_text_under_two_names_is_refused(tmp_path: Path) -> None:
+    a, b = pmatrix(tmp_path, "a"), pmatrix(tmp_path, "b")
+    with h5py.File(b, "a") as file:
+        file.attrs["corpus_identity"] = "a copy"
+        file.attrs["inputs"] = json.dumps(json.loads(file.attrs["inputs"]) | {"cov": "other"})
+    result = kscli("stats", "--pmatrix", a, "--against", b)
+    assert result.exit_code == 1
+    assert "one and the same C" in one_sentence(result.stderr)
 
 
 def test_an_imported_corpus_is_compared_with_a_warning(tmp_path: Path) -> None:

@@ -108,6 +108,14 @@ def test_a_line_break_in_a_cell_does_not_end_its_row(
     assert broken == whole
 
 
+@pytest.mark.parametrize("first", ["[br]", "*", "[X] is"])
+def test_a_latex_row_does_not_begin_with_an_argument(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed([{"x": first}], [field("x")], Format.latex, monkeypatch)
+    assert f"  {{}}{first}" in text
+
+
 def test_latex_escapes_comparisons_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = [field("x", "|p|>0.1")]
     text = printed([{"x": "a<b"}], columns, Format.latex, monkeypatch)

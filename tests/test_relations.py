@@ -463,6 +463,15 @@ def test_what_cannot_be_compared_is_a_sentence(
     assert result.stdout == ""
 
 
+def test_in_markdown_a_head_parts_the_tables(toy: Path) -> None:
+    lines = run(toy, "-f", "markdown").stdout.splitlines()
+    rules = [at for at, line in enumerate(lines) if line.startswith("|---")]
+    assert len(rules) == 2
+    blank, head, also_blank = lines[rules[1] - 4 : rules[1] - 1]
+    assert blank == also_blank == ""
+    assert head.startswith("Mean |p| within each relation of toy")
+
+
 # The figure.
 
 
@@ -492,6 +501,11 @@ def test_the_figure_has_a_panel_a_layer_and_names_the_relations(layers: tuple[in
         assert [label.get_text() for label in ax.get_xticklabels()] == names
         assert [label.get_text() for label in ax.get_yticklabels()] == names
         assert ax.images[0].norm.vmin == 0
+
+
+def test_the_figure_of_more_panels_than_a_page_holds_is_refused() -> None:
+    with pytest.raises(UsageError, match="a page holds 12 of them, not 13; name fewer"):
+        drawn(random_store(60, layers=tuple(range(13))))
 
 
 @pytest.mark.filterwarnings("error")

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from kscli.errors import UsageError
 from kscli.facts import Fact
 from kscli.fixed_points import fixed_points
+from kscli.models.families import family_of
 from kscli.resampling import Resampling, resample_counts
-from kscli.scaling import Measured, family_of, scaling_rows
+from kscli.scaling import Measured, scaling_rows
 from kscli.statistics import MatrixName
 
 Array = NDArray[np.float64]
@@ -63,9 +64,11 @@ def measured(model: str, *degrees: float, n_layers: int = 0, seed: int = 0) -> M
     [
         (("gpt2-large", "openai-community/gpt2-large"), "GPT2", 774_030_080),
         (("EleutherAI--pythia-1b", "EleutherAI/pythia-1b"), "Pythia", 1_011_781_632),
-        (("SmolLM2-135M", ""), "SmolLM2-*", 135e6),
-        (("x", "Qwen/Qwen2.5-0.5B-Instruct"), "Qwen/Qwen2.5-*-Instruct", 0.5e9),
-        (("my-350m.gguf", "my-350m.gguf"), "my-*", 350e6),
+        (("SmolLM2-135M", ""), "SmolLM2", 135e6),
+        (("x", "Qwen/Qwen2.5-0.5B-Instruct"), "Qwen2.5-Instruct", 0.5e9),
+        (("my-350m.gguf", "elsewhere/my-350m.gguf"), "my", 350e6),
+        (("v1.7-2T", ""), "v1.7", 2e12),
+        (("x", "openai-community/gpt2-large"), "GPT2", 774_030_080),
     ],
 )
 def test_family_and_size_are_of_the_alias_or_in_the_name(
@@ -76,7 +79,9 @@ def test_family_and_size_are_of_the_alias_or_in_the_name(
     assert (found.family, found.size) == (family, size)
 
 
-@pytest.mark.parametrize("name", ["phi-2", "mymodel", "llama-8bit", "mixtral-8x7B", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["phi-2", "mymodel", "llama-8bit", "mixtral-8x7B", "gpt2", "v1.7B"]
+)
 def test_a_name_without_a_size_has_no_family(name: str) -> None:
     assert family_of(name) is None
 
@@ -266,7 +271,7 @@ def test_several_models_are_compared_below_their_statistics(family: Path) -> Non
     (row,) = json.loads(kscli(*arguments, "--scaling", "-f", "json").stdout)
     points = json.loads(kscli(*arguments, "--fixed-points", "-f", "json").stdout)
     assert (row["family"], row["smaller"], row["larger"]) == (
-        "someone/toy-*",
+        "toy",
         "toy-1M",
         "toy-2M",
     )
@@ -278,6 +283,26 @@ def test_several_models_are_compared_below_their_statistics(family: Path) -> Non
     ]
     means = [np.mean([row["kurtosis"] for row in rows[at : at + 3]]) for at in (0, 3)]
     assert row["difference"] == pytest.approx(means[1] - means[0])
+
+
+@pytest.mark.parametrize("output", ["markdown", "latex"])
+def test_a_table_after_another_is_parted_from_it(family: Path, output: str) -> None:
+    arguments = ("stats", "-m", "toy-1M", "-m", "toy-2M", "--dir", family, "-f", output)
+    blocks = kscli(*arguments).stdout.strip().split("\n\n")
+    table = "| " if output == "markdown" else "\\begin{tabular}"
+    assert [sum(line.startswith(table) for line in block.splitlines()) > 0 for block in blocks] == (
+        [True, False, True, False, False, True]
+        if output == "markdown"
+        else [True, True, False, True]
+    )
+    assert blocks[1].removeprefix("% ").startswith("Kurtosis against size: ")
+    assert blocks[-2].splitlines()[-1].startswith("20 pairs are in the top 20 of all 2 models")
+
+
+@pytest.mark.parametrize(("k", "chance"), [(20, "0.72"), (100, "18"), (500, "453")])
+def test_chance_is_said_in_plain_digits(k: int, chance: str) -> None:
+    models = [measured(name, 4, seed=at).matrices for at, name in enumerate("ab")]
+    assert f"where chance gives {chance};" in fixed_points(models, k).sentence()
 
 
 def test_facts_that_differ_are_said(family: Path) -> None:

@@ -60,16 +60,6 @@ Layers = Annotated[
         autocompletion=complete_layers,
     ),
 ]
-Layer = Annotated[
-    str,
-    typer.Option(
-        "--layer",
-        "--layers",
-        metavar="LAYERS",
-        help="0, -1 (the last), 0,3,5-8 or all.",
-        autocompletion=complete_layers,
-    ),
-]
 Device = Annotated[
     str,
     typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),

@@ -135,8 +135,10 @@ LATEX_SPECIAL = {
 
 def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     def line(cells: list[str]) -> str:
-        escaped = ("".join(LATEX_SPECIAL.get(c, c) for c in cell) for cell in cells)
-        return "  " + " & ".join(escaped) + r" \\" + "\n"
+        escaped = ["".join(LATEX_SPECIAL.get(c, c) for c in cell) for cell in cells]
+        # At the begin of a row these would be arguments of the `\\` before it.
+        guard = "{}" if escaped and escaped[0][:1] in ("[", "*") else ""
+        return f"  {guard}" + " & ".join(escaped) + r" \\" + "\n"
 
     alignment = "".join("r" if column.right else "l" for column in columns)
     body = "".join(line(_cells(row, columns)) for row in rows)

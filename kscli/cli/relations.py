@@ -13,6 +13,7 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import Column, Format, Row, field, print_rows
+from kscli.cli.stats import head_table
 
 SHOWN_LAYERS = 8
 SHOWN_RELATIONS = 3
@@ -81,13 +82,12 @@ def relations(
     print_rows(by_layer, layer_columns(by_layer), output_format, title)
     for of_file in of_files:
         by_relation = relation_rows(of_file)
-        print_rows(
-            by_relation,
-            relation_columns(by_relation),
-            output_format,
+        title = (
             f"Mean |p| within each relation of {by_relation[0]['model']}, without the pairs that "
-            "have the same text before the subject",
+            "have the same text before the subject"
         )
+        head_table(title, output_format)
+        print_rows(by_relation, relation_columns(by_relation), output_format, title)
 
 
 def layer_rows(rows: Sequence[Row]) -> list[Row]:

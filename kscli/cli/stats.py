@@ -147,6 +147,7 @@ def stats(
             if len(files) > 1 and output_format not in FOR_MACHINES:
                 _print_scaling(chosen, resampling, output_format, reporter)
                 if _comparable(files):
+                    head_table("Fixed interference points", output_format)
                     _print_fixed_points(files, k, output_format, reporter)
 
 
@@ -204,6 +205,14 @@ def with_interval(name: str, title: str | None = None, spec: str = ".1f") -> Col
     return Column(title or name, cell, right=True)
 
 
+def head_table(title: str, output_format: Format) -> None:
+    """Part a further table from what was printed before it, where the format itself does not."""
+    if output_format is Format.markdown:
+        print_line(f"\n{title}\n")
+    elif output_format is Format.latex:
+        print_line(f"\n% {title}")
+
+
 def _title(rows: Sequence[Row]) -> str:
     facts = {row["m"] for row in rows}
     m = f", m = {facts.pop()}" if len(facts) == 1 else ""
@@ -255,6 +264,8 @@ def _print_scaling(
         with_interval("difference_distinct", "distinct tokens"),
     ]
     title = "Kurtosis against size: means over layers, and the share of depths where it is larger"
+    if not asked:
+        head_table(title, output_format)
     print_rows(rows, columns, output_format, title)
 
 
@@ -271,6 +282,7 @@ def _print_fixed_points(
         print_line(points.sentence())
         if not rows:
             return
+        print_line("")
     columns = [
         field("rank", spec="d"),
         field("p_least", "least p", spec=".2f"),

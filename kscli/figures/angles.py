@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from kscli.errors import UsageError
 from kscli.figures import Source
 from kscli.figures.curves import (
     Curve,
@@ -21,6 +22,7 @@ from kscli.figures.curves import (
 )
 from kscli.figures.style import (
     GREY,
+    LINE_STYLES,
     PAGE,
     SMALL,
     Legend,
@@ -56,7 +58,14 @@ def draw(sources: Sequence[Source]) -> Figure:
     """One line a model and layer, in each space; the legends have the angle of each mode.
 
     Both axes have one scale; a note at either end says what share of the angles lies beyond.
+    Raises UsageError for more lines of several models than can be told apart.
     """
+    wanted = sum(len(source.layers) for source in sources)
+    if len(sources) > 1 and wanted > LINE_STYLES:
+        raise UsageError(
+            f"angles can tell {LINE_STYLES} lines of several models apart, not {wanted}; name "
+            "fewer with --layers."
+        )
     lines = [_line(source, layer) for source in sources for layer in source.layers]
     named = names([line.names for line in lines])
     width = PAGE / 2

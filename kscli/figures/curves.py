@@ -72,7 +72,8 @@ def draw_curve(ax: Axes, curve: Curve, window: Window, style: dict[str, Any]) ->
         shown = (x >= window.low) & (x <= window.high)
         return ax.plot(x[shown], y[shown], **style)[0]
     if curve.values.size:
-        return ax.axvline(float(curve.values[0]), **style)
+        # Above the axes' edge and beyond it, or half of a line at 0 degrees would be hidden.
+        return ax.axvline(float(curve.values[0]), zorder=3, clip_on=False, **style)
     return ax.plot([], [], **style)[0]
 
 

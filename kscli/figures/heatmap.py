@@ -28,6 +28,7 @@ from kscli.figures.style import (
     names,
     new_figure,
     number,
+    text_width,
     title,
 )
 from kscli.statistics import distinct_tokens, off_diagonal
@@ -36,12 +37,16 @@ from kscli.statistics import distinct_tokens, off_diagonal
 _ROUNDING = 1e-9
 _MAX_COLUMNS = 6
 # Inches: beside the panels, for the labels of the rows and for the bar; between columns; between
-# rows, beside the panel's title; below, for the columns' labels; above, for the figure's title.
+# rows, beside the panel's title; more between both where each panel has labels of its own; below,
+# for the columns' labels; above, for the figure's title.
 _LEFT, _RIGHT = 0.45, 0.65
 _COLUMN_GAP, _ROW_GAP = 0.1, 0.1
+_OWN_LABELS = (0.2, 0.13)
 _BELOW, _HEADING = 0.33, 0.39
 _DPI = (300, 600)
 _FRAME = COLOURS[2]
+# Frames that a vector file has room for.
+_MOST_FRAMES = 20_000
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,26 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     of the same token have a green frame.
     """
     panels = [_panel(source, layer, options) for source in sources for layer in source.layers]
-    if options.grid:
-        grid = _page(len(panels), grid_columns(len(sources[0].matrices.layers)))
-    else:
-        grid = _grid(len(panels), len(sources))
+    columns = (
+        grid_columns(len(sources[0].matrices.layers))
+        if options.grid
+        else _columns(len(panels), len(sources))
+    )
+    grid = _grid(panels, columns)
     named = names([panel.names for panel in panels])
-    head = (grid.text * 1.2 * (1 + bool(named.own[0])) + 3) / 72
-    height = grid.rows * (grid.side + head + _ROW_GAP) + _BELOW + _HEADING
+    heads = _heads(named.own, grid)
+    head = (grid.text * 1.2 * (1 + len(heads[0])) + 3) / 72
+    height = grid.rows * (grid.side + head + grid.row_gap) + _BELOW + _HEADING
     fig = new_figure(grid.width, height, layout="compressed")
     fig.set_dpi(_dpi(max(panel.m for panel in panels), grid.side))
     axes = fig.subplots(grid.rows, grid.columns, squeeze=False)
-    for at, (ax, panel, own) in enumerate(zip(axes.flat, panels, named.own, strict=False)):
-        _draw_panel(ax, panel, own, grid)
+    for at, (ax, panel, lines) in enumerate(zip(axes.flat, panels, heads, strict=False)):
+        _draw_panel(ax, panel, lines, grid)
         lowest = at + grid.columns >= len(panels)
-        ax.tick_params(labelleft=at % grid.columns == 0, labelbottom=lowest)
+        ax.tick_params(
+            labelleft=grid.own_labels or at % grid.columns == 0,
+            labelbottom=grid.own_labels or lowest,
+        )
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     length = height - _HEADING - _BELOW
@@ -116,14 +127,27 @@ def _panel(source: Source, layer: int, options: FigureOptions) -> _Panel:
 
 @dataclass(frozen=True)
 class _Grid:
+    """Panels in rows and columns; with `own_labels` where they differ in the number of facts."""
+
     rows: int
     columns: int
     width: float
+    own_labels: bool
 
     @property
     def side(self) -> float:
         """Of a panel, in inches."""
-        return (self.width - _LEFT - _RIGHT) / self.columns - _COLUMN_GAP
+        return (self.width - _LEFT - _RIGHT) / self.columns - self.column_gap
+
+    @property
+    def column_gap(self) -> float:
+        """Inches between columns."""
+        return _COLUMN_GAP + self.own_labels * _OWN_LABELS[0]
+
+    @property
+    def row_gap(self) -> float:
+        """Inches between rows, beside the panels' titles."""
+        return _ROW_GAP + self.own_labels * _OWN_LABELS[1]
 
     @property
     def text(self) -> float:
@@ -131,20 +155,18 @@ class _Grid:
         return TEXT if self.side > 1.2 else SMALL - 0.5
 
 
-def _grid(panels: int, models: int) -> _Grid:
+def _columns(panels: int, models: int) -> int:
     """A row a model where it fits the page, else about as many columns as rows."""
     a_model, rest = divmod(panels, models)
     if models > 1 and 1 < a_model <= _MAX_COLUMNS and not rest:
-        columns = a_model
-    elif panels <= 4:
-        columns = panels
-    else:
-        columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(panels)))
-    return _page(panels, columns)
+        return a_model
+    return panels if panels <= 4 else min(_MAX_COLUMNS, math.ceil(math.sqrt(panels)))
 
 
-def _page(panels: int, columns: int) -> _Grid:
-    return _Grid(math.ceil(panels / columns), columns, COLUMN if columns == 1 else PAGE)
+def _grid(panels: Sequence[_Panel], columns: int) -> _Grid:
+    width = COLUMN if columns == 1 else PAGE
+    own_labels = len({panel.m for panel in panels}) > 1
+    return _Grid(math.ceil(len(panels) / columns), columns, width, own_labels)
 
 
 def _dpi(m: int, side: float) -> int:
@@ -152,13 +174,23 @@ def _dpi(m: int, side: float) -> int:
     return int(min(max(_DPI[0], math.ceil(1.1 * m / side)), _DPI[1]))
 
 
-def _draw_panel(ax: Axes, panel: _Panel, own: tuple[str, ...], grid: _Grid) -> None:
+def _heads(own: Sequence[tuple[str, ...]], grid: _Grid) -> list[list[str]]:
+    """What names each panel, in lines: one, or two where one would cut a model's name."""
+    room = grid.side + grid.column_gap / 2
+    if all(text_width(", ".join(parts), grid.text) <= room for parts in own):
+        return [[", ".join(parts)] if parts else [] for parts in own]
+    lines = [(parts[:1], parts[1:]) for parts in own]
+    return [[fitted(part, room, grid.text) for part in both if part] for both in lines]
+
+
+def _draw_panel(ax: Axes, panel: _Panel, head: list[str], grid: _Grid) -> None:
     ax.imshow(panel.P, cmap=_colours(), norm=Normalize(-1, 1), interpolation="none")
     if panel.marked is not None:
         _frame(ax, panel.marked, 72 * grid.side / panel.m)
-    extremes = _extremes(panel) if grid.side < 2 or own else f"off the diagonal: {_extremes(panel)}"
-    lines = [fitted(own, grid.side + _COLUMN_GAP / 2, grid.text)] if own else []
-    ax.set_title("\n".join([*lines, extremes]), fontsize=grid.text, pad=3, parse_math=False)
+    extremes = _extremes(panel)
+    if grid.side > 2 and not head:
+        extremes = f"off the diagonal: {extremes}"
+    ax.set_title("\n".join([*head, extremes]), fontsize=grid.text, pad=3, parse_math=False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(
             MaxNLocator(3 if grid.side < 1.2 else 5, integer=True, min_n_ticks=1)
@@ -174,7 +206,11 @@ def _frame(ax: Axes, cells: NDArray[np.bool_], size: float) -> None:
     centres = np.stack([columns, rows], axis=1)[:, None, :]
     ax.add_collection(
         PolyCollection(
-            list(centres + square), facecolors="none", edgecolors=_FRAME, linewidths=width
+            list(centres + square),
+            facecolors="none",
+            edgecolors=_FRAME,
+            linewidths=width,
+            rasterized=len(rows) > _MOST_FRAMES,
         ),
         autolim=False,
     )

@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import no_pairs, note
-from kscli.figures.families import family
 from kscli.figures.style import (
     COLOURS,
     COLUMN,
@@ -26,6 +25,7 @@ from kscli.figures.style import (
     Legend,
     axes_with_legends,
     fitted,
+    layers_text,
     legend_below,
     line_style,
     names,
@@ -33,7 +33,7 @@ from kscli.figures.style import (
     shades,
     title,
 )
-from kscli.layers import format_layers
+from kscli.models.families import family
 from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.statistics import STATISTICS, off_diagonal
 
@@ -156,7 +156,7 @@ def _label(line: _Line, own: Sequence[str], width: float) -> str:
     undefined = [
         layer for layer, value in zip(line.layers, line.kurtosis, strict=True) if math.isnan(value)
     ]
-    gaps = f"undefined at layer {format_layers(undefined)}" if undefined else ""
+    gaps = f"undefined at {layers_text(undefined)}" if undefined else ""
     name = fitted(own, width - 0.95 - (1.2 if gaps else 0), SMALL)
     return ": ".join(text for text in (name, gaps) if text)
 
@@ -174,8 +174,9 @@ def _draw_panel(ax: Axes, panel: _Panel, span: int) -> list[Line2D]:
         )[0]
         for at, (line, style) in enumerate(zip(panel.lines, panel.styles, strict=True))
     ]
-    if all(line.m < 2 for line in panel.lines):
-        no_pairs(ax)
+    if all(math.isnan(value) for line in panel.lines for value in line.kurtosis):
+        few = all(line.m < 2 for line in panel.lines)
+        no_pairs(ax, "no pairs of facts" if few else "the kurtosis is undefined")
     ax.set_title(panel.title, pad=11.5 if panel.title else 6, fontsize=TEXT, parse_math=False)
     open_axes(ax)
     return handles

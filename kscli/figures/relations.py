@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from kscli.errors import UsageError
 from kscli.figures import Source
 from kscli.figures.style import (
     COLUMN,
@@ -30,6 +31,7 @@ from kscli.figures.style import (
 from kscli.relations import find_relations, relation_matrix
 
 _MAX_COLUMNS = 3
+_MOST_PANELS = 12
 _PAIRS = "pairs with other text before the subject"
 # Relations that one column of a page has room for.
 _FEW = 16
@@ -70,8 +72,15 @@ def draw(sources: Sequence[Source]) -> Figure:
 
     The mean is over the pairs of `kscli.relations.relation_matrix`; where there is none the cell
     is grey. The cells within a relation are framed. The sources' matrices must have facts. Raises
-    FactsError as `kscli.relations.find_relations` does.
+    UsageError for more panels than a page holds, and FactsError as
+    `kscli.relations.find_relations` does.
     """
+    wanted = sum(len(source.layers) for source in sources)
+    if wanted > _MOST_PANELS:
+        raise UsageError(
+            f"relations has a panel a model and layer, and a page holds {_MOST_PANELS} of them, "
+            f"not {wanted}; name fewer with --layers."
+        )
     panels = [_panel(source, layer) for source in sources for layer in source.layers]
     named = names([panel.names for panel in panels])
     grid = _grid(panels, headed=bool(named.own[0]))

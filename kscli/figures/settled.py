@@ -69,8 +69,9 @@ class Settling:
             else ("has not converged", "outside")
         )
         return (
-            f"The kurtosis {verdict} at m = {m}: it was {then:.1f} with {half} facts and is "
-            f"{now:.1f} now, {where} the 95 % interval, {last.low:.1f} to {last.high:.1f}. "
+            f"The kurtosis {verdict} at m = {m}: it was {_tenths(then)} with {half} facts and is "
+            f"{_tenths(now)} now, {where} the 95 % interval, {_tenths(last.low)} to "
+            f"{_tenths(last.high)}. "
             f"The two distributions differ by at most {100 * self.moved:.1f} % of their entries."
         )
 
@@ -117,6 +118,11 @@ def largest_difference(first: Entries, second: Entries) -> float:
     at = np.concatenate([first, second])
     shares = [np.searchsorted(one, at, side="right") / one.size for one in (first, second)]
     return float(np.abs(shares[0] - shares[1]).max())
+
+
+def _tenths(value: float) -> str:
+    """A number as the figures show it; their own function would import matplotlib."""
+    return f"{value:z.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _before(counts: Sequence[int]) -> int | None:

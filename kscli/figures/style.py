@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -40,6 +41,9 @@ NOTE = 5.5
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 GREY = "#767676"
+_DASHES = ("-", "--", ":")
+LINE_STYLES = len(COLOURS) * len(_DASHES)
+"""How many lines `line_style` tells apart."""
 
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -107,10 +111,10 @@ def layer_colours(count: int) -> list[Any]:
 
 
 def line_style(at: int) -> dict[str, Any]:
-    """Colour and dashes of the `at`-th of several models; no two alike within 18."""
+    """Colour and dashes of the `at`-th of several models; no two alike within `LINE_STYLES`."""
     return {
         "color": COLOURS[at % len(COLOURS)],
-        "linestyle": ("-", "--", ":")[at // len(COLOURS) % 3],
+        "linestyle": _DASHES[at // len(COLOURS) % len(_DASHES)],
     }
 
 
@@ -141,6 +145,11 @@ def layers_text(layers: Sequence[int]) -> str:
 
 def text_width(text: str, size: float) -> float:
     """Width in inches of one line of text of a size in points."""
+    return _width_per_point(text) * size
+
+
+@lru_cache(maxsize=4096)
+def _width_per_point(text: str) -> float:
     # Measured large, where hinting changes nothing, at one pixel a point; FreeType counts
     # in 64ths of a pixel.
     large = 100.0
@@ -148,7 +157,7 @@ def text_width(text: str, size: float) -> float:
     font.set_size(large, 72)
     font.set_text(text)
     width: int = font.get_width_height()[0]
-    return width / 64 / 72 * size / large
+    return width / 64 / 72 / large
 
 
 def fitted(parts: Sequence[str], width: float, size: float) -> str:

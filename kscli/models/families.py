@@ -1,0 +1,66 @@
+"""The family and the size that a model's name tells, to compare sizes and to order figures.
+
+Imports nothing heavy: the kinds of figure are listed without numpy.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kscli.models.aliases import ALIASES, Alias
+
+# "135M" in "SmolLM2-135M-Instruct", "0.5B" in "Qwen2.5-0.5B"; not the "7B" of "8x7B".
+_SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MBT])(?![A-Za-z0-9])", re.IGNORECASE)
+_UNIT = {"m": 1e6, "b": 1e9, "t": 1e12}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model's place in its family, `size` in parameters."""
+
+    family: str
+    size: float
+
+
+def family_of(model: str, model_id: str = "") -> Member | None:
+    """The family and size of a model by its display name, or by its id; None where no size is told.
+
+    Known are the aliases and their Hub ids, and names that say a size, as `my-model-350M` or
+    `Qwen2.5-0.5B-Instruct`: their family is the rest of the name, whoever its owner.
+    """
+    names = [name for name in (model, model_id) if name]
+    for name in names:
+        alias = _alias(name)
+        if alias is not None:
+            return Member(alias.family, float(alias.parameters))
+    for name in names:
+        base = _base(name)
+        size = _SIZE.search(base)
+        if size is not None:
+            rest = re.sub(r"([-_.])[-_.]+", r"\1", _SIZE.sub("", base)).strip("-_.")
+            return Member(rest or base, float(size[1]) * _UNIT[size[2].lower()])
+    return None
+
+
+def parameters(model: str) -> float | None:
+    """How many parameters a model of this name has: an alias's, or what the name says."""
+    member = family_of(model)
+    return member.size if member else None
+
+
+def family(model: str) -> str:
+    """The family of a model of this name; one that tells no size is a family of its own."""
+    member = family_of(model)
+    return member.family if member else _base(model)
+
+
+def _alias(name: str) -> Alias | None:
+    """The alias that a name stands for: its own, or that of its Hub id."""
+    names = (name, name.replace("--", "/"))
+    return next((a for a in ALIASES if a.name in names or a.hub_id in names), None)
+
+
+def _base(name: str) -> str:
+    """The name less its owner or folder, and its extension."""
+    return name.replace("--", "/").rpartition("/")[2].removesuffix(".gguf")
