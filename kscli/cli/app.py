@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from kscli import __version__
 from kscli.cli import (
     cache_cov,
+    edit,
     export_cov,
     extract,
     facts,
@@ -25,6 +26,8 @@ from kscli.cli import (
     plot,
     pmatrix,
     relations,
+    report,
+    risk,
     run,
     show,
     stats,
@@ -85,6 +88,9 @@ for command in (
     topk,
     relations,
     plot,
+    report,
+    edit,
+    risk,
     models,
     show,
     merge_cov,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kscli.cli import options
 from kscli.cli.complete import complete_layers
-from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, flag, takers
+from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, flag, takers
+
+if TYPE_CHECKING:
+    from kscli.artifacts import Artifact
+    from kscli.editing.edits_file import EditsFile
 
 PLAIN = FigureOptions()
+KIND_SOURCES = {"pmatrix": "pmatrix.h5", "edits": "runs of edits (--edits)"}
 KIND_HELP = "\n\n".join(
     f"[bold]{kind.name}[/bold]: {kind.help}"
     + (f" Takes {', '.join(map(flag, kind.options))}." if kind.options else "")
@@ -35,6 +42,11 @@ def of_kinds(option: str) -> str:
     return f"({', '.join(takers(option))}) "
 
 
+def of_source(source: str) -> list[str]:
+    """The kinds that are drawn from `pmatrix` or from `edits`."""
+    return [kind.name for kind in KINDS.values() if kind.source == source]
+
+
 def plot(
     kind: Annotated[
         str, typer.Argument(metavar="KIND", help=KIND_HELP, autocompletion=complete_kind)
@@ -43,6 +55,15 @@ def plot(
     pmatrix: Annotated[
         list[Path] | None,
         typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to draw, instead of -m."),
+    ] = None,
+    edits: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--edits",
+            metavar="FILE",
+            help=f"({', '.join(of_source('edits'))}) A run of `kscli edit` to draw, instead of -m.",
+            show_default="all of DIR/MODEL/edits/",
+        ),
     ] = None,
     layers: Annotated[
         str | None,
@@ -99,7 +120,7 @@ def plot(
     ] = None,
     force: options.Force = False,
 ) -> None:
-    """Draw a figure of P; prints the path of the file, or files, that it writes.
+    """Draw a figure of P or of edits; prints the path of the file, or files, that it writes.
 
     Several models are drawn in one figure, the smallest first.
 
@@ -113,37 +134,106 @@ def plot(
 
       kscli plot kurtosis -m gpt2-small -m gpt2-medium -m gpt2-large -o scaling.svg
 
+      kscli plot forgetting --edits artifacts/gpt-j/edits/rome-5-0.h5
+
       kscli plot angles -m llama3-8b -m llama3.1-8b
 
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
     from kscli.cli.output import print_line
-    from kscli.cli.requests import open_pmatrices, pmatrix_paths
-    from kscli.figures import Source, paged
+    from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
-    from kscli.layers import select_layers
 
     figure_kind = find_kind(kind)
     figure_options = FigureOptions(grid, mark_same_token, counts_of(facts_counts), seed)
     figure_kind.check_options(figure_options)
     with ExitStack() as stack:
-        files = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
-        sources = [
-            Source(
-                file,
-                select_layers(layers or figure_kind.layers, file.layers, str(file.path)),
-                file.attributes["n_layers"],
-            )
-            for file in files
-        ]
-        folder = files[0].path.parent if len(files) == 1 else directory
-        name = default_name(kind, [file.model for file in files], layers, figure_options)
+        sources: Sequence[Shown]
+        files: Sequence[Artifact]
+        if figure_kind.source == "edits":
+            refuse_others(kind, {"--pmatrix": pmatrix, "--layer": layers})
+            sources = files = open_runs(model, edits, directory, stack)
+        else:
+            refuse_others(kind, {"--edits": edits})
+            sources, files = open_matrices(figure_kind, model, pmatrix, layers, directory, stack)
+        folders = {folder_of(file) for file in files}
+        folder = folders.pop() if len(folders) == 1 else directory
+        if figure_kind.source == "edits":
+            name = name_of_runs(kind, [file.model for file in files], edits)
+        else:
+            name = default_name(kind, [file.model for file in files], layers, figure_options)
         path = output or folder / "figures" / name
         for page in page_paths(path, len(paged(sources, figure_options))):
             check_target(page, force)
         written = save_pages(figure_kind.pages(sources, figure_options), path, force)
     for page in written:
         print_line(str(page))
+
+
+def refuse_others(kind: str, given: dict[str, object]) -> None:
+    """Raise UsageError for an option that was given to a kind of another source."""
+    from kscli.errors import UsageError
+
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"{kind} is drawn from {KIND_SOURCES[KINDS[kind].source]} and takes no {option}."
+            )
+
+
+def open_matrices(
+    kind: FigureKind,
+    models: list[str] | None,
+    files: list[Path] | None,
+    layers: str | None,
+    directory: Path,
+    stack: ExitStack,
+) -> tuple[Sequence[Shown], Sequence[Artifact]]:
+    """The matrices that the options name, with the layers to draw, and the files they are in."""
+    from kscli.cli.requests import open_pmatrices, pmatrix_paths
+    from kscli.figures import Source
+    from kscli.layers import select_layers
+
+    opened = open_pmatrices(pmatrix_paths(models, files, directory), stack)
+    sources = [
+        Source(
+            file,
+            select_layers(layers or kind.layers, file.layers, str(file.path)),
+            file.attributes["n_layers"],
+        )
+        for file in opened
+    ]
+    return sources, opened
+
+
+def open_runs(
+    models: list[str] | None, files: list[Path] | None, directory: Path, stack: ExitStack
+) -> list[EditsFile]:
+    """The named runs of edits, or all of the named models. Raises ArtifactError where none is."""
+    from kscli.editing.edits_file import EditsFile
+    from kscli.errors import ArtifactError
+    from kscli.pipeline import Places
+
+    paths = list(files or [])
+    for model in models or ([] if files else [options.DEFAULT_MODEL]):
+        folder = Places(directory, model).folder / "edits"
+        found = sorted(folder.glob("*.h5"), key=natural)
+        if not found:
+            raise ArtifactError(
+                f"{folder} holds no run of edits; `kscli edit --model {model}` makes one."
+            )
+        paths += found
+    return [stack.enter_context(EditsFile(path)) for path in paths]
+
+
+def natural(path: Path) -> list[int | str]:
+    """For sorting files by their names, whose numbers count as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", path.name)]
+
+
+def folder_of(file: Artifact) -> Path:
+    """The model's folder, where an artifact lies or, of a run of edits, the folder above."""
+    return file.path.parent.parent if file.kind == "edits" else file.path.parent
 
 
 def find_kind(name: str) -> FigureKind:
@@ -181,3 +271,10 @@ def default_name(
     if chosen.facts_counts:
         parts.append(f"m{'_'.join(map(str, chosen.facts_counts))}")
     return f"{'-'.join(parts)}.png"
+
+
+def name_of_runs(kind: str, models: list[str], edits: list[Path] | None) -> str:
+    """KIND.png of all runs of a model; further models, or the runs that were named, are named."""
+    if edits:
+        return f"{'-'.join([kind, *(path.stem for path in edits)])}.png"
+    return default_name(kind, list(dict.fromkeys(models)), None)

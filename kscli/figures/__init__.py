@@ -1,7 +1,8 @@
 """The kinds of figure that kscli draws.
 
 A new kind is one module of this folder with `draw(sources) -> Figure`, or with
-`draw(sources, options)` where the kind takes options, and its line in `KINDS`.
+`draw(sources, options)` where the kind takes options, and its line in `KINDS`. Its sources are
+models' matrices, or, where `FigureKind.source` says so, runs of edits.
 This module imports neither matplotlib nor numpy, so that the command line can list the kinds.
 """
 
@@ -10,17 +11,40 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from kscli.errors import UsageError
-from kscli.figures.families import parameters
+from kscli.models.families import parameters
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kscli.pairs import FactMatrices
 
-__all__ = ["KINDS", "PER_PAGE", "FigureKind", "FigureOptions", "Source", "flag", "paged", "takers"]
+__all__ = [
+    "KINDS",
+    "PER_PAGE",
+    "FigureKind",
+    "FigureOptions",
+    "Shown",
+    "Source",
+    "flag",
+    "paged",
+    "takers",
+]
+
+
+class Shown(Protocol):
+    """What a figure is drawn from: a model's matrices, or a run of edits (an open EditsFile)."""
+
+    @property
+    def model(self) -> str:
+        """The model's name for people."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are drawn, or that were edited."""
+
 
 PER_PAGE = 20
 """Layers on a page of a grid, as the paper pages them."""
@@ -37,6 +61,11 @@ class Source:
     matrices: FactMatrices
     layers: tuple[int, ...]
     depth: int = 0
+
+    @property
+    def model(self) -> str:
+        """The model's name for people."""
+        return self.matrices.model
 
 
 @dataclass(frozen=True)
@@ -60,7 +89,9 @@ class FigureKind:
     """A kind of figure, drawn by the module of this folder that has its name.
 
     `layers` is the selection that shows the kind best where the user names none, `options` the
-    fields of `FigureOptions` that the kind takes. `standard` kinds can be drawn of any facts.
+    fields of `FigureOptions` that the kind takes. `standard` kinds can be drawn of any facts, and
+    `kscli run` draws them. `source` is what the kind is drawn from: models' matrices, or runs of
+    edits.
     """
 
     name: str
@@ -68,8 +99,9 @@ class FigureKind:
     layers: str = "all"
     options: tuple[str, ...] = ()
     standard: bool = True
+    source: Literal["pmatrix", "edits"] = "pmatrix"
 
-    def draw(self, sources: Sequence[Source], options: FigureOptions = FigureOptions()) -> Figure:
+    def draw(self, sources: Sequence[Shown], options: FigureOptions = FigureOptions()) -> Figure:
         """One figure of `sources`, the smallest model first.
 
         Raises UsageError where they hold no layer, and for an option that the kind does not
@@ -84,7 +116,7 @@ class FigureKind:
             return draw(shown, options) if self.options else draw(shown)
 
     def pages(
-        self, sources: Sequence[Source], options: FigureOptions = FigureOptions()
+        self, sources: Sequence[Shown], options: FigureOptions = FigureOptions()
     ) -> list[Figure]:
         """A figure for each of the pages of `paged`; raises as `draw` does."""
         self._check(sources, options)
@@ -101,7 +133,7 @@ class FigureKind:
                     f"{self.name} takes no {flag(field.name)}; {' and '.join(others)} {does}."
                 )
 
-    def _check(self, sources: Sequence[Source], options: FigureOptions) -> None:
+    def _check(self, sources: Sequence[Shown], options: FigureOptions) -> None:
         self.check_options(options)
         if not any(source.layers for source in sources):
             raise UsageError(f"there is no layer to draw as a {self.name}; name one with --layers.")
@@ -117,20 +149,21 @@ def takers(option: str) -> list[str]:
     return [kind.name for kind in KINDS.values() if option in kind.options]
 
 
-def paged(sources: Sequence[Source], options: FigureOptions) -> list[tuple[Source, ...]]:
+def paged(sources: Sequence[Shown], options: FigureOptions) -> list[tuple[Shown, ...]]:
     """The sources of every page: all on one, but in a grid `PER_PAGE` layers of one model each."""
     if not options.grid:
         return [tuple(sources)]
     return [
         (Source(source.matrices, source.layers[at : at + PER_PAGE], source.depth),)
         for source in _by_size(sources)
+        if isinstance(source, Source)
         for at in range(0, len(source.layers), PER_PAGE)
     ]
 
 
-def _by_size(sources: Sequence[Source]) -> list[Source]:
+def _by_size(sources: Sequence[Shown]) -> list[Shown]:
     """The smallest model first; those of unknown size last, in their order."""
-    return sorted(sources, key=lambda source: parameters(source.matrices.model) or float("inf"))
+    return sorted(sources, key=lambda source: parameters(source.model) or float("inf"))
 
 
 KINDS: dict[str, FigureKind] = {
@@ -164,7 +197,28 @@ KINDS: dict[str, FigureKind] = {
             options=("facts_counts", "seed"),
         ),
         FigureKind(
-            "relations", "Mean |p| between relations, one panel a model and layer.", standard=False
+            "relations",
+            "Mean |p| between relations, one panel a model and layer.",
+            layers="0,-1",
+            standard=False,
+        ),
+        FigureKind(
+            "risk",
+            "|P| with facts that are bound side by side, and those named whose edit does most.",
+            layers="0",
+            standard=False,
+        ),
+        FigureKind(
+            "interference",
+            "How far edits were predicted to move every fact's value, and moved it.",
+            standard=False,
+            source="edits",
+        ),
+        FigureKind(
+            "forgetting",
+            "Edits that held and known facts that stayed, over the edits made, one line a run.",
+            standard=False,
+            source="edits",
         ),
     )
 }

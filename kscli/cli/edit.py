@@ -1,0 +1,354 @@
+"""`kscli edit`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kscli.cli import options
+from kscli.cli.complete import complete_layers
+from kscli.cli.output import Column, Format, Row, field, print_rows
+
+if TYPE_CHECKING:
+    from kscli.editing.sources import EditSources
+    from kscli.pipeline import Places
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("edit")(edit)
+
+
+def edit(
+    model: options.Model = options.DEFAULT_MODEL,
+    layer: Annotated[
+        str,
+        typer.Option(
+            "--layer",
+            "--layers",
+            metavar="LAYERS",
+            help="The layer to edit; for memit one or several, as in 3-7.",
+            autocompletion=complete_layers,
+        ),
+    ] = "0",
+    fact: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fact",
+            metavar="SUBJECT|INDEX",
+            help="Edit this fact of pmatrix.h5; give it again for several.",
+            show_default="--edits of them, drawn",
+        ),
+    ] = None,
+    edits: Annotated[
+        str,
+        typer.Option("--edits", metavar="N|all", help="How many facts to draw with --seed."),
+    ] = "10",
+    order: Annotated[
+        Literal["given", "random", "norm"],
+        typer.Option(
+            "--order", help="Of the edits. norm: ascending leverage, which interferes least."
+        ),
+    ] = "given",
+    target_new: Annotated[
+        str,
+        typer.Option(
+            "--target-new", metavar="field:NAME|text:TARGET", help="What to write for the target."
+        ),
+    ] = "field:target_new",
+    facts: Annotated[
+        str | None,
+        typer.Option(
+            "--facts",
+            metavar="FACTS",
+            help="Where --target-new's field is read.",
+            show_default="where keys.h5 has its facts from",
+        ),
+    ] = None,
+    method: Annotated[
+        Literal["rome", "memit"], typer.Option("--method", help="The closed form.")
+    ] = "rome",
+    protocol: Annotated[
+        Literal["sequential", "single"],
+        typer.Option(
+            "--protocol", help="One edit upon the other, or each in the clean model and taken back."
+        ),
+    ] = "sequential",
+    value: Annotated[
+        Literal["optimised", "random"],
+        typer.Option(
+            "--value", help="What is written: a value that says the new target, or noise."
+        ),
+    ] = "optimised",
+    value_norm: Annotated[
+        float, typer.Option("--value-norm", min=0.0, help="The length of random values.")
+    ] = 1.0,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Steps of the optimisation of a value.")
+    ] = 20,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=0.0, help="Of that optimisation.")
+    ] = 0.5,
+    kl_weight: Annotated[
+        float,
+        typer.Option(
+            "--kl-weight", min=0.0, help="What keeping all else said of the subject weighs."
+        ),
+    ] = 0.0625,
+    norm_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--norm-limit",
+            min=0.0,
+            help="How much longer than the value itself its change may get.",
+            show_default="4; memit 0.75",
+        ),
+    ] = None,
+    prefixes: Annotated[
+        int,
+        typer.Option(
+            "--prefixes",
+            metavar="N",
+            min=0,
+            help="Find values after N texts that the model makes up, too, as ROME does.",
+        ),
+    ] = 0,
+    weight: Annotated[
+        float,
+        typer.Option("--weight", min=0.0, help="(memit) Its lambda: what the known weighs."),
+    ] = 15000.0,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="(memit) How many edits are made at once.")
+    ] = 1,
+    measure_every: Annotated[
+        int,
+        typer.Option(
+            "--measure-every",
+            metavar="N",
+            min=1,
+            help="Ask the model for all facts after the first, the last and every N-th edit.",
+        ),
+    ] = 10,
+    moved: Annotated[
+        str,
+        typer.Option(
+            "--moved", metavar="K|all", help="After each edit, ask for the K facts it moves most."
+        ),
+    ] = "10",
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out",
+            metavar="CORPUS",
+            help="Measure perplexity on text that C did not see: a --corpus of cache-cov's kinds.",
+        ),
+    ] = None,
+    held_out_tokens: Annotated[
+        int, typer.Option("--held-out-tokens", metavar="N", min=2, help="As many tokens of it.")
+    ] = 2048,
+    text_field: options.TextField = None,
+    save_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-model", metavar="DIR", help="Write the edited model, a Hugging Face folder."
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the draw, the order and random values.")
+    ] = 0,
+    cov: Annotated[
+        Path | None,
+        typer.Option("--cov", metavar="FILE", show_default="DIR/MODEL/cov.h5", help="C."),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="FILE", show_default="DIR/MODEL/keys.h5", help="The keys."),
+    ] = None,
+    pmatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--pmatrix", metavar="FILE", show_default="DIR/MODEL/pmatrix.h5", help="P of the facts."
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
+    directory: options.Dir = Path("artifacts"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write.",
+            show_default="DIR/MODEL/edits/METHOD-LAYERS-SEED.h5",
+        ),
+    ] = None,
+    force: options.Force = False,
+    output_format: options.OutputFormat = Format.table,
+    quiet: options.Quiet = False,
+) -> None:
+    """Edit facts of a model one after the other, and measure what becomes of all others.
+
+    Every edit's damage is predicted from pmatrix.h5 before it is made, and measured after it. The
+    model's own files are never changed; a run that was stopped goes on from its last edit.
+
+    [bold]Examples[/bold]
+
+      kscli edit -m gpt2-small --layer 0 --fact "Patrick Rambaud" --target-new text:Italian
+
+      kscli edit -m gpt-j --layer 5 --edits 100 --seed 1 --held-out other.jsonl -f json > edits.json
+
+      kscli edit -m gpt-j --method memit --layers 3-8 --edits 100 --batch 100
+
+      kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
+
+      kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
+    """
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import number_or_all
+    from kscli.corpus import CorpusSpec, open_corpus
+    from kscli.editing.edits_file import EditsFile
+    from kscli.editing.order import edit_order
+    from kscli.editing.run import Edit, EditOptions
+    from kscli.editing.saving import require_new_folder
+    from kscli.editing.saving import save_model as save_edited
+    from kscli.editing.stage import (
+        EditPlan,
+        HeldOut,
+        check_held_out,
+        check_request,
+        choose_facts,
+        edits_recipe,
+        make_edits,
+        new_targets,
+        replay_edits,
+    )
+    from kscli.editing.value import ValueOptions
+    from kscli.fact_choice import find_facts
+    from kscli.layers import format_layers
+    from kscli.models.loading import ModelOptions
+    from kscli.pipeline import Existing, Places, Session, make
+
+    reporter = ConsoleReporter(quiet=quiet)
+    places = Places(directory, model)
+    if save_model:
+        require_new_folder(save_model)
+    find = ValueOptions(
+        steps=steps,
+        learning_rate=learning_rate,
+        kl_weight=kl_weight,
+        norm_limit=(4.0 if method == "rome" else 0.75) if norm_limit is None else norm_limit,
+    )
+    edit_options = EditOptions(
+        method=method,
+        protocol=protocol,
+        find=find,
+        random_norm=value_norm if value == "random" else None,
+        weight=weight if method == "memit" else 0.0,
+        batch=batch,
+        prefixes=prefixes,
+        measure_every=measure_every,
+        moved=number_or_all("--moved", moved),
+        seed=seed,
+    )
+    with ExitStack() as stack:
+        sources = _open_sources(cov, keys, pmatrix, places, layer, stack)
+        check_request(edit_options, sources.layers, save_model)
+        chosen = (
+            find_facts(sources.pm, fact)
+            if fact
+            else choose_facts(sources, number_or_all("--edits", edits), seed)
+        )
+        chosen = edit_order(order, sources.pm.leverage(sources.layers[0]), chosen, seed)
+        targets = new_targets(sources.pm, chosen, target_new, facts)
+        plan = EditPlan(
+            tuple(map(Edit, chosen, targets)),
+            order,
+            edit_options,
+            HeldOut(open_corpus(CorpusSpec(held_out, text_field)), held_out_tokens)
+            if held_out
+            else None,
+        )
+        check_held_out(plan, sources)
+        name = f"{method}-{format_layers(sources.layers)}-{seed}.h5"
+        path = output or places.folder / "edits" / name
+        session = Session(
+            ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+            Existing.FORCE if force else Existing.REFUSE,
+            reporter,
+        )
+        made = make(
+            path,
+            "edits",
+            edits_recipe(sources, plan, session.dtype),
+            lambda: make_edits(session.model, sources, plan, path, reporter=reporter, force=force),
+            session.existing,
+            reporter,
+        )
+    if made:
+        reporter.note(f"wrote {path}")
+    with EditsFile(path) as file:
+        rows = file.objects()
+        if save_model:
+            if not made:
+                replay_edits(session.model, file)
+            save_edited(session.model, save_model, rows)
+            reporter.note(f"wrote {save_model}")
+    print_edits(rows, output_format)
+
+
+def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
+    """Print edits: all that is known of them for JSON, one line each for people."""
+    if output_format in (Format.csv, Format.tsv):
+        # One line has no room for a list of facts.
+        rows = [{name: of for name, of in row.items() if name != "moved"} for row in rows]
+    columns = [
+        field("edit", spec="d"),
+        field("subject"),
+        field("target_true", "true"),
+        field("target_new", "new"),
+        field("p_max_other", "largest p", spec=".2f"),
+        field("delta_norm", "|δ|", spec=".2f"),
+        field("prob_new_before", "P(new) before", spec=".3f"),
+        field("prob_new_after", "after", spec=".3f"),
+        Column("moved most", _moved_most),
+        field("linear_error", "error", spec=".0e"),
+    ]
+    print_rows(rows, columns, output_format)
+
+
+def _moved_most(row: Row) -> str:
+    """The first fact that answers otherwise than before, of those predicted to be moved most."""
+    for moved in row["moved"]:
+        if moved["answer_changed"]:
+            was, now = moved["answer_before"], moved["answer_after"]
+            return f"{moved['subject']}: {was} → {now}"
+    return ""
+
+
+def _open_sources(
+    cov: Path | None,
+    keys: Path | None,
+    pmatrix: Path | None,
+    places: Places,
+    layer: str,
+    stack: ExitStack,
+) -> EditSources:
+    from kscli.artifacts import CovarianceFile, KeysFile
+    from kscli.cli.requests import open_pmatrices
+    from kscli.editing.sources import EditSources
+    from kscli.layers import select_layers
+
+    (pm,) = open_pmatrices([pmatrix or places.path("pmatrix")], stack)
+    return EditSources(
+        stack.enter_context(CovarianceFile(cov or places.path("cov"))),
+        stack.enter_context(KeysFile(keys or places.path("keys"))),
+        pm,
+        select_layers(layer, pm.layers, str(pm.path)),
+    )

@@ -1,0 +1,327 @@
+"""`kscli risk`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kscli.cli import options
+from kscli.cli.complete import complete_layers
+from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
+
+if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
+    from kscli.risk import SequenceRisk
+
+PASSED = 3
+"""The exit code where --fail-above was passed."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("risk")(risk)
+
+
+def risk(
+    model: options.Model = options.DEFAULT_MODEL,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            "--layer",
+            "--layers",
+            metavar="LAYERS",
+            help="The layer to edit: 0, -1 (the last), 0,3,5-8 or all.",
+            show_default="0; all with --by-layer",
+            autocompletion=complete_layers,
+        ),
+    ] = None,
+    fact: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fact",
+            metavar="SUBJECT|INDEX",
+            help="A fact to edit; a subject stands for all its facts. Give it again for several.",
+            show_default="a sequence of --edits",
+        ),
+    ] = None,
+    sequence: Annotated[
+        bool,
+        typer.Option("--sequence", help="Take the facts as edits made one after the other."),
+    ] = False,
+    edits: Annotated[
+        str,
+        typer.Option(
+            "--edits",
+            metavar="N|all",
+            help="Without --fact: that many, drawn with --seed as `kscli edit` draws them.",
+        ),
+    ] = "all",
+    order: Annotated[
+        Literal["given", "random", "norm"],
+        typer.Option("--order", help="Of a sequence. norm: ascending leverage."),
+    ] = "given",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw and the order.")] = 0,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Compare the layers, instead of the facts.")
+    ] = False,
+    k: Annotated[
+        str,
+        typer.Option("-k", metavar="K|all", help="How many facts to list, the most damaged first."),
+    ] = "20",
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-above",
+            metavar="X",
+            min=0.0,
+            help="Exit with 3 when the largest damage passes X, listed or not: |p| of an edit, or "
+            "in a sequence the expected shift of a fact.",
+        ),
+    ] = None,
+    pmatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--pmatrix", metavar="FILE", show_default="DIR/MODEL/pmatrix.h5", help="P of the facts."
+        ),
+    ] = None,
+    directory: options.Dir = Path("artifacts"),
+    quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
+) -> None:
+    """Say before any edit what it would damage: reads pmatrix.h5, loads no model.
+
+    With --fact: the other facts by |p|, how far an edit moves their values per unit of |delta|, the
+    length of what it writes. With --sequence, or without --fact, what a sequence of edits does to
+    every fact: the expected shift is for independent deltas of length 1 (the root of the sum of
+    p²), the worst for aligned ones (the sum of |p|). An original fact is moved by all edits in
+    whatever order, an edited one by the later ones.
+
+    With --by-layer, which layer would do the least, by the rms of p. That too is per unit of
+    |delta|: some layers need a longer one, and the later the layer, the less of the model is left
+    to carry what it writes from the subject to the answer. At the last layer nothing does, unless
+    the subject ends the prompt.
+
+    [bold]Examples[/bold]
+
+      kscli risk -m gpt2-small --layer 5 --fact "Patrick Rambaud"
+
+      kscli risk -m gpt2-small --fact "Patrick Rambaud" --fact 17 --by-layer
+
+      kscli risk -m gpt-j --layer 5 --edits 100 --seed 1
+
+      kscli risk -m gpt-j --edits 100 -k all -f json | jq -r 'map(select(.edit)) |
+      sort_by(.edit_norm)\\[].subject'
+
+      kscli risk -m gpt-j --layer 5 --fact 17 --fail-above 0.5 -q && kscli edit -m gpt-j --layer 5
+      --fact 17
+    """
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import number_or_all, open_pmatrices
+    from kscli.editing.order import draw_edits
+    from kscli.errors import FactsError, UsageError
+    from kscli.fact_choice import find_facts
+    from kscli.layers import select_layers
+    from kscli.pipeline import Places
+    from kscli.risk import other_facts
+
+    if by_layer and sequence:
+        raise UsageError("--by-layer and --sequence are two lists; ask for one.")
+    reporter = ConsoleReporter(quiet=quiet)
+    listed, drawn = number_or_all("-k", k), number_or_all("--edits", edits)
+    with ExitStack() as stack:
+        (file,) = open_pmatrices([pmatrix or Places(directory, model).path("pmatrix")], stack)
+        layers = select_layers(layer or ("all" if by_layer else "0"), file.layers, str(file.path))
+        m = len(file.facts)
+        if fact:
+            edited = find_facts(file, fact)
+        elif (drawn or 0) > m:
+            raise FactsError(f"{drawn} edits were asked for, but {file.path} holds {m} facts.")
+        else:
+            edited = draw_edits(m, drawn or m, seed)
+        others = other_facts(file)
+        copies = m - len({each.text for each in file.facts})
+        if copies:
+            reporter.warn(
+                f"{copies} of the {m} facts of {file.path} have the text of another one; what an "
+                "edit does to its own copies is not counted."
+            )
+        if not others[edited].any():
+            reporter.warn(f"{file.path} holds no other fact that an edit could damage.")
+        if by_layer:
+            largest = print_layers(file, layers, edited, output_format)
+        elif sequence or not fact:
+            from kscli.risk import sequence_risk
+
+            risks = [sequence_risk(file, number, edited, order, seed) for number in layers]
+            largest = print_sequences(file, risks, listed, output_format)
+        else:
+            largest = print_moved(file, layers, edited, listed, output_format)
+    if fail_above is not None and largest > fail_above:
+        reporter.warn(f"the largest damage, {largest:.3f}, passes --fail-above {fail_above:g}.")
+        raise typer.Exit(PASSED)
+
+
+def print_moved(
+    file: PMatrixFile,
+    layers: Sequence[int],
+    edited: Sequence[int],
+    k: int | None,
+    output_format: Format,
+) -> float:
+    """Print the facts that each edit would move; returns the largest damage."""
+    from kscli.risk import layer_rows, least_layer, moved_rows
+
+    of_layers = layer_rows(file, file.layers, edited)
+    least = least_layer(of_layers)
+    rows = [
+        {**row, "least_layer": least}
+        for number in layers
+        for row in moved_rows(file, number, edited, k)
+    ]
+    one = len(edited) == 1
+    title = f"What an edit of one fact moves: {sentence_of(file, edited[0])}" if one else ""
+    print_rows(rows, moved_columns(layers, edited), output_format, title)
+    by_number = {row["layer"]: row for row in of_layers}
+    if output_format is Format.table and least is not None:
+        here = ", ".join(f"{by_number[each]['rms']:.3f} at layer {each}" for each in layers[:3])
+        print_line(
+            f"Of the layers, {least} would do the least to the others: rms p "
+            f"{by_number[least]['rms']:.3f}, per unit of |delta|. It is {here}. See --by-layer."
+        )
+    return largest_of(by_number[number]["largest"] for number in layers)
+
+
+def moved_columns(layers: Sequence[int], edited: Sequence[int]) -> list[Column]:
+    """The columns of moved facts; layer and edited fact only where they vary."""
+    from kscli.cli.topk import sentence
+
+    return [
+        *([field("layer", spec="d")] if len(layers) > 1 else []),
+        *([Column("edited", lambda row: sentence(row, "i"))] if len(edited) > 1 else []),
+        field("rank", spec="d"),
+        field("p", spec=".3f"),
+        field("j", "fact", spec="d"),
+        Column("moved", lambda row: sentence(row, "j")),
+        Column("same last token", lambda row: "yes" if row["same_last_token"] else ""),
+    ]
+
+
+def sentence_of(file: PMatrixFile, index: int) -> str:
+    """A fact of the file as the paper writes it."""
+    from kscli.cli.topk import sentence
+    from kscli.pair_facts import pair_facts
+
+    return sentence(pair_facts(file.facts, index, index), "i")
+
+
+def print_layers(
+    file: PMatrixFile, layers: Sequence[int], edited: Sequence[int], output_format: Format
+) -> float:
+    """Print what each layer would do; returns the largest damage."""
+    from kscli.risk import layer_rows
+
+    rows = layer_rows(file, layers, edited)
+    title = (
+        f"What an edit moves, by its layer: {sentence_of(file, edited[0])}"
+        if len(edited) == 1
+        else f"What an edit of each of {len(edited)} facts moves, by its layer"
+    )
+    columns = [
+        field("layer", spec="d"),
+        field("rms", "rms p", spec=".4f"),
+        field("largest", "largest |p|", spec=".3f"),
+        Column("of it" if len(edited) == 1 else "of them", _largest_pair),
+        field("harmful", "share of |p| > 0.25", spec=".1%"),
+        Column("", _verdict),
+    ]
+    print_rows(rows, columns, output_format, title)
+    return largest_of(row["largest"] for row in rows)
+
+
+def _largest_pair(row: Row) -> str:
+    if row["i"] is None:
+        return "-"
+    return row["subject_j"] if row["edits"] == 1 else f"{row['subject_i']} → {row['subject_j']}"
+
+
+def _verdict(row: Row) -> str:
+    if not row["reaches"]:
+        return "cannot reach the answer"
+    return "least" if row["least"] else ""
+
+
+def print_sequences(
+    file: PMatrixFile, risks: Sequence[SequenceRisk], k: int | None, output_format: Format
+) -> float:
+    """Print what a sequence does to original and to edited facts; returns the largest damage."""
+    from kscli.risk import sequence_rows
+
+    rows = [row for each in risks for row in sequence_rows(file, each, k)]
+    if output_format in (Format.json, Format.csv, Format.tsv):
+        print_rows(rows, [], output_format)
+        return largest_of(each.largest for each in risks)
+    n = len(risks[0].sequence)
+    edits = f"{n} edits do" if n > 1 else "one edit does"
+    for state, title in (
+        ("original", f"What {edits} to facts that are not edited, per unit of |delta|"),
+        ("edited", f"What the later of {n} edits do to the earlier, per unit of |delta|"),
+    ):
+        of_state = [row for row in rows if row["state"] == state]
+        if of_state and (state == "original" or n > 1):
+            print_rows(of_state, sequence_columns(risks, state), output_format, title)
+    if output_format is Format.table and n > 1:
+        for each in risks:
+            print_line(saving(each, at_layer=len(risks) > 1))
+    return largest_of(each.largest for each in risks)
+
+
+def sequence_columns(risks: Sequence[SequenceRisk], state: str) -> list[Column]:
+    """The columns of one state's rows; the layer only where it varies."""
+    edited = state == "edited"
+    return [
+        *([field("layer", spec="d")] if len(risks) > 1 else []),
+        field("rank", spec="d"),
+        field("expected", spec=".3f"),
+        field("worst", spec=".3f"),
+        field("fact", spec="d"),
+        Column("moved", _moved_sentence),
+        *([field("edit", spec="d")] if edited else []),
+        field("subject_i", "most by the edit of"),
+        field("p_i", "p", spec=".2f"),
+        *(
+            [
+                field("edit_norm", "edit, by norm", spec="d"),
+                field("expected_norm", "expected", spec=".3f"),
+            ]
+            if edited and risks[0].order != "norm"
+            else []
+        ),
+    ]
+
+
+def _moved_sentence(row: Row) -> str:
+    from kscli.cli.topk import sentence
+
+    return sentence({f"{name}_j": row[name] for name in ("subject", "prompt", "target")}, "j")
+
+
+def saving(risk: SequenceRisk, *, at_layer: bool) -> str:
+    """What the order norm saves, in words."""
+    where = f"Layer {risk.layer}: the" if at_layer else "The"
+    what = f"{where} sum of p² over later and earlier edits is {risk.interference:.3g}"
+    if risk.order == "norm":
+        return f"{what} in the order of ascending leverage, the least there is."
+    return (
+        f"{what}; with --order norm it is {risk.interference_norm:.3g}, "
+        f"{risk.saved:.0%} less, the least there is."
+    )
+
+
+def largest_of(values: Iterable[Any]) -> float:
+    """The largest of the values that are defined; 0 where none is."""
+    return max((float(value) for value in values if not math.isnan(value)), default=0.0)

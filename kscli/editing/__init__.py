@@ -1,0 +1,1 @@
+"""Edits of a model by the closed form: predicted, made, and measured."""

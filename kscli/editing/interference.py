@@ -1,0 +1,54 @@
+"""The linear theory of a run of edits: what each fact's value is predicted to become, and becomes.
+
+Equation 11: an original fact's value moves by Delta_j = sum_i p(k_i, k_j) delta_i. Equation 15: an
+edited one's, since its own edit t, by the same sum over i > t. Measured is (W_n - W_0) k_j in
+float64, of which an edited fact's is taken from where its own edit left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Interference:
+    """The values of m facts at one layer, `keys` (m, d_m), through edits of a W of `shape`.
+
+    `predicted` and `measured` are Delta, (m, d), after the last edit; `change` is W_n - W_0.
+    """
+
+    def __init__(self, keys: Array, shape: tuple[int, int]) -> None:
+        self._keys = keys
+        self.change: Array = np.zeros(shape)
+        self.predicted: Array = np.zeros((len(keys), shape[0]))
+        self.measured: Array = np.zeros((len(keys), shape[0]))
+        # Where its own edit left an edited fact's value.
+        self._own: Array = np.zeros((len(keys), shape[0]))
+
+    def edit(self, facts: Sequence[int], p: Array, deltas: Array, directions: Array) -> None:
+        """Make the edits of `facts` (b) at once: W moves by deltas^T directions.
+
+        `p` (b, m) are the facts' rows of P, `deltas` (b, d), `directions` (b, d_m).
+        """
+        facts = list(facts)
+        self.change += deltas.T @ directions
+        self.predicted += p.T @ deltas
+        values = self._keys @ self.change.T
+        self.predicted[facts] = 0
+        self._own[facts] = values[facts]
+        self.measured = values - self._own
+
+    def since_own_edit(self, shifts: Array) -> Array:
+        """Shifts of all values since the clean model, (m, d), as Delta is counted."""
+        return shifts - self._own
+
+
+def largest_error(predicted: Array, measured: Array) -> float:
+    """max_j |predicted_j - measured_j| / max_j |predicted_j| over (m, d); NaN of no prediction."""
+    largest = float(np.linalg.norm(predicted, axis=1).max(initial=0))
+    worst = float(np.linalg.norm(predicted - measured, axis=1).max(initial=0))
+    return worst / largest if largest > 0 else float("nan")

@@ -1,0 +1,50 @@
+"""Which facts are edited, and in which order; and what the order costs.
+
+Edit i moves the value of fact j by P[i, j] delta_i. A fact that is edited itself is moved by the
+later edits only (equation 15), so that for independent delta of one length the edited facts'
+squared shifts add up to |delta|^2 times the sum of P[i, j]^2 over later i and earlier j.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Order = Literal["given", "random", "norm"]
+
+
+def draw_edits(m: int, count: int, seed: int) -> list[int]:
+    """`count` of the indexes of m facts, drawn with `seed`, ascending."""
+    return sorted(random.Random(seed).sample(range(m), count))
+
+
+def edit_order(
+    order: Order, leverage: NDArray[np.float64], edits: Sequence[int], seed: int
+) -> list[int]:
+    """The edits in the order asked for.
+
+    `leverage` (m,) is k^T C^-1 k of every fact, `edits` (n) are indexes into it. `random` is drawn
+    with `seed`; `norm` is by ascending leverage, where equals stay in the given order.
+
+    No order of `edits` has a smaller `sequence_interference` than `norm`. With n_i^2 = leverage[i]
+    and s[i, j] = k_i^T C^-1 k_j, which is symmetric, P[i, j] = s[i, j] / n_i^2: whichever of a pair
+    is edited later divides by its own n^2, P[i, j] / P[j, i] = n_j^2 / n_i^2. So a pair costs least
+    when the one of larger leverage is the later one. Ascending leverage gives every pair its least
+    cost at once; their sum cannot be less.
+    """
+    edits = list(edits)
+    if order == "random":
+        random.Random(seed).shuffle(edits)
+    elif order == "norm":
+        edits.sort(key=lambda fact: float(leverage[fact]))
+    return edits
+
+
+def sequence_interference(P: NDArray[np.float64], sequence: Sequence[int]) -> float:
+    """The sum of P[i, j]^2 over later i and earlier j of `sequence`, indexes into P (m, m)."""
+    chosen = P[np.ix_(sequence, sequence)]
+    return float(np.square(np.tril(chosen, -1)).sum())

@@ -1,0 +1,400 @@
+"""A run of edits: each predicted, made in the live model, and measured.
+
+Before the first edit the clean model is asked everything that later answers are compared with.
+Each edit then finds its value, changes W by the closed form, and is measured: the linear theory at
+every edit, the facts that it should move most at every edit, all facts at some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.editing.edits_file import EditLog
+from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
+from kscli.editing.gradients import gradient_cosines
+from kscli.editing.interference import Interference, largest_error
+from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs
+from kscli.editing.sources import EditSources
+from kscli.editing.updates import edit_directions
+from kscli.editing.value import (
+    DivergedError,
+    ValueOptions,
+    find_value,
+    generated_prefixes,
+    random_value,
+)
+from kscli.editing.weights import EditableWeight
+from kscli.errors import UsageError
+from kscli.interrupts import HeldSignals
+from kscli.models.loading import LoadedModel
+from kscli.positions import locate_keys
+from kscli.reporter import Reporter, Task
+from kscli.whitening import whitening
+
+Array = NDArray[np.float64]
+Method = Literal["rome", "memit"]
+Protocol = Literal["sequential", "single"]
+
+ALREADY = "the model says the new target already"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is written: a fact, by its index, and its new target."""
+
+    fact: int
+    target_new: str
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How edits are made and measured.
+
+    `random_norm`: write a random value of that norm instead of one that says the new target.
+    `weight` is MEMIT's lambda, `batch` how many edits it makes at once. In the protocol `single`
+    every edit is made in the clean model and taken back. All facts are asked after the first, the
+    last and every `measure_every`-th edit (single: after each); the `moved` facts of largest |p|
+    (None: all) after each. Values are found after `prefixes` texts that the model makes up, too.
+    """
+
+    method: Method = "rome"
+    protocol: Protocol = "sequential"
+    find: ValueOptions = field(default_factory=ValueOptions)
+    random_norm: float | None = None
+    weight: float = 0.0
+    batch: int = 1
+    measure_every: int = 10
+    moved: int | None = 10
+    prefixes: int = 0
+    seed: int = 0
+
+
+class EditRun:
+    """Edits of one model, which is left as it was found by `restore`.
+
+    Raises what `EditSources.check` and `EditableWeight` raise, and UsageError where an edit could
+    not reach its answer.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        sources: EditSources,
+        edits: Sequence[Edit],
+        options: EditOptions,
+        reporter: Reporter,
+    ) -> None:
+        sources.check(model, reporter)
+        self.model, self.sources, self.edits, self.options = model, sources, edits, options
+        self._reporter = reporter
+        self._facts = sources.pm.facts
+        self._prompts = locate_keys(model.tokenizer, self._facts, sources.pm.attributes["token"])
+        self._refuse_out_of_reach()
+        self._weights = [EditableWeight(model, layer) for layer in sources.layers]
+        self._examination = Examination(model, self._facts)
+        self._held_out: HeldOutText | None = None
+        self._find = options.find
+        self._p = sources.pm.matrix("P", sources.layers[0])
+
+    def measure_perplexity_on(self, text: HeldOutText) -> None:
+        """Measure perplexity, in every pass, on held-out text."""
+        self._held_out = text
+
+    def run(
+        self, log: EditLog | None, save: Callable[[EditLog], None], held: HeldSignals
+    ) -> EditLog:
+        """Make all edits, or those that `log` lacks; `save` is called after every one.
+
+        Returns early, after an edit, when a signal was `held`.
+        """
+        self._prepare()
+        if log is None:
+            log = EditLog(self._known)
+            log.add_pass(self._clean_pass)
+        self._replay(log)
+        with self._reporter.task("edits", len(self.edits), "edits", log.tried) as task:
+            while log.tried < len(self.edits) and not held.received:
+                batch = self.edits[log.tried :][: self.options.batch]
+                self._edit(batch, log, task)
+                if log.made:
+                    save(log)
+                task.advance(len(batch))
+        if log.made and log.of_pass["step"][-1] != log.made and not held.received:
+            # The last edits were kept out, and so the last pass was not made.
+            log.add_pass(self._measure(log.made))
+            save(log)
+        return log
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for weight in self._weights:
+            weight.restore()
+
+    def _refuse_out_of_reach(self) -> None:
+        last = self.model.decoder.n_layers - 1
+        if last not in self.sources.layers:
+            return
+        for edit in self.edits:
+            prompt = self._prompts[edit.fact]
+            if prompt.position < len(prompt.token_ids) - 1:
+                raise UsageError(
+                    f"an edit of {self._facts[edit.fact].text!r} at layer {last}, the last, cannot "
+                    "reach the answer: no later layer reads what it writes at the subject. Name an "
+                    "earlier --layer."
+                )
+
+    def _prepare(self) -> None:
+        """Ask the clean model all that edits are compared with."""
+        sources, options = self.sources, self.options
+        cov, layers = sources.cov, sources.layers
+        with self._reporter.task("factorising C", len(layers), "layers") as task:
+            self._white = []
+            for layer in layers:
+                self._white.append(whitening(cov.second_moment(layer), cov.count, sources.ridge))
+                task.advance()
+        self._keys = [sources.keys.keys_of(layer) for layer in layers]
+        self._fresh()
+        self._clean: FactsPass = self._examination.all_facts(self._reporter)
+        true = self._examination.true
+        self._known = np.array(
+            [
+                answer == cloze.target_ids
+                for answer, cloze in zip(self._clean.answers, true, strict=True)
+            ]
+        )
+        self._moved = [self._moved_most(edit.fact) for edit in self.edits]
+        self._clean_asked = self._ask_clean()
+        self._own = [(edit.fact, edit.target_new) for edit in self.edits]
+        scores = self._examination.new_targets(self._own)
+        new = self._examination.new(self._own)
+        self._already = [
+            said == cloze.target_ids for said, cloze in zip(scores.likeliest, new, strict=True)
+        ]
+        self._clean_outputs = mlp_outputs(self.model, layers[0], self._prompts)
+        self._clean_pass = self._measure(0)
+        rows = [edit.fact for edit in self.edits]
+        self._gradient_cosine = gradient_cosines(
+            self.model, layers[0], self._facts, rows, self._reporter
+        )
+        if options.prefixes:
+            texts = generated_prefixes(self.model, options.prefixes, options.seed)
+            self._find = replace(options.find, prefixes=texts)
+        unknown = sum(not self._known[edit.fact] for edit in self.edits)
+        if unknown:
+            self._reporter.warn(
+                f"the model does not complete {unknown} of the {len(self.edits)} edited facts with "
+                "their target, so it cannot forget these."
+            )
+
+    def _moved_most(self, fact: int) -> list[int]:
+        """The other facts, by predicted damage: |p|, largest first."""
+        order = np.argsort(-np.abs(self._p[fact]), kind="stable")
+        return [int(j) for j in order if j != fact][: self.options.moved]
+
+    def _ask_clean(self) -> list[Asked]:
+        """For every edit, what the clean model says of its fact and of those that it moves most."""
+        asked = [[edit.fact, *moved] for edit, moved in zip(self.edits, self._moved, strict=True)]
+        pairs = [
+            (fact, edit.target_new)
+            for edit, facts in zip(self.edits, asked, strict=True)
+            for fact in facts
+        ]
+        new = self._examination.new_targets(pairs, self._reporter)
+        ends = np.cumsum([len(facts) for facts in asked])
+        return [
+            Asked(self._clean.scores.some(facts), new.some(range(end - len(facts), end)))
+            for facts, end in zip(asked, ends.tolist(), strict=True)
+        ]
+
+    def _fresh(self) -> None:
+        """Go back to the clean model."""
+        self.restore()
+        self._interference = [
+            Interference(keys, weight.shape)
+            for keys, weight in zip(self._keys, self._weights, strict=True)
+        ]
+
+    def _replay(self, log: EditLog) -> None:
+        """Make the edits of the log again, all of which the model has to have seen."""
+        if self.options.protocol == "single":
+            return
+        for start in range(0, log.made, self.options.batch):
+            batch = slice(start, start + self.options.batch)
+            edited = [int(fact) for fact in log.of_edit["edited"][batch]]
+            deltas = np.stack(log.of_edit["delta"][batch], axis=1)
+            directions = np.stack(log.of_edit["direction"][batch], axis=1)
+            for at in range(len(self._weights)):
+                self._change(at, edited, deltas[at], directions[at])
+
+    def _change(self, at: int, edited: Sequence[int], deltas: Array, directions: Array) -> None:
+        """Change the `at`-th edited layer by (b, d) deltas along (b, d_m) directions."""
+        interference = self._interference[at]
+        interference.edit(edited, self._p[list(edited)], deltas, directions)
+        self._weights[at].set_change(interference.change)
+
+    def _edit(self, planned: Sequence[Edit], log: EditLog, task: Task) -> None:
+        """Make the edits of a batch at once, and log them."""
+        if self.options.protocol == "single":
+            self._fresh()
+        batch, values = [], []
+        for number, edit in enumerate(planned, log.tried):
+            task.advance(0, status=self._facts[edit.fact].subject)
+            try:
+                values.append(self._value(number, edit))
+                batch.append(number)
+            except DivergedError as error:
+                log.kept_out.append((number, edit.fact, edit.target_new, str(error)))
+        if not batch:
+            return
+        edited = [self.edits[number].fact for number in batch]
+        previous = [self._ask_previous(number, log.made) for number in batch]
+        deltas, directions = self._apply(edited, np.stack(values))
+        made = log.made + len(batch)
+        found = self._pass_if_due(log.made, made, batch)
+        for place, number in enumerate(batch):
+            record = self._record(number, previous[place], found)
+            record |= {"delta": deltas[:, place], "direction": directions[:, place]}
+            record["delta_norm"] = float(np.linalg.norm(deltas[:, place]))
+            log.add_edit(record)
+        if found:
+            log.add_pass(found)
+
+    def _value(self, number: int, edit: Edit) -> Array:
+        """The value to write, as what to add: to the MLP's output, or, memit, to reach in the end.
+
+        Raises DivergedError where none is found, and where none is needed.
+        """
+        fact, options = self._facts[edit.fact], self.options
+        layer, rome = self.sources.layers[-1], options.method == "rome"
+        if options.random_norm is not None:
+            shift = random_value(
+                self._weights[-1].shape[0], options.random_norm, options.seed, number
+            )
+            if rome:
+                return shift
+            here = hidden_states(self.model, layer, [self._prompts[edit.fact]])[0]
+            return np.asarray(here + shift)
+        if self._already[number]:
+            raise DivergedError(ALREADY)
+        site: Literal["mlp", "hidden"] = "mlp" if rome else "hidden"
+        found = find_value(self.model, layer, fact, edit.target_new, self._find, site)
+        return found.shift if rome else found.value + found.shift
+
+    def _apply(self, edited: Sequence[int], values: Array) -> tuple[Array, Array]:
+        """Change W of every edited layer; returns its (layer, b, d) deltas and directions.
+
+        MEMIT spreads what is lacking at the last layer evenly over the layers that are left, and
+        reads keys and state again after each (Meng et al. 2022b, algorithm 1).
+        """
+        deltas, directions = [], []
+        prompts = [self._prompts[fact] for fact in edited]
+        layers = self.sources.layers
+        for at, layer in enumerate(layers):
+            if self.options.method == "rome":
+                residuals, keys = values, self._keys[at][list(edited)]
+            else:
+                lacking = values - hidden_states(self.model, layers[-1], prompts)
+                residuals = lacking / (len(layers) - at)
+                keys = mlp_keys(self.model, layer, prompts)
+            directions.append(edit_directions(self._white[at], keys, self.options.weight))
+            deltas.append(residuals)
+            self._change(at, edited, residuals, directions[at])
+        return np.stack(deltas), np.stack(directions)
+
+    def _ask_previous(self, number: int, made: int) -> Asked | None:
+        """What the model says of an edit's facts before the edit; None: what the clean one says."""
+        if made == 0 or self.options.protocol == "single":
+            return None
+        edit = self.edits[number]
+        return self._examination.ask([edit.fact, *self._moved[number]], edit.target_new)
+
+    def _pass_if_due(self, before: int, made: int, batch: Sequence[int]) -> dict[str, Any] | None:
+        every = self.options.measure_every
+        due = (
+            self.options.protocol == "single"
+            or before == 0
+            or made // every > before // every
+            or batch[-1] == len(self.edits) - 1
+        )
+        return self._measure(made) if due else None
+
+    def _measure(self, step: int) -> dict[str, Any]:
+        """Ask the model as it is for all facts, all edits' targets and held-out text."""
+        asked = self._clean if step == 0 else self._examination.all_facts(self._reporter)
+        new = self._examination.new_targets(self._own)
+        return {
+            "step": step,
+            "perplexity": self._held_out.perplexity() if self._held_out else np.nan,
+            "logprob_true": asked.scores.logprob,
+            "rank_true": asked.scores.rank,
+            "answer_changed": changed(asked.answers, self._clean.answers),
+            "logprob_new": new.logprob,
+            "rank_new": new.rank,
+        }
+
+    def _record(
+        self, number: int, previous: Asked | None, found: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """All that is known of one edit of the batch that was just made, but what was written."""
+        edit, moved = self.edits[number], self._moved[number]
+        facts = [edit.fact, *moved]
+        before = self._clean_asked[number]
+        previous = previous or before
+        after = self._examination.ask(facts, edit.target_new)
+        record: dict[str, Any] = {
+            "edited": edit.fact,
+            "target_new": edit.target_new,
+            "moved_index": np.array(moved, dtype=np.int64),
+            **self._similarities(number),
+            **self._linear(found is not None),
+        }
+        for when, asked in (("before", before), ("previous", previous), ("after", after)):
+            for target, scores in (("true", asked.true), ("new", asked.new)):
+                record[f"logprob_{target}_{when}"] = scores.logprob[0]
+                record[f"rank_{target}_{when}"] = scores.rank[0]
+                record[f"moved_logprob_{target}_{when}"] = scores.logprob[1:]
+        text = self._examination.text
+        answers = self._examination.answers(facts, after)[1:]
+        record["moved_answer_before"] = [text(j, self._clean.answers[j]) for j in moved]
+        record["moved_answer_after"] = list(map(text, moved, answers))
+        return record
+
+    def _similarities(self, number: int) -> dict[str, Array]:
+        """The edited fact's rows: of P, and of what it is compared with."""
+        fact, layer, pm = self.edits[number].fact, self.sources.layers[0], self.sources.pm
+        return {
+            "p": self._p[fact],
+            "whitened_cosine": pm.matrix("whitened_cosine", layer)[fact],
+            "cosine": pm.matrix("cosine", layer)[fact],
+            "gradient_cosine": self._gradient_cosine[number],
+        }
+
+    def _linear(self, live: bool) -> dict[str, Any]:
+        """The theory's prediction for every fact after the last edit, and what came of it."""
+        measured = np.sqrt(sum(np.square(each.measured).sum(axis=1) for each in self._interference))
+        change = np.sqrt(sum(np.square(each.change).sum() for each in self._interference))
+        nothing = np.full(len(self._facts), np.nan)
+        found: dict[str, Any] = {
+            "predicted": nothing,
+            "measured": measured,
+            "difference": nothing,
+            "linear_error": np.nan,
+            "live_error": np.nan,
+            "weight_change": float(change),
+        }
+        if self.options.method == "memit":
+            return found
+        only = self._interference[0]
+        found["predicted"] = np.linalg.norm(only.predicted, axis=1)
+        found["difference"] = np.linalg.norm(only.predicted - only.measured, axis=1)
+        found["linear_error"] = largest_error(only.predicted, only.measured)
+        if live:
+            outputs = mlp_outputs(self.model, self.sources.layers[0], self._prompts)
+            shifts = only.since_own_edit(outputs - self._clean_outputs)
+            found["live_error"] = largest_error(only.predicted, shifts)
+        return found

@@ -1,0 +1,102 @@
+"""An edited model as an ordinary Hugging Face folder, with the log of its edits inside."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from kscli.errors import ArtifactError, UsageError
+from kscli.models.loading import LoadedModel, quiet_transformers
+
+EDIT_LOG = "kscli_edits.jsonl"
+
+# Where transformers keeps that a model was read from GGUF, though its weights are ordinary now.
+QUANTISATION_NOTES = ("hf_quantizer", "is_quantized", "quantization_method")
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise UsageError unless a folder may be made at `folder`, or is there and empty.
+
+    Makes nothing.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"--save-model {folder} is not empty; name a new folder.")
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UsageError(f"--save-model {folder} is not a folder; name a new one.")
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"--save-model {folder}: nothing can be written in {there}.")
+    except OSError as error:
+        raise UsageError(f"--save-model {folder}: {error.strerror}.") from error
+
+
+def save_model(model: LoadedModel, folder: Path, log: Sequence[Mapping[str, object]]) -> None:
+    """Write config, weights (safetensors) and tokenizer to a new folder, and `log` beside them.
+
+    The log is `EDIT_LOG`, one JSON object a line; what is not finite is null there. The folder is
+    written beside its place and renamed, and the model is left as it is. Raises UsageError as
+    `require_new_folder` does, and ArtifactError when the folder cannot be written.
+    """
+    require_new_folder(folder)
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir(parents=True)
+        with quiet_transformers(), _no_quantisation_note(model.decoder.model):
+            model.decoder.model.save_pretrained(temporary)  # type: ignore[operator]
+            _tokenizer_as_read(model).save_pretrained(temporary)
+        with (temporary / EDIT_LOG).open("w", encoding="utf-8") as file:
+            for edit in log:
+                file.write(json.dumps(_strict(edit), ensure_ascii=False, allow_nan=False) + "\n")
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ArtifactError(f"{folder} was not written: {reason}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _no_quantisation_note(model: Any) -> Iterator[None]:
+    """Hide that a model was read from GGUF while the block runs: transformers would not save it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
+        yield
+        return
+    notes = {name: vars(model).pop(name) for name in QUANTISATION_NOTES if name in vars(model)}
+    config = vars(model.config).pop("quantization_config", None)
+    try:
+        yield
+    finally:
+        vars(model).update(notes)
+        model.config.quantization_config = config
+
+
+def _tokenizer_as_read(model: LoadedModel) -> Any:
+    """The tokenizer with the length that it had before kscli took the limit away."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    length = tokenizer.init_kwargs.get("model_max_length") or model.positions
+    if length:
+        tokenizer.model_max_length = length
+    return tokenizer
+
+
+def _strict(value: object) -> object:
+    """A value as strict JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value

@@ -1,0 +1,155 @@
+"""How far edits were predicted to move every fact's value, and how far they moved it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from kscli.editing.edits_file import EditsFile
+from kscli.errors import UsageError
+from kscli.figures.edit_runs import is_edited, is_sequence, run_names
+from kscli.figures.style import (
+    COLOURS,
+    COLUMN,
+    GREY,
+    PAGE,
+    SMALL,
+    TEXT,
+    fitted,
+    new_figure,
+    open_axes,
+    title,
+)
+
+_MAX_COLUMNS = 3
+# Beyond this many points, an image of them is smaller than they are.
+_RASTERIZED = 2000
+
+Real = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Predicted and measured |Delta| of facts, each (points,), and which facts were edited."""
+
+    predicted: Real
+    measured: Real
+    edited: NDArray[np.bool_]
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's r of predicted and measured; NaN where either does not vary."""
+        if len(self.predicted) < 2 or not np.ptp(self.predicted) or not np.ptp(self.measured):
+            return math.nan
+        return float(np.corrcoef(self.predicted, self.measured)[0, 1])
+
+
+def points_of(run: EditsFile) -> Points:
+    """What a log-log figure of a run shows: the facts moved, after the last edit of a sequence.
+
+    Of single edits, the facts that each of them moves. What no edit moves, or is not predicted,
+    has no point.
+    """
+    rows = slice(-1, None) if is_sequence(run) else slice(None)
+    predicted, measured = run.values("predicted")[rows], run.values("measured")[rows]
+    edited = np.broadcast_to(is_edited(run) & is_sequence(run), predicted.shape)
+    shown = (predicted > 0) & (measured > 0)
+    return Points(predicted[shown], measured[shown], edited[shown])
+
+
+def draw(runs: Sequence[EditsFile]) -> Figure:
+    """One panel a run, all on one pair of logarithmic scales with the line of slope 1.
+
+    Raises UsageError where no run predicts anything: memit's do not, nor does one edit of the only
+    fact.
+    """
+    points = [points_of(run) for run in runs]
+    lengths = np.concatenate([part for each in points for part in (each.predicted, each.measured)])
+    if not lengths.size:
+        raise UsageError(
+            f"{runs[0].path} has no predicted interference to draw: equations 11 and 15 are about "
+            "what rome's edits do to other facts. Name another run with --edits."
+        )
+    columns = 2 if len(runs) == 4 else min(len(runs), _MAX_COLUMNS)
+    rows = math.ceil(len(runs) / columns)
+    width = COLUMN if columns == 1 else PAGE
+    side = (width - 0.5) / columns - 0.1
+    fig = new_figure(width, rows * (side + 0.2) + 0.65)
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    named = run_names(runs)
+    limits = (float(lengths.min()) / 1.6, float(lengths.max()) * 1.6)
+    for at, (ax, run, own) in enumerate(zip(axes.flat, runs, named.own, strict=False)):
+        _draw_panel(ax, run, points[at], COLOURS[at % len(COLOURS)], limits)
+        if own:
+            ax.set_title(fitted(own, side, TEXT), pad=3, parse_math=False)
+        ax.tick_params(labelbottom=at + columns >= len(runs))
+    for ax in axes.flat[len(runs) :]:
+        ax.set_axis_off()
+    title(fig, "How far edits move the values of facts", named.shared)
+    fig.supxlabel("predicted $|\\Delta_j|$")
+    fig.supylabel("measured $|\\Delta_j|$")
+    return fig
+
+
+def _draw_panel(
+    ax: Axes, run: EditsFile, points: Points, colour: str, limits: tuple[float, float]
+) -> None:
+    ax.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
+    ax.set_box_aspect(1)
+    open_axes(ax)
+    ax.plot(limits, limits, color=GREY, linewidth=0.6, zorder=1, label="slope 1")
+    if not points.predicted.size:
+        _write(ax, ["not predicted"])
+        return
+    for edited, label, style in _groups(run, colour):
+        chosen = points.edited == edited
+        if chosen.any():
+            ax.plot(
+                points.predicted[chosen],
+                points.measured[chosen],
+                linestyle="none",
+                label=f"{int(chosen.sum()):,} {label}",
+                rasterized=points.predicted.size > _RASTERIZED,
+                **style,
+            )
+    ax.legend(loc="lower right", handletextpad=0.3, borderaxespad=0.2)
+    _write(ax, _findings(run, points))
+
+
+def _write(ax: Axes, lines: Sequence[str]) -> None:
+    """Lines of text above the line of slope 1."""
+    ax.text(
+        *(0.03, 0.97, "\n".join(lines)),
+        transform=ax.transAxes,
+        fontsize=SMALL,
+        va="top",
+        linespacing=1.3,
+    )
+
+
+def _groups(run: EditsFile, colour: str) -> list[tuple[bool, str, dict[str, Any]]]:
+    """Edited facts and the others; on one line, the larger marks go beneath the smaller."""
+    original = "original facts" if is_sequence(run) else "facts, each by one edit"
+    hollow = {"marker": "^", "markersize": 4.0, "mfc": "none", "mec": "#333333", "mew": 0.4}
+    dots = {"marker": "o", "markersize": 2.0, "color": colour, "mew": 0}
+    return [(True, "edited facts", hollow), (False, original, dots)]
+
+
+def _findings(run: EditsFile, points: Points) -> list[str]:
+    """The correlation, and the worst errors of all edits relative to the largest prediction."""
+    found = []
+    if not math.isnan(points.correlation):
+        found.append(f"r = {points.correlation:.3f}")
+    for name, what in (("linear_error", "worst error"), ("live_error", "in the live model")):
+        errors = run.values(name)
+        errors = errors[~np.isnan(errors)]
+        if errors.size:
+            found.append(f"{what}: {errors.max():.0e}".replace("-", "\N{MINUS SIGN}"))
+    return found

@@ -1,0 +1,193 @@
+"""|P| with facts that are bound side by side, and those named whose edit does most to others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from kscli.figures import Source
+from kscli.figures.style import (
+    GREY,
+    PAGE,
+    SMALL,
+    TEXT,
+    fitted,
+    names,
+    new_figure,
+    text_width,
+    title,
+)
+
+# Inches: left of the names of facts, what these may take, from them to the panel, the bar and its
+# label; what stands above the panels and below them, between rows.
+_MARGIN, _NAME, _LEADER, _BAR = 0.06, 1.25, 0.22, 0.62
+_HEADING, _BELOW, _GAP = 0.55, 0.22, 0.12
+_SIDE = 4.0
+_LINE = 1.25 * SMALL / 72  # inches that a name takes down the side
+_MOST = 24  # facts that are named where not all can be
+# A p beyond the scale by less than this is rounding of a p of 1.
+_ROUNDING = 1e-9
+
+Real = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """|P| (m, m) of one layer in the order of its facts, `order` (m,).
+
+    `damage` (m,), in that order too, is the root mean square of p from each fact to the others,
+    and `labels` are its subject and that number.
+    """
+
+    names: tuple[str, ...]
+    order: NDArray[np.intp]
+    size: Real
+    damage: Real
+    labels: tuple[tuple[str, str], ...]
+
+
+def draw(sources: Sequence[Source]) -> Figure:
+    """One panel a model and layer, on one scale from 0 to 1; rows are edited, columns are moved.
+
+    Facts are in the order of a clustering by |p|. Named are all, or those of largest rms p to the
+    others where there is no room, with that number. The sources' matrices must have facts.
+    """
+    panels = [panel_of(source, layer) for source in sources for layer in source.layers]
+    columns = 1 if len(panels) == 1 else 2
+    rows = math.ceil(len(panels) / columns)
+    beside = _MARGIN + _NAME + _LEADER
+    side = min(_SIDE, (PAGE - _BAR) / columns - beside - 0.1)
+    named = names([panel.names for panel in panels])
+    head = (TEXT * 1.2 + 3) / 72 if named.own[0] else 0.0
+    height = rows * (side + head + _GAP) - _GAP + _HEADING + _BELOW
+    width = columns * (beside + side + 0.1) + _BAR
+    # Set by hand: the names beside the panels would take part in any automatic layout.
+    fig = new_figure(width, height, layout="none")
+    for at, (panel, own) in enumerate(zip(panels, named.own, strict=True)):
+        row, column = divmod(at, columns)
+        left = column * (beside + side + 0.1) + beside
+        bottom = height - _HEADING - (row + 1) * (head + side) - row * _GAP
+        ax = fig.add_axes((left / width, bottom / height, side / width, side / height))
+        _draw_panel(ax, panel, side)
+        if own:
+            ax.set_title(fitted(own, side, TEXT), pad=3, parse_math=False)
+    length = height - _HEADING - _BELOW - head
+    bar = fig.add_axes(
+        ((width - _BAR + 0.05) / width, _BELOW / height, 0.09 / width, length / height)
+    )
+    beyond = any(panel.size.max() > 1 + _ROUNDING for panel in panels)
+    fig.colorbar(
+        fig.axes[0].images[0], cax=bar, extend="max" if beyond else "neither", extendfrac=0.03
+    ).set_label("$|p(k_i, k_j)|$")
+    title(
+        fig, "What an edit of each fact would move\nbeside names: rms p to the others", named.shared
+    )
+    fig.supxlabel(
+        "rows: fact $i$, which is edited; columns: fact $j$, which is moved",
+        y=0.04 / height,
+        va="bottom",
+    )
+    return fig
+
+
+def panel_of(source: Source, layer: int) -> Panel:
+    """One layer's |P|, ordered."""
+    matrices = source.matrices
+    size = np.abs(matrices.matrix("P", layer))
+    m = len(size)
+    damage = np.sqrt((np.square(size).sum(axis=1) - np.square(np.diag(size))) / max(m - 1, 1))
+    order = cluster_order(size)
+    labels = tuple(
+        (matrices.facts[at].subject, f" {damage[at]:.2f}" if m > 1 else "") for at in order
+    )
+    named = (matrices.model, f"layer {layer}", f"m = {m}")
+    return Panel(named, order, size[np.ix_(order, order)], damage[order], labels)
+
+
+def cluster_order(size: Real) -> NDArray[np.intp]:
+    """An order of the m facts of |P| in which those that are bound are neighbours.
+
+    Average linkage, its leaves turned so that neighbours are near (Bar-Joseph et al., 2001). The
+    distance of a pair is 1 less the larger of its two |p|, 0 at least.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import squareform
+
+    m = len(size)
+    if m < 3:
+        return np.arange(m)
+    distance = np.clip(1 - np.maximum(size, size.T), 0, None)
+    np.fill_diagonal(distance, 0)
+    condensed = squareform(distance, checks=False)
+    tree = optimal_leaf_ordering(linkage(condensed, "average"), condensed)
+    return np.asarray(leaves_list(tree), dtype=np.intp)
+
+
+def spread(wanted: Real, gap: float, low: float, high: float) -> Real:
+    """Ascending places at least `gap` apart, within `low` and `high`, near ascending `wanted`.
+
+    Blocks that would overlap are moved as one to where they are nearest to what is wanted.
+    """
+    steps = gap * np.arange(len(wanted))
+    blocks: list[Real] = []
+    for place in wanted - steps:
+        blocks.append(np.array([place]))
+        while len(blocks) > 1 and blocks[-2].mean() > blocks[-1].mean():
+            blocks[-2:] = [np.concatenate(blocks[-2:])]
+    starts = np.concatenate([np.full(len(block), block.mean()) for block in blocks])
+    moved: Real = np.clip(starts, low, max(low, high - steps[-1])) + steps
+    return moved
+
+
+def _draw_panel(ax: Axes, panel: Panel, side: float) -> None:
+    m = len(panel.size)
+    ax.imshow(panel.size, cmap=_colours(), norm=Normalize(0, 1), interpolation="none")
+    ax.set(xticks=[], yticks=[])
+    room = max(1, int(side / _LINE))
+    # The most harmful where not all have room, in their order down the side.
+    named = m if m <= room else min(room, _MOST)
+    chosen = np.sort(np.argsort(-panel.damage, kind="stable")[:named])
+    inch = m / side  # in facts
+    places = spread(
+        chosen.astype(np.float64), _LINE * inch, -0.5 + _LINE * inch / 2, m - 0.5 - _LINE * inch / 2
+    )
+    for at, place in zip(chosen.tolist(), places.tolist(), strict=True):
+        ax.text(
+            -0.5 - _LEADER * inch,
+            place,
+            _name(panel.labels[at]),
+            fontsize=SMALL,
+            ha="right",
+            va="center",
+            parse_math=False,
+        )
+        ax.plot(
+            [-0.5 - (_LEADER - 0.03) * inch, -0.5 - 0.06 * inch, -0.5 - 0.01 * inch],
+            [place, at, at],
+            color=GREY,
+            linewidth=0.4,
+            clip_on=False,
+        )
+    ax.set(xlim=(-0.5, m - 0.5), ylim=(m - 0.5, -0.5))
+
+
+def _name(label: tuple[str, str]) -> str:
+    """The subject, cut where it is too long, and its number."""
+    subject, number = label
+    return fitted((subject,), _NAME - text_width(number, SMALL), SMALL) + number
+
+
+def _colours() -> Colormap:
+    """White to red, as the heatmap of P has it, darker beyond 1."""
+    shades = colormaps["RdBu_r"](np.linspace(0.5, 0.94, 255))
+    return LinearSegmentedColormap.from_list("size", list(shades), N=255).with_extremes(
+        over="#2e0410"
+    )

@@ -1,0 +1,157 @@
+"""The sections on several models beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kscli.figures import FigureOptions, Source
+from kscli.fixed_points import FixedPoints, fixed_points
+from kscli.report.examined import Examined
+from kscli.report.findings import Finding
+from kscli.report.html import Html, join
+from kscli.report.pictures import Drawing, picture
+from kscli.report.sections import PAIRS, Section, finding_list
+from kscli.report.tables import Row, intervals, numbers, shares, table, words
+from kscli.report.words import fact_sentence, number, share, with_interval
+from kscli.resampling import Resampling
+from kscli.scaling import Measured, scaling_rows
+
+KEY = "models"
+_IMAGE = 600_000
+
+
+def scaling(models: Sequence[Examined]) -> Section:
+    """Kurtosis against size, by family."""
+    rows = scaling_rows(
+        [
+            Measured(one.file, one.file.attributes["model_id"], _depth(one), one.layers)
+            for one in models
+        ],
+        Resampling(seed=models[0].seed),
+    )
+    body = [finding_list([Finding("Size", tuple(map(size_sentence, rows)) or (_NO_FAMILY,))])]
+    if rows:
+        columns = [
+            words("smaller"),
+            words("larger"),
+            numbers("kurtosis_smaller", "kurtosis of smaller", 1),
+            numbers("kurtosis_larger", "of larger", 1),
+            intervals("difference"),
+            shares("share_higher", "larger is higher at", 0),
+            intervals("difference_distinct", "difference, other tokens"),
+        ]
+        body.append(table(rows, columns, "Mean kurtosis over layers against size, by family"))
+    drawing = Drawing(
+        "kurtosis",
+        "kurtosis",
+        "Excess kurtosis of P off the diagonal over depth.",
+        FigureOptions(seed=models[0].seed),
+    )
+    body.append(_picture(drawing, [one.source(one.layers) for one in models]))
+    return Section("scaling", "Kurtosis and size", join(body))
+
+
+_NO_FAMILY = (
+    "No two of the models are known to be sizes of one family, so nothing is said of kurtosis "
+    "and size."
+)
+
+
+def size_sentence(row: Row) -> str:
+    """Whether the larger model has the larger kurtosis."""
+    difference, low, high = (row[f"difference{end}"] for end in ("", "_low", "_high"))
+    if difference != difference:
+        return (
+            f"Whether kurtosis grows from {row['smaller']} to {row['larger']} is undefined: one "
+            "of them has none at any layer."
+        )
+    if low > 0:
+        verdict = "the larger model has the larger kurtosis"
+    elif high < 0:
+        verdict = "the larger model has the smaller kurtosis"
+    elif low == low:
+        verdict = "the interval holds 0, so which is larger cannot be told"
+    elif row["same_facts"]:
+        verdict = "the difference has no interval"
+    else:
+        verdict = "they were measured on different facts, so the difference has no interval"
+    return (
+        f"From {row['smaller']} to {row['larger']} mean kurtosis over layers goes from "
+        f"{number(row['kurtosis_smaller'], 1)} to {number(row['kurtosis_larger'], 1)}, a "
+        f"difference of {with_interval(difference, low, high, 1)}: {verdict}. The larger model's "
+        f"is higher at {share(row['share_higher'])} of relative depths."
+    )
+
+
+def points(models: Sequence[Examined]) -> Section:
+    """The pairs that are bound most tightly in every model."""
+    if not comparable(models):
+        reason = (
+            "The models have no pairs to compare: they were not measured on the same facts, or one "
+            "of them not at layer 0."
+        )
+        return Section("pairs", "Fixed points", finding_list([Finding("Pairs", (reason,))]))
+    found = fixed_points([one.file for one in models], PAIRS)
+    sentence = found.sentence()
+    if not len(found.pairs):
+        # How many of none share a token is nothing to say.
+        sentence = sentence.partition(";")[0] + "."
+    body = [finding_list([Finding("Pairs", (sentence,))])]
+    if len(found.pairs):
+        columns = [
+            numbers("rank", digits=0),
+            numbers("p_least", "least p"),
+            numbers("p_mean", "mean p"),
+            words("edited", "edited (i)", long=True),
+            words("moved", "moved (j)", long=True),
+            words("same", "same token"),
+        ]
+        caption = f"Pairs in the top {PAIRS} of every model at layer 0"
+        body.append(table(_point_rows(found, models[0]), columns, caption))
+    return Section("pairs", "Fixed points", join(body))
+
+
+def comparable(models: Sequence[Examined]) -> bool:
+    """Whether the models share what fixed points are made of: the facts, and layer 0."""
+    first = models[0].file.facts
+    return all(one.file.facts == first and 0 in one.layers for one in models)
+
+
+def _point_rows(found: FixedPoints, one: Examined) -> list[Row]:
+    facts = one.file.facts
+    return [
+        {
+            **row,
+            "edited": fact_sentence(facts[row["i"]]),
+            "moved": fact_sentence(facts[row["j"]]),
+            "same": "yes" if row["same_last_token"] else "no",
+        }
+        for row in found.rows(facts)
+    ]
+
+
+def side_by_side(models: Sequence[Examined]) -> Section:
+    """First and last layers in one figure each."""
+    first = [one.source(one.layers[:1]) for one in models]
+    last = [one.source(one.layers[-1:]) for one in models]
+    body = [
+        _picture(Drawing("heatmap", "heatmap", "P at the first layer.", most_bytes=_IMAGE), first),
+        _picture(Drawing("kde", "kde", "Density of P off the diagonal, first layer."), first),
+        _picture(
+            Drawing("angles", "angles", "Angles between the keys of two facts, last layer."), last
+        ),
+    ]
+    return Section("side-by-side", "Side by side", join(body))
+
+
+def _picture(drawing: Drawing, sources: list[Source]) -> Html:
+    return picture(drawing, sources, KEY)
+
+
+def _depth(one: Examined) -> int:
+    return int(one.file.attributes["n_layers"])
+
+
+Builder = Callable[[Sequence[Examined]], Section]
+
+SECTIONS: tuple[Builder, ...] = (scaling, points, side_by_side)

@@ -1,0 +1,164 @@
+"""One model's matrices, and all that the page says of them in numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts import CovarianceFile, PMatrixFile
+from kscli.errors import ArtifactError, FactsError
+from kscli.figures import Source
+from kscli.figures.angles import angles, mode
+from kscli.figures.curves import make_curve
+from kscli.figures.settled import Settling, settle
+from kscli.relations import Permutations, RelationStatistics, relation_statistics
+from kscli.report.words import spread
+from kscli.reporter import SILENT, Reporter
+from kscli.resampling import Resampling
+from kscli.statistics import Statistics
+from kscli.stats_file import statistics_of
+
+_SHOWN = 4
+_BOUNDS = (0.0, 180.0)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What C is a mean over, as far as the cov.h5 beside the pmatrix file tells."""
+
+    tokens: int
+    documents: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One model, measured. `key` begins the ids of its part of the page, `seed` is of the draws.
+
+    `modes[l]` are the most frequent angles at the l-th layer, in degrees, in the whitening and
+    in the activation space, NaN where there is none. `settlings` are of `ends`. `relations` is
+    None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
+    the cov.h5 that P was made with is not beside it.
+    """
+
+    key: str
+    file: PMatrixFile
+    seed: int
+    statistics: Statistics
+    modes: tuple[tuple[float, float], ...]
+    settlings: tuple[Settling, ...]
+    relations: RelationStatistics | None
+    no_relations: str
+    corpus: Corpus | None
+
+    @property
+    def model(self) -> str:
+        """The model's name for people."""
+        return self.file.model
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers there are."""
+        return self.statistics.layers
+
+    @property
+    def m(self) -> int:
+        """The number of facts."""
+        return self.statistics.m
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The first and the last layer."""
+        return spread(self.layers, 2)
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """A few layers over the depth."""
+        return spread(self.layers, _SHOWN)
+
+    @property
+    def token(self) -> str:
+        """Which token the facts' keys were read at, in words."""
+        token = str(self.file.attributes["token"])
+        return {
+            "subject-last": "the subject's last token",
+            "subject-first": "the subject's first token",
+            "last": "the prompt's last token",
+        }.get(token, token)
+
+    def source(self, layers: tuple[int, ...]) -> Source:
+        """What figures of some layers are drawn from."""
+        return Source(self.file, layers, int(self.file.attributes["n_layers"]))
+
+    def values(self, name: str) -> NDArray[np.float64]:
+        """A statistic over `layers`."""
+        return self.statistics.values[name]
+
+    def at(self, name: str, layer: int) -> float:
+        """A statistic at one layer."""
+        return float(self.values(name)[self.layers.index(layer)])
+
+    def where(self, mask: NDArray[np.bool_]) -> list[int]:
+        """The layers at which a mask over `layers` holds."""
+        return [layer for layer, holds in zip(self.layers, mask, strict=True) if holds]
+
+
+def examine(file: PMatrixFile, key: str, seed: int = 0, reporter: Reporter = SILENT) -> Examined:
+    """Compute what the page says of one model; the statistics are read where they are today's."""
+    resampling = Resampling(seed=seed)
+    statistics = statistics_of(
+        file, file.layers, file.path.with_name("stats.h5"), resampling, reporter
+    )
+    modes = []
+    with reporter.task("angles", len(file.layers), unit="layers") as task:
+        for layer in file.layers:
+            modes.append((_mode(file, "whitened_cosine", layer), _mode(file, "cosine", layer)))
+            task.advance()
+    settlings = [
+        settle(file.matrix("P", layer), (), resampling) for layer in spread(file.layers, 2)
+    ]
+    relations, reason = _relations(file, seed, reporter)
+    return Examined(
+        key,
+        file,
+        seed,
+        statistics,
+        tuple(modes),
+        tuple(settlings),
+        relations,
+        reason,
+        _corpus(file),
+    )
+
+
+def _mode(file: PMatrixFile, name: Any, layer: int) -> float:
+    return mode(make_curve(angles(file.matrix(name, layer)), _BOUNDS))
+
+
+def _relations(
+    file: PMatrixFile, seed: int, reporter: Reporter
+) -> tuple[RelationStatistics | None, str]:
+    try:
+        found = relation_statistics(file, file.layers, Permutations(seed=seed), reporter)
+    except FactsError as error:
+        return None, str(error)
+    return found, ""
+
+
+def _corpus(file: PMatrixFile) -> Corpus | None:
+    """What the cov.h5 beside the file says, if P was made with it."""
+    made_with = json.loads(file.attributes["inputs"]).get("cov")
+    try:
+        with CovarianceFile(file.path.with_name("cov.h5")) as cov:
+            if cov.fingerprint != made_with:
+                return None
+            documents, length = (
+                int(cov.attributes.get(name, 0)) for name in ("documents", "max_length")
+            )
+            return Corpus(cov.count, documents, length)
+    except ArtifactError:
+        return None

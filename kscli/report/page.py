@@ -1,0 +1,164 @@
+"""The page as a whole: its head, its parts, and the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from kscli import __version__
+from kscli.artifacts import PMatrixFile
+from kscli.files import replace_file, require_writable
+from kscli.report import comparison
+from kscli.report.examined import Examined, examine
+from kscli.report.html import Html, tag, void
+from kscli.report.sections import Section, builders
+from kscli.report.words import counted, listed
+from kscli.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page says of one thing; `key` begins the ids of its sections."""
+
+    key: str
+    title: str
+    about: str
+    sections: tuple[Section, ...]
+
+
+def write_report(
+    sources: Sequence[PMatrixFile],
+    path: Path,
+    *,
+    seed: int = 0,
+    command: str = "",
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Write the page on the open matrices of one or several models to `path`.
+
+    `command` is said to have made it. Raises ArtifactError where the file exists, unless
+    `force`, and where it cannot be written.
+    """
+    require_writable(path, force=force)
+    models = [
+        examine(file, f"model-{at}", seed, reporter) for at, file in enumerate(sources, start=1)
+    ]
+    parts = model_parts(models, reporter)
+    content = document(_title(models), parts, command)
+    with replace_file(path, force=force) as beside:
+        beside.write_text(content, encoding="utf-8")
+
+
+def model_parts(models: Sequence[Examined], reporter: Reporter = SILENT) -> list[Part]:
+    """A part on all models beside each other where they are several, and one on each."""
+    of_all = comparison.SECTIONS if len(models) > 1 else ()
+    steps = len(of_all) + sum(len(builders(one)) for one in models)
+    parts = []
+    with reporter.task("report", steps, unit="sections") as task:
+        if of_all:
+            made = []
+            for build in of_all:
+                made.append(build(models))
+                task.advance()
+            parts.append(Part(comparison.KEY, "All models", _all_models(models), tuple(made)))
+        for one in models:
+            sections = []
+            for of_one in builders(one):
+                sections.append(of_one(one))
+                task.advance()
+            there = tuple(section for section in sections if section is not None)
+            parts.append(Part(one.key, _heading(one, models), _about(one), there))
+    return parts
+
+
+def document(title: str, parts: Sequence[Part], command: str = "") -> str:
+    """The HTML of the page, which loads nothing and runs no script but its own."""
+    style, script = _own_file("style.css"), _own_file("script.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Figures bring their colours in style attributes, which no hash allows.
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    head = tag(
+        "head",
+        void("meta", charset="utf-8"),
+        void("meta", http_equiv="Content-Security-Policy", content=policy),
+        void("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        void("meta", name="generator", content=f"kscli {__version__}"),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    made_by = f"Made by kscli {__version__}" + (f": {command}" if command else ".")
+    body = tag(
+        "body",
+        tag("header", tag("h1", title), *([_about_of(parts[0])] if len(parts) == 1 else [])),
+        _contents(parts),
+        tag("main", *(_part(part, headed=len(parts) > 1) for part in parts)),
+        tag("footer", made_by),
+        tag("script", Html(script)),
+    )
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _own_file(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _contents(parts: Sequence[Part]) -> Html:
+    lists = []
+    for part in parts:
+        links = [
+            tag("li", tag("a", section.title, href=f"#{part.key}-{section.name}"))
+            for section in part.sections
+        ]
+        named = tag("li", tag("a", tag("strong", part.title), href=f"#{part.key}"))
+        lists.append(tag("ul", *([named] if len(parts) > 1 else []), *links))
+    return tag("nav", *lists, aria_label="Contents")
+
+
+def _part(part: Part, *, headed: bool) -> Html:
+    head = [tag("h2", part.title), _about_of(part)] if headed else []
+    sections = [
+        tag(
+            "section",
+            tag("h3" if headed else "h2", section.title),
+            section.body,
+            id=f"{part.key}-{section.name}",
+        )
+        for section in part.sections
+    ]
+    return tag("article", *head, *sections, id=part.key)
+
+
+def _about_of(part: Part) -> Html:
+    return tag("p", part.about, class_="about")
+
+
+def _title(models: Sequence[Examined]) -> str:
+    return f"Knowledge superposition in {listed([one.model for one in models])}"
+
+
+def _heading(one: Examined, models: Sequence[Examined]) -> str:
+    """The model's name; with the file where another has the same."""
+    same = [other for other in models if other.model == one.model]
+    return one.model if len(same) == 1 else f"{one.model} ({one.file.path})"
+
+
+def _all_models(models: Sequence[Examined]) -> str:
+    return f"{counted(len(models), 'model')}: {listed([one.model for one in models])}."
+
+
+def _about(one: Examined) -> str:
+    """One line of what was measured."""
+    known = one.file.attributes
+    tokens = f"{counted(one.corpus.tokens, 'token')} of " if one.corpus else ""
+    return (
+        f"{counted(one.m, 'fact')} of {known['facts_name']} at "
+        f"{counted(len(one.layers), 'layer')}; C of {tokens}{known['corpus']}; {known['dtype']}."
+    )

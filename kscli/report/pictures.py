@@ -1,0 +1,140 @@
+"""Figures inside the page: SVG where it is small, else PNG that keeps to a number of bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from kscli.figures import KINDS, FigureOptions, Source
+from kscli.figures.saving import render
+from kscli.report.html import Html, tag, void
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+# The elements of matplotlib's SVG that are not part of the drawing; the page has its own style.
+_NOT_DRAWN = ("metadata", "style")
+# Characters that a name may have, which matplotlib writes and no XML may.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Widths in pixels at which an image is tried, until its pages keep to the drawing's bytes.
+_WIDTHS = (1600, 1300, 1000, 800, 600)
+_COLOURS = 256
+_PLAIN = FigureOptions()
+# A figure of one column of the printed page, in inches at most.
+_NARROW = 4.0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the registry on the page; `name` is its own among a part's drawings.
+
+    With `most_bytes` it is drawn as PNG, and all its pages together have no more bytes than
+    that where the narrowest width allows; 0: as SVG.
+    """
+
+    name: str
+    kind: str
+    caption: str
+    options: FigureOptions = _PLAIN
+    most_bytes: int = 0
+
+
+def picture(drawing: Drawing, sources: Sequence[Source], prefix: str) -> Html:
+    """The drawing of `sources`, a `figure` a page, and its caption; `prefix` begins all its ids."""
+    pages = KINDS[drawing.kind].pages(sources, drawing.options)
+    if drawing.most_bytes:
+        drawn = _images(pages, drawing)
+    else:
+        drawn = [
+            _svg(page, f"{prefix}-{drawing.name}-{at}-", drawing.caption)
+            for at, page in enumerate(pages)
+        ]
+    figures = [
+        tag("figure", inner, class_="card", tabindex="0", aria_label=drawing.caption)
+        for inner in drawn
+    ]
+    narrow = all(page.get_figwidth() <= _NARROW for page in pages)
+    return tag(
+        "div",
+        *figures,
+        tag("p", drawing.caption, class_="caption"),
+        class_=f"picture {'narrow' if narrow else 'wide'}",
+    )
+
+
+def _svg(page: Figure, prefix: str, label: str) -> Html:
+    """The figure as an `svg` element whose ids begin with `prefix`."""
+    root = ElementTree.fromstring(_NOT_XML.sub("", render(page, "svg").decode()))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in _NOT_DRAWN:
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {
+            _local(name): _own(value, _local(name), prefix)
+            for name, value in element.attrib.items()
+        }
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    return Html(ElementTree.tostring(root, encoding="unicode", method="html"))
+
+
+def _local(name: str) -> str:
+    """A name without its namespace, which HTML knows by itself."""
+    return name.rpartition("}")[2]
+
+
+def _own(value: str, name: str, prefix: str) -> str:
+    """An attribute's value, where it is an id or refers to one, with the prefix."""
+    if name == "id":
+        return prefix + value
+    if name == "href" and value.startswith("#"):
+        return f"#{prefix}{value[1:]}"
+    return value.replace("url(#", f"url(#{prefix}")
+
+
+def _images(pages: Sequence[Figure], drawing: Drawing) -> list[Html]:
+    """The pages as PNG, as wide as their bytes allow."""
+    from PIL import Image
+
+    originals = [Image.open(io.BytesIO(render(page, "png"))).convert("RGB") for page in pages]
+    encoded: list[bytes] = []
+    for width in _WIDTHS:
+        encoded = [_encoded(image, width) for image in originals]
+        if sum(map(len, encoded)) <= drawing.most_bytes:
+            break
+    return [
+        void(
+            "img",
+            src=f"data:image/png;base64,{base64.b64encode(data).decode()}",
+            alt=drawing.caption,
+            width=str(size[0]),
+            height=str(size[1]),
+        )
+        for data, size in ((data, _size(data)) for data in encoded)
+    ]
+
+
+def _encoded(image: Image, width: int) -> bytes:
+    """A PNG of at most that width, each of its pixels the mean of those it stands for."""
+    from PIL import Image
+
+    if image.width > width:
+        height = round(image.height * width / image.width)
+        image = image.resize((width, height), Image.Resampling.BOX)
+    few = image.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    few.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _size(png: bytes) -> tuple[int, int]:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png)).size

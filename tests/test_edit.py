@@ -1,0 +1,600 @@
+"""Runs of edits on the embedded model, against the definitions written out in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
+from kscli.corpus import CorpusSpec, open_corpus
+from kscli.editing import run as run_module
+from kscli.editing.edits_file import EditsFile
+from kscli.editing.run import ALREADY, Edit, EditOptions, EditRun
+from kscli.editing.sources import EditSources
+from kscli.editing.stage import EditPlan, HeldOut, checkpoint_of, make_edits, replay_edits
+from kscli.editing.updates import edit_directions
+from kscli.editing.value import DivergedError
+from kscli.editing.weights import EditableWeight
+from kscli.errors import ArtifactError, ModelError, NumericsError, UsageError
+from kscli.interrupts import InterruptedRunError
+from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.reporter import SILENT, Reporter
+from kscli.tiny import MODEL_DIR
+from kscli.whitening import whitening
+
+Array = NDArray[np.float64]
+HOOK = "transformer.h.{}.mlp.c_proj"
+EDITED = (3, 40, 17, 77, 5)
+M = 96
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's artifacts in float32."""
+    root = tmp_path_factory.mktemp("artifacts")
+    made = kscli("run", "--dir", root, "--dtype", "float32", "--count", M, "-q")
+    assert made.exit_code == 0, made.stderr
+    return root / "tiny"
+
+
+def fresh_tiny() -> LoadedModel:
+    return load_model(ModelOptions("tiny", device="cpu", dtype="float32"))
+
+
+@pytest.fixture
+def tiny() -> LoadedModel:
+    """The embedded model, for one test to edit."""
+    return fresh_tiny()
+
+
+def sources_of(folder: Path, stack: ExitStack, *layers: int) -> EditSources:
+    return EditSources(
+        stack.enter_context(CovarianceFile(folder / "cov.h5")),
+        stack.enter_context(KeysFile(folder / "keys.h5")),
+        stack.enter_context(PMatrixFile(folder / "pmatrix.h5")),
+        layers,
+    )
+
+
+def plan_of(sources: EditSources, facts: tuple[int, ...] = EDITED, **options: Any) -> EditPlan:
+    edits = tuple(Edit(fact, sources.pm.facts[fact].target_new) for fact in facts)
+    held_out = HeldOut(open_corpus(CorpusSpec("tiny")), 300)
+    return EditPlan(edits, "given", EditOptions(**options), held_out)
+
+
+def run_on_tiny(model: LoadedModel, folder: Path, path: Path, *layers: int, **options: Any) -> None:
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, *layers)
+        make_edits(model, sources, plan_of(sources, **options), path, force=False, reporter=SILENT)
+
+
+class Naive:
+    """transformers' own model, edited by hand in float64."""
+
+    def __init__(self) -> None:
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+        self.model: Any = model.eval().double()
+        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+
+    def projection(self, layer: int) -> Any:
+        return self.model.get_submodule(HOOK.format(layer))
+
+    def matrix(self, layer: int) -> Array:
+        found: Array = self.projection(layer).weight.detach().numpy().T.copy()
+        return found
+
+    def add(self, layer: int, change: Array) -> None:
+        with torch.no_grad():
+            self.projection(layer).weight += torch.from_numpy(change).T
+
+    def at(self, module: Any, text: str, position: int, *, given: bool) -> Array:
+        """A module's input or output at one token of a text."""
+        found: list[Array] = []
+
+        def hook(_: Any, inputs: Any, output: Any) -> None:
+            value = inputs[0] if given else output
+            value = value[0] if isinstance(value, tuple) else value
+            found.append(value.detach()[0, position].numpy())
+
+        handle = module.register_forward_hook(hook)
+        self.ids(text)
+        with torch.no_grad():
+            self.model(self.ids(text))
+        handle.remove()
+        return found[0]
+
+    def ids(self, text: str) -> Any:
+        return torch.tensor([self.tokenizer(text)["input_ids"]])
+
+    def logprob(self, text: str, target: str) -> float:
+        """log P of a target after a text, token by token."""
+        prompt, total = self.ids(text)[0].tolist(), 0.0
+        for token in self.tokenizer(f" {target}")["input_ids"]:
+            with torch.no_grad():
+                logits = self.model(torch.tensor([prompt])).logits[0, -1]
+            total += float(logits[token] - logits.logsumexp(0))
+            prompt.append(token)
+        return total
+
+
+def test_rome_is_equations_3_and_4(tiny: LoadedModel, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rome.h5"
+    layer = 1
+    run_on_tiny(tiny, folder, path, layer, measure_every=2)
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, layer)
+        C, keys = sources.cov.second_moment(layer), sources.keys.keys_of(layer)
+        file = stack.enter_context(EditsFile(path))
+        delta = file.values("delta")[:, 0]
+        assert file.values("edited").tolist() == list(EDITED)
+        naive = Naive()
+        W0 = naive.matrix(layer)
+        W, values, kept = W0.copy(), [], {}
+        for n, fact in enumerate(EDITED):
+            k = keys[fact]
+            v = W @ k + delta[n]
+            solved = np.linalg.solve(C, k)
+            W = W + np.outer(v - W @ k, solved) / (solved @ k)
+            values.append(v)
+            kept[fact] = W @ k
+            np.testing.assert_allclose(W @ k, v, atol=1e-9)
+
+            # Equations 11 and 15, measured: since the fact's own edit, or since the clean model.
+            moved = np.array([W @ keys[j] - kept.get(j, W0 @ keys[j]) for j in range(M)])
+            scale = np.linalg.norm(moved, axis=1).max()
+            for name in ("measured", "predicted"):
+                found = file.values(name)[n]
+                np.testing.assert_allclose(found, np.linalg.norm(moved, axis=1), atol=1e-6 * scale)
+            np.testing.assert_allclose(
+                file.values("weight_change")[n], np.linalg.norm(W - W0), rtol=1e-6
+            )
+        assert file.values("linear_error").max() < 1e-9
+        live = file.values("live_error")
+        assert np.isfinite(live).tolist() == [True, True, False, True, True]
+        assert np.nanmax(live) < 1e-4
+
+        edited = tiny.decoder.model.get_submodule(HOOK.format(layer)).weight
+        error = np.linalg.norm(edited.detach().double().numpy().T - W)
+        assert error < 1e-6 * np.linalg.norm(W)
+        direction = file.values("direction")[:, 0]
+        np.testing.assert_allclose(delta.T @ direction, W - W0, atol=1e-6 * np.abs(W - W0).max())
+
+
+def test_what_is_measured_is_what_the_edited_model_says(
+    tiny: LoadedModel, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rome.h5"
+    run_on_tiny(tiny, folder, path, 0, measure_every=100, moved=3)
+    naive = Naive()
+    facts = []
+    with EditsFile(path) as file:
+        facts = list(file.facts)
+        naive_states = [{f: naive.logprob(facts[f].text, facts[f].target) for f in range(0, M, 9)}]
+        clean_new = [naive.logprob(facts[f].text, facts[f].target_new) for f in EDITED]
+        change = [
+            np.outer(d, r)
+            for d, r in zip(file.values("delta")[:, 0], file.values("direction")[:, 0], strict=True)
+        ]
+        objects = file.objects()
+        for n, row in enumerate(objects):
+            fact = facts[EDITED[n]]
+            assert row["prob_new_before"] == pytest.approx(math.exp(clean_new[n]), rel=1e-3)
+            previous = naive.logprob(fact.text, fact.target_new)
+            assert row["prob_new_previous"] == pytest.approx(math.exp(previous), rel=1e-3, abs=1e-9)
+            moved = row["moved"]
+            P = file.values("p")[n]
+            others = [j for j in np.argsort(-np.abs(P)) if j != EDITED[n]]
+            assert [each["fact"] for each in moved] == others[:3]
+            assert row["p_max_other"] == P[others[0]] == moved[0]["p"]
+            other = facts[others[0]]
+            was = naive.logprob(other.text, fact.target_new)
+            assert moved[0]["logprob_new_previous"] == pytest.approx(was, abs=1e-3)
+            naive.add(0, change[n])
+            now = naive.logprob(other.text, fact.target_new)
+            assert moved[0]["logprob_new_after"] == pytest.approx(now, abs=1e-3)
+            true = naive.logprob(other.text, other.target)
+            assert moved[0]["logprob_true_after"] == pytest.approx(true, abs=1e-3)
+            after = naive.logprob(fact.text, fact.target_new)
+            assert row["prob_new_after"] == pytest.approx(math.exp(after), rel=1e-3, abs=1e-9)
+        naive_states.append(
+            {f: naive.logprob(facts[f].text, facts[f].target) for f in range(0, M, 9)}
+        )
+        assert file.values("step").tolist() == [0, 1, 5]
+        logprob = file.values("logprob_true")
+        for row, state in ((logprob[0], naive_states[0]), (logprob[-1], naive_states[1])):
+            np.testing.assert_allclose(row[list(state)], list(state.values()), atol=2e-3)
+        retained = [naive.logprob(facts[f].text, facts[f].target_new) for f in EDITED]
+        np.testing.assert_allclose(file.values("logprob_new")[-1], retained, atol=2e-3)
+        np.testing.assert_allclose(file.values("logprob_new")[0], clean_new, atol=2e-3)
+        assert file.values("perplexity")[-1] == pytest.approx(perplexity(naive, 300), rel=1e-4)
+        assert not file.values("answer_changed")[0].any()
+
+
+def perplexity(naive: Naive, tokens: int) -> float:
+    """Of the first tokens of the embedded corpus, each document apart."""
+    nll: list[float] = []
+    left = tokens
+    for document in open_corpus(CorpusSpec("tiny")).documents():
+        ids = naive.tokenizer(document)["input_ids"][:256][:left]
+        if len(ids) > 1:
+            left -= len(ids)
+            with torch.no_grad():
+                logits = naive.model(torch.tensor([ids])).logits[0]
+            nll += [-float(logits[t].log_softmax(0)[ids[t + 1]]) for t in range(len(ids) - 1)]
+        if left <= 1:
+            break
+    return math.exp(sum(nll) / len(nll))
+
+
+def test_memit_is_its_definition_over_two_layers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three facts at once, two layers: written out with an inverse and hooks of its own."""
+    tiny = fresh_tiny()
+    tiny.decoder.model.double()  # its keys move with the edit of an earlier layer
+    layers, weight, facts_edited = (0, 2), 3.0, (3, 40, 17)
+    naive = Naive()
+    generator = np.random.default_rng(0)
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, *layers)
+        facts = [sources.pm.facts[fact] for fact in facts_edited]
+        positions = [int(sources.pm.position[fact]) for fact in facts_edited]
+
+        def hidden(index: int) -> Array:
+            block = naive.model.get_submodule(f"transformer.h.{layers[-1]}")
+            return naive.at(block, facts[index].text, positions[index], given=False)
+
+        shifts = generator.standard_normal((3, len(hidden(0))))
+        monkeypatch.setattr(run_module, "random_value", lambda d, norm, seed, n: shifts[n])
+        plan = plan_of(
+            sources, facts_edited, method="memit", weight=weight, batch=3, random_norm=1.0
+        )
+        path = tmp_path / "memit.h5"
+        make_edits(tiny, sources, plan, path, force=False, reporter=SILENT)
+
+        wanted = np.array([hidden(i) + shifts[i] for i in range(3)])
+        for at, layer in enumerate(layers):
+            projection = naive.projection(layer)
+            K = np.array(
+                [naive.at(projection, facts[i].text, positions[i], given=True) for i in range(3)]
+            ).T
+            R = (wanted - np.array([hidden(i) for i in range(3)])).T / (len(layers) - at)
+            C = sources.cov.second_moment(layer)
+            change = R @ K.T @ np.linalg.inv(weight * C + K @ K.T)
+            naive.add(layer, change)
+            live = tiny.decoder.model.get_submodule(HOOK.format(layer)).weight
+            error = np.linalg.norm(live.detach().double().numpy().T - naive.matrix(layer))
+            assert error < 1e-6 * np.linalg.norm(naive.matrix(layer))
+    with EditsFile(path) as file:
+        assert np.isnan(file.values("predicted")).all()
+        assert all(row["linear_error"] != row["linear_error"] for row in file.objects())
+
+
+def test_one_fact_and_layer_of_memit_moves_others_by_the_shrunk_p(folder: Path) -> None:
+    """Delta_j = p delta a / (lambda + a); of ROME, without lambda, p delta."""
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, 2)
+        C, keys = sources.cov.second_moment(2), sources.keys.keys_of(2)
+        P = sources.pm.matrix("P", 2)[7]
+        a = sources.pm.leverage(2)[7]
+        white = whitening(C, sources.cov.count)
+        delta = np.random.default_rng(0).standard_normal(128)
+        for weight in (0.0, 10.0, 15000.0):
+            change = np.outer(delta, edit_directions(white, keys[7:8], weight)[0])
+            expected = np.outer(P, delta) * a / (weight + a)
+            np.testing.assert_allclose(
+                keys @ change.T, expected, atol=1e-8 * np.abs(expected).max()
+            )
+
+
+def test_two_equal_keys_cannot_have_two_values(folder: Path) -> None:
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, 0)
+        white = whitening(sources.cov.second_moment(0), sources.cov.count)
+        keys = sources.keys.keys_of(0)[[4, 4]]
+        with pytest.raises(NumericsError, match="not independent"):
+            edit_directions(white, keys)
+        assert edit_directions(white, keys, 1.0).shape == keys.shape
+
+
+def arrays(path: Path) -> dict[str, list[Any]]:
+    with EditsFile(path) as file:
+        return {name: file.values(name).tolist() for name in file.schema() if "/" not in name}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"protocol": "single"}, {"method": "memit", "weight": 1.0}]
+)
+def test_a_stopped_run_goes_on_to_the_same_file(
+    tiny: LoadedModel,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    whole, path = tmp_path / "whole.h5", tmp_path / "stopped.h5"
+    run_on_tiny(tiny, folder, whole, 1, measure_every=2, random_norm=2.0, **options)
+    calls: list[int] = []
+    original = EditRun._edit
+
+    def stop_after_two(self: EditRun, *arguments: Any) -> None:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+        calls.append(1)
+
+    monkeypatch.setattr(EditRun, "_edit", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run_on_tiny(fresh_tiny(), folder, path, 1, measure_every=2, random_norm=2.0, **options)
+    assert not path.exists()
+    with EditsFile(checkpoint_of(path)) as file:
+        assert file.edits == 2
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match=r"another run of edits .*measure_every changed"):
+        run_on_tiny(tiny, folder, path, 1, measure_every=3, random_norm=2.0, **options)
+
+    run_on_tiny(fresh_tiny(), folder, path, 1, measure_every=2, random_norm=2.0, **options)
+    assert not checkpoint_of(path).exists()
+    found, expected = arrays(path), arrays(whole)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_a_held_signal_ends_the_run_after_an_edit(
+    tiny: LoadedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = EditRun._edit
+
+    def then_signal(self: EditRun, *arguments: Any) -> None:
+        original(self, *arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(EditRun, "_edit", then_signal)
+    with pytest.raises(InterruptedRunError, match=r"1 of 5 edits are in .*same command") as raised:
+        run_on_tiny(tiny, folder, tmp_path / "a.h5", 0, random_norm=1.0)
+    assert raised.value.exit_code == 130
+
+
+def test_single_edits_are_taken_back(tiny: LoadedModel, folder: Path, tmp_path: Path) -> None:
+    single, first = tmp_path / "single.h5", tmp_path / "first.h5"
+    run_on_tiny(tiny, folder, single, 0, protocol="single", random_norm=5.0)
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, 0)
+        fresh = fresh_tiny()
+        plan = plan_of(sources, EDITED[:1], random_norm=5.0)
+        make_edits(fresh, sources, plan, first, force=False, reporter=SILENT)
+        with EditsFile(single) as file, EditsFile(first) as alone:
+            assert file.values("step").tolist() == [0, 1, 2, 3, 4, 5]
+            np.testing.assert_array_equal(
+                file.values("logprob_true")[1], alone.values("logprob_true")[1]
+            )
+            np.testing.assert_allclose(file.values("delta_norm"), 5.0)
+            P = sources.pm.matrix("P", 0)[list(EDITED)]
+            P[range(5), list(EDITED)] = 0
+            np.testing.assert_allclose(file.values("predicted"), 5 * np.abs(P), atol=1e-9)
+            assert np.isfinite(file.values("live_error")).all()
+
+
+def test_replayed_edits_are_the_model_that_was_edited(
+    tiny: LoadedModel, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.h5"
+    run_on_tiny(tiny, folder, path, 2, random_norm=3.0)
+    fresh = fresh_tiny()
+    with EditsFile(path) as file:
+        replay_edits(fresh, file)
+    for layer in range(4):
+        name = HOOK.format(layer)
+        live, again = (m.decoder.model.get_submodule(name).weight for m in (tiny, fresh))
+        torch.testing.assert_close(live, again, rtol=0, atol=1e-6)
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_what_is_kept_out(
+    tiny: LoadedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit to what the model says already, and one whose optimisation diverges."""
+    original = run_module.find_value
+
+    def diverging(model: Any, layer: Any, fact: Any, *others: Any) -> Any:
+        if fact.case_id == EDITED[4]:
+            raise DivergedError("the loss is NaN at step 3")
+        return original(model, layer, fact, *others)
+
+    monkeypatch.setattr(run_module, "find_value", diverging)
+    heard = Heard()
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, 0)
+        plan = plan_of(sources)
+        edits = list(plan.edits)
+        edits[0] = Edit(EDITED[0], sources.pm.facts[EDITED[0]].target)
+        plan = replace(plan, edits=tuple(edits))
+        path = tmp_path / "a.h5"
+        make_edits(tiny, sources, plan, path, force=False, reporter=heard)
+        subjects = [sources.pm.facts[fact].subject for fact in EDITED]
+    with EditsFile(path) as file:
+        assert file.values("edited").tolist() == list(EDITED[1:4])
+        assert file.values("step").tolist() == [0, 1, 3]
+        assert file.values("logprob_new").shape == (3, 5)
+        assert file.log().kept_out == [
+            (0, EDITED[0], edits[0].target_new, ALREADY),
+            (4, EDITED[4], edits[4].target_new, "the loss is NaN at step 3"),
+        ]
+    assert [w for w in heard.warnings if "was not edited" in w] == [
+        f"{subjects[0]!r} was not edited to {edits[0].target_new!r}: {ALREADY}.",
+        f"{subjects[4]!r} was not edited to {edits[4].target_new!r}: the loss is NaN at step 3.",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_quantised_matrix_is_refused(tiny: LoadedModel, dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(3, 3)
+    module.weight = torch.nn.Parameter(torch.zeros(3, 3, dtype=dtype), requires_grad=False)
+    projection = replace(tiny.decoder.projections[0], module=module)
+    decoder = tiny.decoder
+    kept, decoder.projections = decoder.projections, (projection,)
+    try:
+        with pytest.raises(ModelError, match=r"is a Linear of u?int8, not a matrix of floating"):
+            EditableWeight(tiny, 0)
+        projection.module.weight = None
+        with pytest.raises(ModelError, match="is a Linear, not a matrix"):
+            EditableWeight(tiny, 0)
+    finally:
+        decoder.projections = kept
+
+
+def test_the_last_layer_cannot_reach_the_answer(
+    tiny: LoadedModel, folder: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        sources = sources_of(folder, stack, 3)
+        ends = [fact for fact in range(M) if sources.pm.facts[fact].prompt.endswith("{}")]
+        plan = plan_of(sources, (3,), random_norm=1.0)
+        with pytest.raises(UsageError, match="at layer 3, the last, cannot reach the answer"):
+            EditRun(tiny, sources, plan.edits, plan.options, SILENT)
+        for fact in ends[:1]:
+            EditRun(tiny, sources, plan_of(sources, (fact,)).edits, plan.options, SILENT)
+
+
+def test_files_of_other_inputs_are_refused(tiny: LoadedModel, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "cov.h5"
+    other.parent.mkdir()
+    made = kscli(
+        "cache-cov", "-o", other, "--samples", 400, "--layers", "0", "--dtype", "float32", "-q"
+    )
+    assert made.exit_code == 0, made.stderr
+    for layer, match in ((0, "pmatrix.h5 was not made from .*cov.h5"), (1, "has no layer 1")):
+        found = kscli(
+            *("edit", "--dir", folder.parent, "--cov", other, "--layer", layer, "-o"),
+            tmp_path / "a.h5",
+        )
+        assert found.exit_code == 1
+        assert re.search(match, one_sentence(found.stderr))
+    assert not (tmp_path / "a.h5").exists()
+
+
+def edit(folder: Path, *arguments: Any) -> Any:
+    return kscli("edit", "--dir", folder.parent, "-q", *arguments)
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    command = ("--edits", 2, "--layer", 1, "--seed", 4, "--value", "random", "-o", path)
+    found = edit(folder, *command, "-f", "json")
+    assert found.exit_code == 0, found.stderr
+    rows = json.loads(found.stdout)
+    assert [row["edit"] for row in rows] == [1, 2]
+    for name in (
+        *("subject", "target_new", "p_max_other", "prob_new_before", "prob_new_after"),
+        *("linear_error", "moved"),
+    ):
+        assert name in rows[0]
+    for name in (
+        *("subject", "p", "logprob_true_before", "logprob_true_after", "logprob_new_before"),
+        *("logprob_new_after", "logprob_true_previous", "logprob_new_previous", "answer_changed"),
+    ):
+        assert name in rows[0]["moved"][0]
+    assert [row["fact"] for row in rows] == sorted(row["fact"] for row in rows)
+
+    again = edit(folder, *command, "-f", "json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout) == rows
+    for output in ("table", "csv", "tsv", "markdown", "latex"):
+        assert rows[0]["target_new"] in edit(folder, *command, "-f", output).stdout
+    other = edit(folder, *command[:-2], "--value-norm", 2, "-o", path)
+    assert other.exit_code == 1
+    assert "random_norm changed; add --force" in one_sentence(other.stderr)
+
+    saved = edit(folder, *command, "--save-model", tmp_path / "edited")
+    assert saved.exit_code == 0, saved.stderr
+    known = kscli(
+        "facts", "check", "-m", tmp_path / "edited", "--facts", "tiny", "-q", "--dir", tmp_path
+    )
+    assert known.exit_code == 0, known.stderr
+    assert edit(folder, *command, "--save-model", tmp_path / "edited").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--fact", "Atlantis"), 1, "has no fact about 'Atlantis'"),
+        (("--fact", "Japn"), 1, "there is 'Japan'"),
+        (("--fact", "0", "--target-new", "text: "), 1, "--target-new is empty"),
+        (("--fact", "0", "--target-new", "field:nothing"), 1, "nothing of 'The capital of France"),
+        (("--target-new", "Paris"), 2, "must be field:NAME or text:TARGET"),
+        (("--edits", "97"), 1, "97 edits were asked for, but .* holds 96"),
+        (("--edits", "some"), 2, "positive number, or all"),
+        (("--layer", "0,1"), 2, "rome edits one layer"),
+        (("--layer", "9"), 2, "9"),
+        (("--batch", "2"), 2, "--batch is for --method memit"),
+        (("--protocol", "single", "--save-model", "x"), 2, "takes every edit back"),
+        (("--held-out", "tiny"), 2, "is the text that .* was measured on"),
+        (("--fact", "0", "--target-new", "text:Paris"), 1, "no edit was made"),
+    ],
+)
+def test_bad_requests(
+    folder: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
+) -> None:
+    found = edit(folder, *arguments, "-o", tmp_path / "a.h5")
+    assert found.exit_code == code, found.stderr
+    assert re.search(sentence, one_sentence(found.stderr)), found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_loses_no_finished_edit(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL right after a checkpoint; the next run's file is the undisturbed run's."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, sys\n"
+        "from kscli.editing.run import EditRun\n"
+        "original = EditRun._edit\n"
+        "def edit(self, planned, log, task):\n"
+        "    if log.made == 1: os.kill(os.getpid(), 9)\n"
+        "    original(self, planned, log, task)\n"
+        "EditRun._edit = edit\n"
+        "from kscli.cli.app import main\n"
+        "main()\n"
+    )
+    path = tmp_path / "run.h5"
+    command = [
+        *("edit", "--dir", str(folder.parent), "--edits", "3", "--value", "random", "-o", str(path))
+    ]
+    killed = subprocess.run(
+        [sys.executable, str(script), *command],
+        check=False,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert killed.returncode == -9
+    assert not path.exists()
+    done = kscli_process(*command)
+    assert done.returncode == 0
+    assert "1 of 3 edits; going on" in done.stderr
+    whole = tmp_path / "whole.h5"
+    assert kscli_process(*command[:-1], str(whole)).returncode == 0
+    expected = arrays(whole)
+    for name, values in arrays(path).items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)

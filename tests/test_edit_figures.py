@@ -1,0 +1,463 @@
+"""Figures of runs of edits, and of what edits would do: that they draw the arrays."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from artifact_kit import PROVENANCE, write_toy
+from cli_kit import kscli, one_sentence
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from numpy.typing import NDArray
+
+from kscli.artifacts import Provenance
+from kscli.editing.edits_file import EditLog, EditsFile, write_edits
+from kscli.errors import UsageError
+from kscli.facts import Fact
+from kscli.figures import KINDS, Source
+from kscli.figures.forgetting import course_of
+from kscli.figures.interference import points_of
+from kscli.figures.risk import cluster_order, panel_of, spread
+from kscli.figures.saving import render
+from kscli.figures.style import house_style
+
+Real = NDArray[np.float64]
+
+
+@pytest.fixture(autouse=True)
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@dataclass
+class Run:
+    """A run of edits with numbers as SmolLM2 gives them; `rank_new` is (passes, edits)."""
+
+    n: int = 10
+    m: int = 30
+    layer: int = 0
+    method: str = "rome"
+    protocol: str = "sequential"
+    every: int = 10
+    perplexity: bool = True
+    seed: int = 0
+    model: str = "toy"
+    d: int = 6
+    log: EditLog = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng([self.seed, self.layer])
+        n, m = self.n, self.m
+        known = rng.random(m) < 0.5
+        self.log = EditLog(known)
+        self.log.add_pass(self._pass(rng, 0))
+        shifts = np.zeros((m, self.d))
+        for number, fact in enumerate(rng.permutation(m)[:n].tolist(), 1):
+            delta = rng.standard_normal(self.d) * rng.lognormal(0, 0.3)
+            p = 0.05 * rng.standard_t(2.5, m)
+            p[fact] = 1
+            shifts = np.zeros((m, self.d)) if self.protocol == "single" else shifts
+            shifts = shifts + np.outer(p, delta)
+            shifts[fact] = 0
+            predicted = np.linalg.norm(shifts, axis=1)
+            off = 1e-13 * rng.random(m) * predicted.max()
+            measured = predicted + off
+            due = number in (1, n) or number % self.every == 0 or self.protocol == "single"
+            self.log.add_edit(self._edit(fact, delta, p, predicted, measured, off, live=due))
+            if due:
+                self.log.add_pass(self._pass(rng, number))
+
+    def _edit(
+        self,
+        fact: int,
+        delta: Real,
+        p: Real,
+        predicted: Real,
+        measured: Real,
+        off: Real,
+        live: bool,
+    ) -> dict[str, Any]:
+        nothing = np.full(self.m, np.nan)
+        theory = self.method == "rome"
+        names = self.log.of_edit
+        return {
+            **{name: 0 for name in names if name.startswith("rank")},
+            **{name: -1.0 for name in names if name.startswith("logprob")},
+            **{name: [] for name in names if name.startswith("moved")},
+            "moved_index": np.zeros(0, dtype=np.int64),
+            "edited": fact,
+            "target_new": "Italian",
+            "delta": delta[None],
+            "direction": np.zeros((1, 12)),
+            "delta_norm": float(np.linalg.norm(delta)),
+            "linear_error": float(off.max() / predicted.max()) if theory and self.m > 1 else np.nan,
+            "live_error": 3e-6 if live and theory else np.nan,
+            "weight_change": 1.0,
+            **dict.fromkeys(("p", "whitened_cosine", "cosine", "gradient_cosine"), p),
+            "predicted": predicted if theory else nothing,
+            "measured": measured,
+            "difference": off if theory else nothing,
+        }
+
+    def _pass(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
+        forgotten = 0.004 * step * (1 + self.layer / 10)
+        return {
+            "step": step,
+            "perplexity": 21 * (1 + 0.004 * step) if self.perplexity else np.nan,
+            "logprob_true": -rng.random(self.m),
+            "rank_true": np.ones(self.m, dtype=np.int64),
+            "answer_changed": (rng.random(self.m) < forgotten) & (step > 0),
+            "logprob_new": -rng.random(self.n),
+            "rank_new": 1 + (rng.random(self.n) < forgotten),
+        }
+
+    def write(self, path: Path) -> Path:
+        facts = tuple(Fact("{} is in", f"Subject {at}", f"target {at}") for at in range(self.m))
+        pm: Any = SimpleNamespace(
+            facts=facts, token_id=np.arange(self.m), position=np.zeros(self.m, dtype=np.int64)
+        )
+        texts = ("corpus", "facts_name", "facts_identity", "token", "order", "value")
+        details = dict.fromkeys(texts, "") | {"order": "given", "value": "optimised"}
+        details |= {"method": self.method, "protocol": self.protocol}
+        provenance = Provenance(
+            **(PROVENANCE | {"model": self.model, "n_layers": 30}), details=details, seed=self.seed
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_edits(path, self.log, (self.layer,), pm, provenance)
+        return path
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Any]:
+    """Writes runs and opens them."""
+    with ExitStack() as stack:
+
+        def write(*runs: Run) -> list[EditsFile]:
+            return [
+                stack.enter_context(EditsFile(run.write(tmp_path / f"run-{at}.h5")))
+                for at, run in enumerate(runs)
+            ]
+
+        yield write
+
+
+def texts(fig: Figure) -> str:
+    found = fig.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible())
+    return "\n".join(artist.get_text() for artist in found)  # type: ignore[attr-defined]
+
+
+def assert_on_the_page(fig: Figure) -> None:
+    with house_style():
+        fig.set_dpi(72)
+        fig.draw_without_rendering()
+        box = fig.get_tightbbox()
+    width, height = fig.get_size_inches()
+    assert box.x0 > -0.02
+    assert box.y0 > -0.02
+    assert box.x1 < width + 0.02
+    assert box.y1 < height + 0.02
+
+
+LONG = "HuggingFaceTB/SmolLM2-135M-Instruct_with-a$name$-that-goes-on-and-on-Q4_1"
+SITUATIONS = {
+    "one edit": [Run(1, 30)],
+    "one edit of two facts": [Run(1, 2)],
+    "ten edits": [Run(10, 30, perplexity=False)],
+    "all facts": [Run(5, 5)],
+    "a hundred edits": [Run(100, 256)],
+    "three layers": [Run(layer=layer) for layer in (0, 15, 25)],
+    "four": [Run(seed=seed) for seed in range(4)],
+    "all kinds": [Run(), Run(protocol="single"), Run(method="memit"), Run(layer=3, n=4)],
+    "a long name": [Run(model=LONG), Run(model=LONG[::-1])],
+}
+
+
+@pytest.mark.parametrize("kind", ["interference", "forgetting"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_nothing_is_drawn_off_the_page(kind: str, situation: str, opened: Any) -> None:
+    runs = opened(*SITUATIONS[situation])
+    fig = KINDS[kind].draw(runs)
+    assert_on_the_page(fig)
+    assert len(runs) > 1 or runs[0].model in texts(fig)
+
+
+def test_interference_draws_what_the_last_edit_left(opened: Any) -> None:
+    [run] = opened(Run(10, 30))
+    ax = KINDS["interference"].draw([run]).axes[0]
+    predicted, measured = run.values("predicted")[-1], run.values("measured")[-1]
+    edited = run.values("edited").tolist()
+    slope, marks, dots = ax.lines
+    # The last edited fact has not been moved since its own edit, and has no place on the scale.
+    assert predicted[edited[-1]] == 0
+    for line, facts in (
+        (marks, [fact for fact in range(30) if fact in edited[:-1]]),
+        (dots, [fact for fact in range(30) if fact not in edited]),
+    ):
+        assert np.array_equal(line.get_xdata(), predicted[facts])
+        assert np.array_equal(line.get_ydata(), measured[facts])
+    assert np.array_equal(slope.get_xdata(), slope.get_ydata())
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_xlim()[0] < predicted[predicted > 0].min()
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["slope 1", "9 edited facts", "20 original facts"]
+    worst = f"{run.values('linear_error').max():.0e}".replace("-", "\N{MINUS SIGN}")
+    assert f"worst error: {worst}" in texts(ax.figure)
+    assert "in the live model: 3e\N{MINUS SIGN}06" in texts(ax.figure)
+
+
+def test_interference_of_single_edits_is_that_of_each(opened: Any) -> None:
+    [run] = opened(Run(4, 12, protocol="single"))
+    points = points_of(run)
+    expected = [
+        run.values("predicted")[edit, fact]
+        for edit in range(4)
+        for fact in range(12)
+        if fact != run.values("edited")[edit]
+    ]
+    assert points.predicted.tolist() == expected
+    assert not points.edited.any()
+    assert points.correlation == pytest.approx(1)
+    ax = KINDS["interference"].draw([run]).axes[0]
+    assert np.array_equal(ax.lines[1].get_xdata(), expected)
+
+
+def test_interference_has_a_panel_a_run_on_one_scale(opened: Any) -> None:
+    runs = opened(Run(layer=0), Run(method="memit"), Run(layer=25))
+    fig = KINDS["interference"].draw(runs)
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles == ["rome, layer 0", "memit, layer 0", "rome, layer 25"]
+    assert len({ax.get_xlim() for ax in fig.axes}) == 1
+    colours = [ax.lines[-1].get_color() for ax in fig.axes]
+    assert len(set(colours)) == 3
+    # MEMIT's edits are measured and not predicted.
+    assert len(fig.axes[1].lines) == 1
+    assert "not predicted" in texts(fig)
+    with pytest.raises(UsageError, match=r"no predicted interference.*--edits"):
+        KINDS["interference"].draw([runs[1]])
+    with pytest.raises(UsageError, match="no predicted interference"):
+        KINDS["interference"].draw(opened(Run(1, 1)))
+
+
+def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
+    runs = opened(Run(25, 60, layer=15), Run(25, 60, layer=25, perplexity=False))
+    fig = KINDS["forgetting"].draw(runs)
+    retained, kept, perplexity, below = fig.axes
+    for at, run in enumerate(runs):
+        step = run.values("step")
+        assert step.tolist() == [0, 1, 10, 20, 25]
+        edited = set(run.values("edited").tolist())
+        known = [fact for fact in range(60) if run.values("known")[fact] and fact not in edited]
+        assert known
+        for line in (retained.lines[at], kept.lines[at], perplexity.lines[at]):
+            assert np.array_equal(line.get_xdata(), step)
+        for place, n in enumerate(step.tolist()):
+            first = [rank == 1 for rank in run.values("rank_new")[place, :n].tolist()]
+            expected = sum(first) / n if n else np.nan
+            assert retained.lines[at].get_ydata()[place] == pytest.approx(expected, nan_ok=True)
+            same = [not run.values("answer_changed")[place, fact] for fact in known]
+            assert kept.lines[at].get_ydata()[place] == pytest.approx(sum(same) / len(known))
+        assert np.array_equal(
+            perplexity.lines[at].get_ydata(), run.values("perplexity"), equal_nan=True
+        )
+    assert len({line.get_color() for line in retained.lines}) == 2
+    entries = [text.get_text() for text in below.get_legend().get_texts()]
+    ends = [line.get_ydata()[-1] for line in (retained.lines[0], kept.lines[0])]
+    assert entries[0] == f"layer 15: {100 * ends[0]:.0f} % / {100 * ends[1]:.0f} %"
+
+
+def test_forgetting_without_held_out_text_or_known_facts(opened: Any) -> None:
+    run = Run(3, 5, perplexity=False)
+    run.log.known[:] = False
+    fig = KINDS["forgetting"].draw(opened(run))
+    assert len(fig.axes) == 3
+    assert np.isnan(np.asarray(fig.axes[1].lines[0].get_ydata())).all()
+    assert "% / -" in texts(fig)
+    assert_on_the_page(fig)
+
+
+def test_forgetting_is_of_sequences(opened: Any) -> None:
+    single, sequence = opened(Run(protocol="single"), Run())
+    with pytest.raises(UsageError, match=r"single edits.*sequential"):
+        KINDS["forgetting"].draw([single])
+    fig = KINDS["forgetting"].draw([single, sequence])
+    assert fig.axes[0].lines[0].get_xdata().size == 0
+    assert "no sequence" in texts(fig)
+
+
+def test_edits_that_were_kept_out_are_not_forgotten() -> None:
+    # Of four planned edits the second was not made.
+    values = {
+        "step": np.array([0, 1, 3]),
+        "rank_new": np.array([[9, 1, 9, 9], [1, 1, 9, 9], [1, 1, 1, 7]]),
+        "kept_out/number": np.array([1]),
+        "known": np.array([True, True, True]),
+        "edited": np.array([0, 2]),
+        "answer_changed": np.array([[False] * 3, [True, False, True], [False, True, False]]),
+        "perplexity": np.full(3, np.nan),
+    }
+    run: Any = SimpleNamespace(values=values.__getitem__, facts=[None] * 3, edits=3)
+    course = course_of(run)
+    assert course.retained.tolist()[1:] == pytest.approx([1, 2 / 3])
+    assert course.kept.tolist() == [1, 1, 0]
+
+
+@dataclass
+class Stored:
+    """A pmatrix file in memory."""
+
+    P: Real
+    subjects: tuple[str, ...] = ()
+    model: str = "toy"
+    layers: tuple[int, ...] = (0,)
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        subjects = self.subjects or tuple(f"Subject {at}" for at in range(len(self.P)))
+        return tuple(Fact("{} is in", subject, "x") for subject in subjects)
+
+    @property
+    def token_id(self) -> NDArray[np.int64]:
+        return np.arange(len(self.P))
+
+    def matrix(self, name: str, layer: int) -> Real:
+        assert name == "P"
+        return self.P
+
+
+def blocks(m: int, seed: int = 0) -> tuple[Real, list[int]]:
+    """A P of facts in three blocks that are bound within, shuffled, and each fact's block."""
+    rng = np.random.default_rng(seed)
+    block = rng.permutation(np.arange(m) % 3)
+    keys = 0.3 * rng.standard_normal((m, 60)) + 3 * np.eye(60)[block]
+    s = keys @ keys.T
+    return s / np.diag(s)[:, None], block.tolist()
+
+
+@pytest.mark.parametrize("m", [3, 12, 40])
+def test_bound_facts_are_neighbours(m: int) -> None:
+    P, block = blocks(m)
+    order = cluster_order(np.abs(P)).tolist()
+    assert sorted(order) == list(range(m))
+    changes = sum(block[a] != block[b] for a, b in pairwise(order))
+    assert changes == len(set(block)) - 1
+
+
+def test_risk_draws_p_in_its_order_and_names_the_worst() -> None:
+    P, _ = blocks(80)
+    P[:, 7] *= -1
+    P[33] *= 1.5
+    P[33, 33] = 1
+    source = Source(Stored(P), (0,))
+    panel = panel_of(source, 0)
+    for row, i in enumerate(panel.order):
+        others = [P[i, j] ** 2 for j in range(80) if j != i]
+        assert panel.damage[row] == pytest.approx(np.sqrt(np.mean(others)))
+        assert [panel.size[row, column] for column in range(80)] == [
+            abs(P[i, j]) for j in panel.order
+        ]
+    fig = KINDS["risk"].draw([source])
+    assert np.array_equal(np.asarray(fig.axes[0].images[0].get_array()), panel.size)
+    worst = int(np.argmax(panel.damage))
+    assert panel.order[worst] == 33
+    named = [text.get_text() for text in fig.axes[0].texts]
+    assert f"Subject 33 {panel.damage[worst]:.2f}" in named
+    assert 10 < len(named) < 80
+    # Each name's leader ends at its fact.
+    ends = [int(line.get_ydata()[-1]) for line in fig.axes[0].lines]
+    assert [f"{panel.labels[at][0]}{panel.labels[at][1]}" for at in ends] == named
+    least = min(panel.damage[at] for at in ends)
+    assert all(panel.damage[at] <= least for at in range(80) if at not in ends)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 30, 256])
+def test_risk_of_few_and_many_facts(m: int) -> None:
+    P, _ = blocks(m)
+    names = ("$x_{a}$ b", "A University of somewhere, far away and with a long name", "Oslo")
+    fig = KINDS["risk"].draw([Source(Stored(P, tuple(names[at % 3] for at in range(m))), (0,))])
+    assert_on_the_page(fig)
+    named = [text.get_text() for text in fig.axes[0].texts]
+    assert len(named) == (m if m <= 30 else 24)
+    places = sorted(text.get_position()[1] for text in fig.axes[0].texts)
+    inch = fig.axes[0].get_position().height * fig.get_figheight() / m
+    assert all(np.diff(places) * inch > 6 / 72)
+    assert render(fig, "svg").startswith(b"<?xml")
+
+
+def test_risk_has_a_panel_a_layer_and_model() -> None:
+    sources = [
+        Source(Stored(blocks(m)[0], model=model), (0,)) for m, model in ((12, "a"), (40, "b"))
+    ]
+    fig = KINDS["risk"].draw(sources)
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["a, m = 12", "b, m = 40"]
+    assert_on_the_page(fig)
+
+
+def test_names_are_spread_and_stay_near() -> None:
+    def naive(wanted: list[float], gap: float) -> list[float]:
+        # Least squares under the order, by looking at every split into blocks of equal shift.
+        places = np.array(wanted)
+        for _ in range(20000):
+            for at in range(len(places) - 1):
+                short = gap - (places[at + 1] - places[at])
+                if short > 0:
+                    places[at] -= short / 2
+                    places[at + 1] += short / 2
+        return places.tolist()
+
+    wanted = [1.0, 1.2, 5.0, 9.0, 9.0]
+    found = spread(np.array(wanted), 1.0, -10, 20)
+    assert found.tolist() == pytest.approx(naive(wanted, 1.0), abs=1e-6)
+    assert spread(np.array([0.0, 0.0, 0.0]), 1.0, 0, 10).tolist() == [0, 1, 2]
+    assert spread(np.array([9.0, 10.0]), 2.0, 0, 10).tolist() == [8, 10]
+
+
+def test_plot_reads_all_runs_of_the_model_or_those_named(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path)
+    for name, layer in (("rome-0-0", 0), ("rome-10-0", 10), ("rome-2-0", 2)):
+        Run(3, 6, layer).write(folder / "edits" / f"{name}.h5")
+    for kind in ("interference", "forgetting"):
+        made = kscli("plot", kind, "-m", "toy", "--dir", tmp_path)
+        assert made.exit_code == 0, made.stderr
+        assert made.stdout.strip() == str(folder / "figures" / f"{kind}.png")
+        assert (folder / "figures" / f"{kind}.png").stat().st_size > 5000
+    one = kscli("plot", "forgetting", "--edits", folder / "edits" / "rome-2-0.h5")
+    assert one.stdout.strip() == str(folder / "figures" / "forgetting-rome-2-0.png")
+    path = tmp_path / "runs.svg"
+    drawn = kscli("plot", "forgetting", "-m", "toy", "--dir", tmp_path, "-o", path)
+    assert drawn.exit_code == 0
+    text = path.read_text()
+    # Runs come in the order of their layers' numbers.
+    assert text.index("layer 0:") < text.index("layer 2:") < text.index("layer 10:")
+    assert kscli("plot", "risk", "-m", "toy", "--dir", tmp_path, "--layer", "1").exit_code == 0
+
+
+def test_plot_refuses_what_a_kind_is_not_drawn_from(tmp_path: Path) -> None:
+    folder = write_toy(tmp_path)
+    run = Run(3, 6).write(folder / "edits" / "rome-0-0.h5")
+    for arguments, said in (
+        (("forgetting", "--edits", run, "--layer", "0"), "takes no --layer"),
+        (("interference", "--pmatrix", folder / "pmatrix.h5"), "takes no --pmatrix"),
+        (("heatmap", "--edits", run), "takes no --edits"),
+        (("forgetting", "--edits", run, "--grid"), "takes no --grid"),
+    ):
+        refused = kscli("plot", *arguments)
+        assert refused.exit_code == 2
+        assert said in one_sentence(refused.stderr)
+    nothing = kscli("plot", "forgetting", "-m", "other", "--dir", tmp_path)
+    assert nothing.exit_code == 1
+    assert "kscli edit --model other" in one_sentence(nothing.stderr)
+    wrong = kscli("plot", "forgetting", "--edits", folder / "pmatrix.h5")
+    assert wrong.exit_code == 1
+    assert "a run of edits" in one_sentence(wrong.stderr)

@@ -1,0 +1,610 @@
+"""The report: its HTML as a parser reads it, its numbers by definition, its sentences by data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from artifact_kit import PROVENANCE, write_cov, write_toy
+from cli_kit import kscli, one_sentence
+from numpy.typing import NDArray
+
+from kscli.artifacts import CovarianceFile, PMatrixFile, Provenance, write_artifact
+from kscli.facts import Fact
+from kscli.figures import Source
+from kscli.report.comparison import scaling
+from kscli.report.examined import Examined, examine
+from kscli.report.findings import findings
+from kscli.report.html import Html, join, tag, void
+from kscli.report.page import write_report
+from kscli.report.pictures import Drawing, picture
+from kscli.report.sections import PAIRS
+from kscli.report.words import at_layers, listed, spread
+
+Real = NDArray[np.float64]
+
+EVIL = "<script>alert(1)</script>"
+EVIL_MODEL = """a"b' onload="x" <i>&amp;"""
+VOID = ("meta", "img")
+
+
+# What a browser reads
+
+
+@dataclass
+class Table:
+    """A table's header texts, and its rows: a cell's text and the number it is sorted by."""
+
+    head: list[str] = field(default_factory=list)
+    rows: list[list[tuple[str, str | None]]] = field(default_factory=list)
+
+    def column(self, title: str) -> list[str]:
+        return [row[self.head.index(title)][0] for row in self.rows]
+
+    def sorted_by(self, title: str) -> list[float]:
+        at = self.head.index(title)
+        return [float(row[at][1] or "nan") for row in self.rows]
+
+
+class Page(HTMLParser):
+    """Parses a page; an end tag without its start tag, or the reverse, is an error."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.content = content
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.tables: dict[str, Table] = {}
+        self.texts: list[str] = []
+        self.findings: dict[str, list[str]] = {}
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self._table = Table()
+        self._topic = ""
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, name: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, key, value) for key, value in attrs]
+        given = dict(attrs)
+        if name in VOID:
+            return
+        self.open.append(name)
+        if name == "table":
+            self._table = self.tables[str(given["aria-label"])] = Table()
+        elif name == "tr" and "tbody" in self.open:
+            self._table.rows.append([])
+        elif name in ("td", "th") and "tbody" in self.open:
+            self._table.rows[-1].append(("", given.get("data-sort")))
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open, f"</{name}> ends nothing"
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        here = self.open[-1] if self.open else ""
+        if here in self.raw:
+            self.raw[here].append(data)
+            return
+        if "svg" in self.open:
+            return
+        self.texts.append(data)
+        if "thead" in self.open and here == "button":
+            self._table.head.append(data)
+        elif "tbody" in self.open and here in ("td", "th"):
+            text, sort = self._table.rows[-1][-1]
+            self._table.rows[-1][-1] = (text + data, sort)
+        elif here == "dt":
+            self._topic = data
+        elif here == "p" and "dd" in self.open:
+            self.findings.setdefault(self._topic, []).append(data)
+
+    def values(self, attribute: str) -> list[str]:
+        return [str(value) for _, name, value in self.attributes if name == attribute]
+
+    def count(self, element: str) -> int:
+        return len(re.findall(rf"<{element}\b", self.content))
+
+    def table(self, beginning: str) -> Table:
+        (found,) = [one for name, one in self.tables.items() if name.startswith(beginning)]
+        return found
+
+
+# What pages are made of
+
+
+def some_facts(m: int, relations: Sequence[str] = ("P1", "P2"), subject: str = "") -> list[Fact]:
+    return [
+        Fact(
+            f"{('', 'In ')[i // len(relations) % 2]}{{}} is the place {i % 3} of",
+            f"{subject} subject {i}".strip(),
+            f"target {i}",
+            relations[i % len(relations)],
+            i,
+        )
+        for i in range(m)
+    ]
+
+
+def a_matrix(m: int, seed: int = 0, tail: float = 3.0, shift: float = 0.0) -> Real:
+    """A P whose kurtosis is larger for a smaller `tail`, about a mean of `shift`."""
+    draw = np.random.default_rng(seed).standard_t(tail, (m, m))
+    P = shift + (0.3 + 0.01 * seed) * draw / np.abs(draw).max()
+    np.fill_diagonal(P, 1)
+    return P
+
+
+def write_p(
+    path: Path,
+    matrices: Sequence[Real],
+    facts: Sequence[Fact] | None = None,
+    tokens: Sequence[int] | None = None,
+    cosines: Sequence[Real] | None = None,
+    inputs: dict[str, str] | None = None,
+    details: dict[str, str] | None = None,
+    **changes: object,
+) -> Path:
+    """A pmatrix file of these P, a matrix a layer."""
+    m = len(matrices[0])
+    known = {"corpus": "toy text", "facts_name": "toy", "facts_identity": "f"}
+    provenance = Provenance(
+        **(PROVENANCE | {"n_layers": len(matrices)} | changes),
+        details={"token": "subject-last", "corpus_identity": "c"} | known | (details or {}),
+        inputs=inputs or {},
+    )
+    with write_artifact(path, "pmatrix", provenance, force=True) as writer:
+        writer.layers(range(len(matrices)))
+        writer.facts(facts or some_facts(m))
+        writer.array("token_id", np.array(tokens or list(range(m))))
+        writer.array("position", np.zeros(m, np.int64))
+        for name in ("P", "whitened_cosine", "cosine", "Q"):
+            writer.over_layers(name, (m, m), np.float64)
+            for at, P in enumerate(matrices):
+                of_layer = cosines[at] if cosines and "cosine" in name else P
+                writer.put(name, at, np.clip(of_layer, -1, 1) if "cosine" in name else of_layer)
+        writer.over_layers("leverage", (m,), np.float64)
+    return path
+
+
+def page_of(*files: Path, to: Path) -> Page:
+    opened = [PMatrixFile(file) for file in files]
+    write_report(opened, to, command="kscli report <again>", force=True)
+    return Page(to.read_text(encoding="utf-8"))
+
+
+def examined(path: Path, seed: int = 0) -> Examined:
+    return examine(PMatrixFile(path), "model-1", seed)
+
+
+def said(path: Path) -> dict[str, str]:
+    """The findings on one file, by topic."""
+    return {one.topic: " ".join(one.sentences) for one in findings(examined(path))}
+
+
+M = 24
+TOKENS = [0, 0, 0, 1, 1, *range(2, M - 3)]
+
+
+@pytest.fixture(scope="module")
+def matrices() -> list[Real]:
+    return [a_matrix(M, seed, tail) for seed, tail in enumerate((2.2, 2.6, 4.0, 8.0, 90.0))]
+
+
+@pytest.fixture(scope="module")
+def evil_page(tmp_path_factory: pytest.TempPathFactory, matrices: list[Real]) -> Page:
+    """A page of five layers whose data all try to be markup."""
+    folder = tmp_path_factory.mktemp("evil")
+    facts = some_facts(M, (f"P1{EVIL}", "P&2"), EVIL)
+    file = write_p(
+        folder / "pmatrix.h5",
+        matrices,
+        facts,
+        TOKENS,
+        model=EVIL_MODEL,
+        model_id=EVIL,
+        revision='"></td>',
+        details={"corpus": f"https://example.org/{EVIL}", "facts_name": "</title>"},
+    )
+    return page_of(file, to=folder / "report.html")
+
+
+# The page as HTML
+
+
+def test_elements_are_closed_and_ids_are_unique(evil_page: Page) -> None:
+    ids = evil_page.values("id")
+    assert len(ids) == len(set(ids)) > 10
+    assert {value[1:] for value in evil_page.values("href") if value[0] == "#"} <= set(ids)
+
+
+def test_nothing_is_loaded_from_elsewhere(evil_page: Page) -> None:
+    loaded = evil_page.values("href") + evil_page.values("src")
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in loaded)
+    assert evil_page.count("link") == evil_page.count("iframe") == evil_page.count("object") == 0
+    (style,) = evil_page.raw["style"]
+    assert "url(" not in style
+    assert "@import" not in style
+    in_attributes = [value for _, _, value in evil_page.attributes if value and "//" in value]
+    assert [value for value in in_attributes if not value.startswith("data:")] == []
+
+
+def test_the_policy_allows_the_page_its_own_script_only(evil_page: Page) -> None:
+    (script,) = evil_page.raw["script"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [value for value in evil_page.values("content") if "default-src" in value]
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "alert" not in script
+
+
+def test_what_the_data_say_is_text(evil_page: Page) -> None:
+    assert evil_page.count("script") == 1
+    assert evil_page.count("i") == 0
+    assert [name for _, name, _ in evil_page.attributes if name.startswith("on")] == []
+    text = "".join(evil_page.texts)
+    for shown in (EVIL, EVIL_MODEL, '"></td>', "</title>", f"[{EVIL} subject 0]", "<again>"):
+        assert shown in text
+    assert f"Knowledge superposition in {EVIL_MODEL}" in evil_page.texts
+
+
+def test_every_kind_of_figure_is_there(evil_page: Page) -> None:
+    drawn = evil_page.count("svg") + evil_page.count("img")
+    # Kurtosis, angles, convergence, relations; heatmap and kde of few layers, all, and marked.
+    assert drawn == 10
+    assert evil_page.count("figure") == drawn
+    labels = " ".join(evil_page.values("aria-label") + evil_page.values("alt"))
+    for kind in ("kurtosis", "Density", "row i is", "Angles", "first so many", "Mean |p| from"):
+        assert kind in labels
+
+
+def test_tables_can_be_sorted_with_buttons(evil_page: Page) -> None:
+    sortable = [one for one in evil_page.tables.values() if one.head]
+    assert len(sortable) >= 7
+    for one in sortable:
+        assert all(len(row) == len(one.head) for row in one.rows)
+    (script,) = evil_page.raw["script"]
+    assert "aria-sort" in script
+
+
+# Its numbers
+
+
+def off_diagonal(P: Real) -> Real:
+    return P[~np.eye(len(P), dtype=bool)]
+
+
+def test_statistics_are_the_definitions(evil_page: Page, matrices: list[Real]) -> None:
+    shown = evil_page.table("Statistics of P")
+    assert shown.column("layer") == ["0", "1", "2", "3", "4"]
+    entries = [off_diagonal(P) for P in matrices]
+    by_definition = {
+        "mean": [values.mean() for values in entries],
+        "kurtosis": [scipy.stats.kurtosis(values) for values in entries],
+        "skewness": [scipy.stats.skew(values) for values in entries],
+        "|p| > 0.1": [np.mean(np.abs(values) > 0.1) for values in entries],
+        "largest p": [values.max() for values in entries],
+    }
+    for title, values in by_definition.items():
+        assert shown.sorted_by(title) == pytest.approx(values, rel=1e-9)
+    first = shown.column("kurtosis")[0]
+    assert first.startswith(f"{scipy.stats.kurtosis(entries[0]):.1f} [")
+
+
+def test_same_token_shares_are_counted(evil_page: Page, matrices: list[Real]) -> None:
+    pairs = list(itertools.permutations(range(M), 2))
+    same = [(i, j) for i, j in pairs if TOKENS[i] == TOKENS[j]]
+    shown = evil_page.table("What share of P's entries")
+    assert shown.sorted_by("of all pairs") == pytest.approx([len(same) / len(pairs)] * 5)
+    tail = [pair for pair in pairs if abs(matrices[0][pair]) > 0.1]
+    assert shown.sorted_by("of |p| > 0.1")[0] == pytest.approx(
+        sum(pair in same for pair in tail) / len(tail)
+    )
+    others = [matrices[2][pair] for pair in pairs if pair not in same]
+    assert shown.sorted_by("kurtosis without them")[2] == pytest.approx(
+        scipy.stats.kurtosis(others)
+    )
+
+
+def test_pairs_are_the_largest_entries(evil_page: Page, matrices: list[Real]) -> None:
+    P = matrices[0]
+    ordered = sorted(itertools.permutations(range(M), 2), key=lambda pair: -P[pair])
+    shown = evil_page.table("The pairs of largest p at layer 0")
+    assert len(shown.rows) == PAIRS
+    assert shown.sorted_by("p") == [P[pair] for pair in ordered[:PAIRS]]
+    assert f"[{EVIL} subject {ordered[0][0]}]" in shown.column("edited (i)")[0]
+    assert f"[{EVIL} subject {ordered[0][1]}]" in shown.column("moved (j)")[0]
+    distinct = evil_page.table("The pairs of largest p, each at the layer")
+    best = max(
+        (matrices[layer][i, j], layer)
+        for layer in range(5)
+        for i, j in ordered
+        if TOKENS[i] != TOKENS[j]
+    )
+    assert (distinct.sorted_by("p")[0], distinct.sorted_by("layer")[0]) == best
+
+
+def test_relations_are_means_over_their_pairs(evil_page: Page, matrices: list[Real]) -> None:
+    facts = some_facts(M, ("a", "b"), EVIL)
+    before = [fact.prompt.partition("{}")[0].strip() for fact in facts]
+    within = [
+        abs(matrices[1][i, j])
+        for i, j in itertools.permutations(range(M), 2)
+        if TOKENS[i] != TOKENS[j]
+        and facts[i].relation == facts[j].relation
+        and not (before[i] == before[j] != "")
+    ]
+    shown = evil_page.table("Mean |p| by layer")
+    assert shown.sorted_by("within, other text")[1] == pytest.approx(np.mean(within))
+    assert len(evil_page.table("Relations, at the layer").rows) == 2
+
+
+def test_angles_are_those_of_the_cosines(tmp_path: Path) -> None:
+    cosine = np.full((5, 5), 0.5) + 0.5 * np.eye(5)
+    file = write_p(tmp_path / "pmatrix.h5", [a_matrix(5)], cosines=[cosine])
+    assert examined(file).modes == (pytest.approx((60.0, 60.0)),)
+    assert "60.0° (30.0° from a right angle) in the whitening space" in said(file)["Angles"]
+
+
+# Its sentences
+
+
+def test_depth_follows_the_order_of_the_layers(tmp_path: Path, matrices: list[Real]) -> None:
+    falling = said(write_p(tmp_path / "a.h5", matrices, tokens=TOKENS))
+    rising = said(write_p(tmp_path / "b.h5", matrices[::-1], tokens=TOKENS))
+    assert "kurtosis falls with depth: Spearman's correlation of layer" in falling["Depth"]
+    assert "kurtosis is −1.00 over 5 layers" in falling["Depth"]
+    assert "kurtosis rises with depth" in rising["Depth"]
+    assert "1.00 over 5 layers" in rising["Depth"]
+    assert "Without the pairs that share the subject's last token it" in rising["Depth"]
+
+
+def test_depth_without_a_trend(tmp_path: Path, matrices: list[Real]) -> None:
+    mixed = [matrices[at] for at in (2, 0, 4, 1, 3)]
+    assert "neither falls nor rises" in said(write_p(tmp_path / "a.h5", mixed))["Depth"]
+    few = said(write_p(tmp_path / "b.h5", matrices[:4]))
+    assert "defined at 4 layers, too few for a trend" in few["Depth"]
+    same = said(write_p(tmp_path / "c.h5", [matrices[0]] * 5))
+    assert "is the same at all layers" in same["Depth"]
+
+
+def test_whether_the_mean_is_0_follows_its_interval(tmp_path: Path) -> None:
+    around_0 = [a_matrix(M, seed, 30.0) for seed in (1, 2)]
+    shifted = [a_matrix(M, seed, 30.0, shift) for seed, shift in ((1, 0.3), (2, -0.3))]
+    holds = said(write_p(tmp_path / "a.h5", around_0))["Mean"]
+    assert "holds 0 at each of the 2 layers." in holds
+    assert "lies" not in holds
+    misses = said(write_p(tmp_path / "b.h5", shifted))["Mean"]
+    assert "holds 0 at no layer." in misses
+    assert "above 0 at layer 0. The interval lies below 0 at layer 1." in misses
+    value = off_diagonal(shifted[0]).mean()
+    assert f"The mean of p is {value:.3f} (" in misses
+
+
+def test_what_a_token_does_follows_the_tokens(tmp_path: Path) -> None:
+    P = [a_matrix(6)]
+    none = said(write_p(tmp_path / "a.h5", P))["Same token"]
+    assert none.startswith("No two facts share the subject's last token")
+    every = said(write_p(tmp_path / "b.h5", P, tokens=[7] * 6, details={"token": "last"}))
+    assert every["Same token"].startswith("All facts share the prompt's last token")
+    some = said(write_p(tmp_path / "c.h5", P, tokens=[1, 1, 2, 3, 4, 5]))["Same token"]
+    assert "are 6.7 % of all pairs." in some
+    assert "undefined for |p| > 0.5, which no entry has" in some
+
+
+def test_the_tightest_bond_and_whether_p_goes_beyond_1(tmp_path: Path) -> None:
+    P = np.clip(a_matrix(6), -0.2, 0.2)
+    P[2, 3], P[4, 1] = 0.9, 0.8
+    first = said(write_p(tmp_path / "a.h5", [P], tokens=[0, 1, 2, 2, 4, 5]))
+    bond = first["Tightest bond"]
+    assert "p = 0.90 at layer 0" in bond
+    assert bond.index("[subject 2]") < bond.index("[subject 3]") < bond.index("both share")
+    assert "Among the pairs that do not, it is p = 0.80" in bond
+    assert "No edit moves another fact further than its own" in first["Beyond 1"]
+    P[2, 3] = 1.25
+    second = said(write_p(tmp_path / "b.h5", [P]))
+    assert "the two do not share" in second["Tightest bond"]
+    assert "p goes beyond 1 at layer 0, to 1.25" in second["Beyond 1"]
+
+
+def test_relations_that_bind_are_told_from_those_that_do_not(tmp_path: Path) -> None:
+    facts = some_facts(M)
+    one = np.array([[a.relation == b.relation for b in facts] for a in facts])
+    flat = a_matrix(M, tail=30.0)
+    bound = np.where(one, 0.5, flat)
+    binds = said(write_p(tmp_path / "a.h5", [flat, bound], facts))["Relations"]
+    assert "at layer 1." in binds
+    assert "binds hardest: mean |p| is 0.50 at layer 1" in binds
+    without = said(write_p(tmp_path / "b.h5", [flat], some_facts(M, ("",))))["Relations"]
+    assert "is undefined: the facts of toy have no relation" in without
+
+
+def test_few_pairs_are_named_where_they_carry_kurtosis(tmp_path: Path) -> None:
+    P = np.full((M, M), 0.01)
+    P[0, 1], P[1, 0] = 0.9, 0.9
+    few = said(write_p(tmp_path / "a.h5", [P]))["Few pairs"]
+    assert "'subject 0' with 'subject 1'" in few
+    assert few.startswith("At layer 0, ")
+
+
+def test_tokens_are_known_where_the_covariance_is_beside(tmp_path: Path) -> None:
+    write_cov(tmp_path / "cov.h5", count=2400)
+    with CovarianceFile(tmp_path / "cov.h5") as cov:
+        inputs = {"cov": cov.fingerprint}
+    P = [a_matrix(5)]
+    assert (
+        "2,400 tokens, 200.0 for each of 12"
+        in said(write_p(tmp_path / "pmatrix.h5", P, inputs=inputs))["Corpus"]
+    )
+    assert "Corpus" not in said(write_p(tmp_path / "other.h5", P, inputs={"cov": "another"}))
+    write_cov(tmp_path / "cov.h5", count=100)
+    with CovarianceFile(tmp_path / "cov.h5") as cov:
+        inputs = {"cov": cov.fingerprint}
+    few = said(write_p(tmp_path / "pmatrix.h5", P, inputs=inputs))
+    assert "a dimension p is noisy" in few["Corpus"]
+
+
+def test_convergence_is_the_sentence_of_the_figure(tmp_path: Path, matrices: list[Real]) -> None:
+    file = write_p(tmp_path / "a.h5", matrices)
+    one = examined(file)
+    assert said(file)["Number of facts"] == (
+        f"Layer 0: {one.settlings[0].sentence} Layer 4: {one.settlings[1].sentence}"
+    )
+
+
+# Few facts, and several models
+
+
+def test_few_facts_and_constant_keys_make_a_page(tmp_path: Path) -> None:
+    """Sizes at which next to nothing is defined, one layer, no relation, one token."""
+    files = [
+        write_p(tmp_path / "m1.h5", [np.ones((1, 1))], model="one"),
+        write_p(tmp_path / "m2.h5", [a_matrix(2)], some_facts(2, ("",)), model="two"),
+        write_p(tmp_path / "m3.h5", [a_matrix(3)], tokens=[4, 4, 4], model="three"),
+        write_p(tmp_path / "m8.h5", [np.ones((8, 8))], model="constant"),
+    ]
+    page = page_of(*files, to=tmp_path / "page.html")
+    text = "\n".join(page.texts)
+    assert re.search(r"\bnan\b|\binf\b", text, re.IGNORECASE) is None
+    assert "One fact makes no pair" in text
+    assert "So few facts give it no interval." in text
+    assert "All facts share the subject's last token" in text
+    assert "The excess kurtosis is undefined at every layer" in text
+    assert "they were not measured on the same facts" in text
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    assert all(f"model-{at}" in ids for at in (1, 2, 3, 4))
+
+
+def test_size_and_kurtosis_follow_the_matrices(tmp_path: Path, matrices: list[Real]) -> None:
+    small, large = ([matrices[at]] * 2 for at in (4, 0))
+
+    def sentence(first: list[Real], second: list[Real]) -> str:
+        files = [
+            write_p(tmp_path / f"{name}.h5", of, model=name, model_id=name)
+            for name, of in (("gpt2-small", first), ("gpt2-medium", second))
+        ]
+        return Page(scaling([examined(file) for file in files]).body).findings["Size"][0]
+
+    grows, shrinks = sentence(small, large), sentence(large, small)
+    assert "the larger model has the larger kurtosis" in grows
+    assert "higher at 100 % of relative depths" in grows
+    assert "the larger model has the smaller kurtosis" in shrinks
+    assert "higher at 0 % of relative depths" in shrinks
+    means = [scipy.stats.kurtosis(off_diagonal(of[0])) for of in (small, large)]
+    assert f"{means[0]:.1f} to {means[1]:.1f}".replace("-", "−") in grows
+
+
+# The command
+
+
+def test_the_command_writes_its_default_path_once(tmp_path: Path) -> None:
+    place = write_toy(tmp_path)
+    first = kscli("report", "-m", "toy", "--dir", tmp_path, "-q")
+    assert (first.exit_code, first.stdout.strip()) == (0, str(place / "report.html"))
+    content = (place / "report.html").read_bytes()
+    provenance = Page(content.decode()).table("Where the numbers").rows
+    said_of = {name: value for (name, _), (value, _) in provenance}
+    assert said_of["tokens"] == "2,000"
+    assert said_of["model id"] == "someone/toy"
+    assert said_of["facts"] == "6 of toy"
+    again = kscli("report", "-m", "toy", "--dir", tmp_path, "-q")
+    assert again.exit_code == 1
+    assert "add --force" in one_sentence(again.stderr)
+    assert (place / "report.html").read_bytes() == content
+    assert [path.name for path in place.iterdir() if ".part" in path.name] == []
+    forced = kscli("report", "-m", "toy", "--dir", tmp_path, "-q", "--force")
+    assert forced.exit_code == 0
+    assert (place / "report.html").read_bytes() == content
+
+
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    result = kscli("report", "-m", "toy", "--dir", tmp_path)
+    assert result.exit_code == 1
+    assert "`kscli run --model MODEL` makes it" in one_sentence(result.stderr)
+
+
+def test_several_models_are_written_to_one_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kscli.report.page.builders", lambda one: ())
+    write_toy(tmp_path)
+    result = kscli(
+        *("report", "-m", "toy", "--pmatrix", tmp_path / "toy" / "pmatrix.h5"),
+        *("--dir", tmp_path, "-q"),
+    )
+    assert (result.exit_code, result.stdout.strip()) == (0, str(tmp_path / "report.html"))
+    page = Page((tmp_path / "report.html").read_text())
+    # Both have one name, so their files tell them apart.
+    assert f"toy ({tmp_path / 'toy' / 'pmatrix.h5'})" in page.texts
+    assert page.findings["Pairs"][0].startswith("20 pairs are in the top 20 of all 2 models")
+
+
+# Its parts
+
+
+class Stored:
+    """A pmatrix file in memory, of one layer."""
+
+    model = "a\x01b"
+    layers = (0,)
+    token_id = np.arange(60)
+    facts = tuple(some_facts(60))
+
+    def matrix(self, name: str, layer: int) -> Real:
+        return a_matrix(60, tail=30.0)
+
+
+def drawn(kind: str, most: int = 0) -> Page:
+    drawing = Drawing("a", kind, "caption", most_bytes=most)
+    return Page(picture(drawing, [Source(Stored(), (0,))], "x"))
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_an_image_keeps_to_its_bytes() -> None:
+    def size(most: int) -> tuple[int, int]:
+        page = drawn("heatmap", most)
+        (source,) = page.values("src")
+        return len(base64.b64decode(source.partition(",")[2])), int(page.values("width")[0])
+
+    (large, wide), (small, narrow) = size(10**7), size(24_000)
+    assert small <= 24_000 < large
+    assert narrow < wide
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_a_vector_figure_refers_to_its_own_ids() -> None:
+    page = drawn("kde")
+    ids = page.values("id")
+    assert ids
+    assert all(name.startswith("x-a-0-") for name in ids)
+    referred = [value.removeprefix("#") for value in page.values("href")]
+    referred += re.findall(r"url\(#([^)]+)\)", page.content)
+    assert referred
+    assert set(referred) <= set(ids)
+
+
+def test_only_tags_are_markup() -> None:
+    made = tag("p", "a < b & ", tag("b", '"c"'), None, class_='x"y', hidden=True, lang=None)
+    assert made == '<p class="x&quot;y" hidden>a &lt; b &amp; <b>&quot;c&quot;</b></p>'
+    assert join([made, "<"]) == f"{made}&lt;"
+    assert void("meta", http_equiv="a", name="b") == '<meta http-equiv="a" name="b">'
+    assert isinstance(join(["a"]), Html)
+
+
+def test_layers_in_words() -> None:
+    assert at_layers([], [0, 1]) == "at no layer"
+    assert at_layers([1], [0, 1]) == "at layer 1"
+    assert at_layers([0, 1], [0, 1]) == "at each of the 2 layers"
+    assert at_layers([0], [0]) == "at layer 0"
+    assert spread(range(30), 4) == (0, 10, 19, 29)
+    assert spread((3,), 2) == (3,)
+    assert (listed(["a"]), listed(["a", "b", "c"])) == ("a", "a, b and c")
