@@ -32,6 +32,7 @@ from kscli.cli import (
     show,
     stats,
     topk,
+    verify,
 )
 from kscli.errors import KscliError
 
@@ -90,6 +91,7 @@ for command in (
     plot,
     report,
     edit,
+    verify,
     risk,
     models,
     show,
