@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,239 +16,458 @@ from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
 from kscli.editing.verification import (
+    FEWEST_FLIPS,
     NULL,
-    behaviour,
-    growth,
-    growth_exponent,
-    outcome,
-    predicted_shifts,
-    rank_correlation,
+    SIMILARITIES,
+    EditArrays,
+    Estimate,
+    Prediction,
+    measure_growth,
+    measure_outcomes,
+    predict_behaviour,
+    read_arrays,
     roc_auc,
-    scores,
+    spearman,
+    verify,
 )
+from kscli.facts import Fact
 from kscli.resampling import Resampling
 
-FEW = Resampling(50, 0)
-Array = NDArray[np.float64]
+FEW = Resampling(100, 0)
+UNDEFINED = Estimate(None)
+Real = NDArray[np.float64]
 
 
-class Run:
-    """What an EditsFile gives, of edits that follow equations 11 and 15 exactly."""
+def run_of(
+    n: int, m: int, *, aligned: bool = False, single: bool = False, seed: int = 0
+) -> EditArrays:
+    """Edits 0 .. n - 1 of m facts that follow equations 11 and 15, and behaviour that follows them.
 
-    def __init__(self, delta: Array, p: Array, *, single: bool = False, **values: Any) -> None:
-        n, m = p.shape
-        self.edits = n
-        self.path, self.model, self.layers = Path("run.h5"), "toy", (3,)
-        self.attributes = {
-            "protocol": "single" if single else "sequential",
-            "method": "rome",
-            "order": "given",
-        }
-        edited = np.arange(n)
-        self.token_id = np.arange(m)
-        steps = np.arange(n + 1)
-        shifts = np.einsum("im,id->imd", p, delta)
-        if not single:
-            for i in range(n):
-                shifts[i, i] = 0
-            total = np.cumsum(shifts, axis=0)
-            for j in range(n):
-                total[:, j] -= total[j, j]
-                total[: j + 1, j] = 0
-            shifts = total
-        measured = np.linalg.norm(shifts, axis=2)
-        self._values = {
-            "edited": edited,
-            "delta": delta[:, None, :],
-            "delta_norm": np.linalg.norm(delta, axis=1),
-            "p": p,
-            "cosine": np.random.default_rng(1).standard_normal((n, m)),
-            "whitened_cosine": p * 0.5,
-            "gradient_cosine": np.full((n, m), np.nan),
-            "measured": measured,
-            "step": steps,
-            "known": np.ones(m, dtype=bool),
-            "logprob_true": np.vstack([np.zeros(m), -measured]),
-            "answer_changed": np.vstack([np.zeros(m), measured > np.median(measured)]).astype(bool),
-            "rank_new": np.ones((n + 1, n), dtype=np.int64),
-            "rank_new_after": np.ones(n, dtype=np.int64),
-            "logprob_new_after": np.zeros(n),
-            "logprob_true_after": np.full(n, -1.0),
-            "perplexity": np.full(n + 1, np.nan),
-            "weight_change": np.ones(n),
-            "linear_error": np.full(n, 1e-12),
-            "live_error": np.array([np.nan] * (n - 1) + [1e-6]),
-            "kept_out/number": np.array([], dtype=np.int64),
-            **values,
-        }
-
-    def values(self, name: str) -> Any:
-        return self._values[name]
+    Deltas are all one, or independent; every edit is followed by a pass.
+    """
+    rng = np.random.default_rng(seed)
+    p = np.abs(rng.standard_normal((n, m)))
+    delta = np.ones((n, 40)) if aligned else rng.standard_normal((n, 40))
+    measured = np.zeros((n, m))
+    for made in range(1, n + 1):
+        for j in range(m):
+            edits = [made - 1] if single else [i for i in range(made) if made <= j or i > j]
+            shift = sum((p[i, j] * delta[i] for i in edits if i != j), np.zeros(40))
+            measured[made - 1, j] = np.linalg.norm(shift)
+    return EditArrays(
+        single=single,
+        edited=np.arange(n),
+        about=np.eye(n, m, dtype=bool),
+        same_last_token=np.eye(n, m, dtype=bool),
+        delta=delta,
+        p=p,
+        whitened_cosine=p * 0.5,
+        cosine=rng.standard_normal((n, m)),
+        gradient_cosine=np.full((n, m), np.nan),
+        measured=measured,
+        linear_error=np.full(n, 1e-12),
+        live_error=np.array([*[np.nan] * (n - 1), 1e-6]),
+        weight_change=np.arange(1.0, n + 1),
+        logprob_true_after=np.full(n, -1.0),
+        logprob_new_after=np.zeros(n),
+        rank_new_after=np.ones(n, dtype=np.int64),
+        step=np.arange(n + 1),
+        known=np.ones(m, dtype=bool),
+        logprob_true=np.vstack([np.zeros(m), -measured]),
+        answer_changed=np.vstack([np.zeros(m), measured > np.median(measured)]).astype(bool),
+        logprob_new=np.zeros((n + 1, n)),
+        rank_new=np.ones((n + 1, n), dtype=np.int64),
+        perplexity=np.full(n + 1, np.nan),
+    )
 
 
-def run_of(n: int, m: int, *, aligned: bool = False, single: bool = False, **values: Any) -> Any:
-    """Independent p; deltas that are all one, or independent."""
-    generator = np.random.default_rng(0)
-    p = np.abs(generator.standard_normal((n, m)))
-    delta = np.ones((n, 40)) if aligned else generator.standard_normal((n, 40))
-    return Run(delta, p, single=single, **values)
+def value(estimate: Estimate) -> float:
+    assert estimate.value is not None
+    return estimate.value
 
 
-def test_rank_correlation_is_scipys() -> None:
-    generator = np.random.default_rng(0)
-    for size in (3, 10, 200):
-        x, y = generator.integers(0, 8, size).astype(float), generator.standard_normal(size)
-        expected = scipy.stats.spearmanr(x, y).statistic
-        assert rank_correlation(x, y) == pytest.approx(expected, abs=1e-12)
-    assert math.isnan(rank_correlation(np.ones(5), np.arange(5.0)))
-    assert math.isnan(rank_correlation(np.arange(2.0), np.arange(2.0)))
+def ends(estimate: Estimate) -> tuple[float, float]:
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.low, estimate.high
+
+
+def by_name(run: EditArrays, resampling: Resampling = FEW) -> dict[str, Prediction]:
+    return {each.predictor: each for each in predict_behaviour(run, resampling)}
+
+
+def test_rank_statistics_are_scipys_of_the_repeated_sample() -> None:
+    rng = np.random.default_rng(0)
+    for size in (3, 12, 200):
+        x = rng.integers(0, 8, size).astype(float)
+        y, positive = rng.standard_normal(size), np.arange(size) % 3 == 0
+        weights = np.vstack([np.ones(size), rng.integers(1, 4, (3, size))])
+        ranks, areas = spearman(x, y, weights), roc_auc(x, positive, weights)
+        for row, rank, area in zip(weights.astype(int), ranks, areas, strict=True):
+            again = np.repeat(np.arange(size), row)
+            expected = scipy.stats.spearmanr(x[again], y[again]).statistic
+            assert rank == pytest.approx(expected, abs=1e-12)
+            first, second = x[again][positive[again]], x[again][~positive[again]]
+            u = scipy.stats.mannwhitneyu(first, second).statistic
+            assert area == pytest.approx(u / (len(first) * len(second)), abs=1e-12)
 
 
 def test_auc_is_the_share_of_pairs_in_order() -> None:
-    generator = np.random.default_rng(0)
-    x, positive = generator.integers(0, 6, 60).astype(float), generator.random(60) < 0.3
+    rng = np.random.default_rng(0)
+    x, positive = rng.integers(0, 6, 60).astype(float), rng.random(60) < 0.3
     pairs = [
         (x[i] > x[j]) + 0.5 * (x[i] == x[j])
-        for i in range(60)
-        for j in range(60)
-        if positive[i] and not positive[j]
+        for i in np.flatnonzero(positive)
+        for j in np.flatnonzero(~positive)
     ]
-    assert roc_auc(x, positive) == pytest.approx(np.mean(pairs))
-    assert math.isnan(roc_auc(x, np.zeros(60, dtype=bool)))
-    assert math.isnan(roc_auc(x, np.ones(60, dtype=bool)))
+    assert roc_auc(x, positive, np.ones((1, 60)))[0] == pytest.approx(np.mean(pairs))
 
 
-def test_an_exponent_is_the_slope_of_logarithms() -> None:
-    n = np.arange(1, 51)
-    for exponent in (0.5, 1.0, 1.7):
-        sizes = 3 * n[:, None] ** exponent * np.ones(4)
-        assert growth_exponent(sizes) == pytest.approx(exponent)
-    assert math.isnan(growth_exponent(np.zeros((9, 2))))
-    assert math.isnan(growth_exponent(np.ones((2, 2))))
+def test_statistics_of_what_does_not_vary_are_undefined() -> None:
+    once, ramp, constant = np.ones((1, 5)), np.arange(5.0), np.full(5, 0.1)
+    assert np.isnan(spearman(constant, ramp, once))
+    assert np.isnan(spearman(ramp, constant, once))
+    assert np.isnan(spearman(ramp, ramp, np.eye(1, 5)))
+    for positive in (np.zeros(5, dtype=bool), np.ones(5, dtype=bool)):
+        assert np.isnan(roc_auc(ramp, positive, once))
+    assert roc_auc(constant, ramp > 2, once) == 0.5
 
 
 def test_aligned_edits_accumulate_linearly_and_independent_ones_as_a_random_walk() -> None:
     for aligned, exponent in ((True, 1.0), (False, 0.5)):
-        found = growth(run_of(60, 400, aligned=aligned), FEW)
-        assert found is not None
-        for estimate in (found.original, found.edited):
-            assert estimate.value == pytest.approx(exponent, abs=0.12)
-            assert estimate.interval.low <= estimate.value <= estimate.interval.high
-        assert found.by_age.value < -0.9
-        assert found.by_age.interval.high < 0
-    assert growth(run_of(5, 9, single=True), FEW) is None
+        growth = measure_growth(run_of(60, 300, aligned=aligned), FEW)
+        for estimate, walk in (
+            (growth.original, growth.original_walk),
+            (growth.edited, growth.edited_walk),
+        ):
+            low, high = ends(estimate)
+            assert value(estimate) == pytest.approx(exponent, abs=0.06)
+            assert low <= exponent <= high
+            assert value(walk) == pytest.approx(0.5, abs=0.06)
+            if not aligned:
+                low, high = ends(walk)
+                assert low <= value(estimate) <= high
+        assert value(growth.by_age) < -0.9
+        assert ends(growth.by_age)[1] < 0
 
 
-def test_mean_size_of_earlier_edits_by_a_loop() -> None:
-    run = run_of(7, 9)
-    measured = run.values("measured")
-    means = [np.mean([measured[n, j] for j in range(n)]) for n in range(1, 7)]
-    slope = np.polyfit(np.log(np.arange(1, 7)), np.log(means), 1)[0]
-    found = growth(run, FEW)
-    assert found is not None
-    assert found.edited.value == pytest.approx(slope)
+def test_growth_by_a_loop() -> None:
+    run = run_of(7, 12)
+    growth = measure_growth(run, FEW)
+    n = np.arange(1, 8)
+    original = run.measured[:, 7:].mean(axis=1)
+    slope = np.polyfit(np.log(n), np.log(original), 1)[0]
+    assert value(growth.original) == pytest.approx(slope)
+    # Of n edits, n - 1 facts were edited before; a mean counts by how many facts it is over.
+    means = [np.mean([run.measured[made - 1, j] for j in range(made - 1)]) for made in n[1:]]
+    slope = np.polyfit(np.log(n[1:]), np.log(means), 1, w=np.sqrt(n[1:] - 1))[0]
+    assert value(growth.edited) == pytest.approx(slope)
+    expected = scipy.stats.spearmanr(n, run.measured[-1, :7]).statistic
+    assert value(growth.by_age) == pytest.approx(expected)
+
+
+def test_edits_of_one_batch_are_one_point() -> None:
+    run = run_of(8, 30)
+    # Two at once: both rows are of the state after the second, and both facts begin anew there.
+    measured = run.measured[[1, 1, 3, 3, 5, 5, 7, 7]]
+    for start in range(0, 8, 2):
+        measured[start : start + 2, start : start + 2] = 0
+    run = replace(run, measured=measured, weight_change=np.repeat(np.arange(1.0, 5), 2))
+    growth = measure_growth(run, FEW)
+    n = np.array([2, 4, 6, 8])
+    slope = np.polyfit(np.log(n), np.log(measured[1::2, 8:].mean(axis=1)), 1)[0]
+    assert value(growth.original) == pytest.approx(slope)
+    means = [measured[made - 1, : made - 2].mean() for made in n[1:]]
+    slope = np.polyfit(np.log(n[1:]), np.log(means), 1, w=np.sqrt(n[1:] - 2))[0]
+    assert value(growth.edited) == pytest.approx(slope)
+
+
+def test_the_walk_holds_random_walks_about_as_often_as_it_says() -> None:
+    rounds, held = 50, 0
+    base = run_of(30, 50)
+    for seed in range(rounds):
+        rng = np.random.default_rng(seed)
+        # A few large p, as SmolLM2 has them: mean |Delta| outgrows the root of n.
+        p, delta = rng.standard_t(2.5, (30, 50)), rng.standard_normal((30, 40))
+        measured = np.array([np.linalg.norm(p[:n].T @ delta[:n], axis=1) for n in range(1, 31)])
+        growth = measure_growth(replace(base, p=p, delta=delta, measured=measured), FEW)
+        low, high = ends(growth.original_walk)
+        held += low <= value(growth.original) <= high
+    assert 0.84 <= held / rounds <= 1
+
+
+def test_a_walk_is_the_run_with_other_signs() -> None:
+    run = run_of(9, 15, seed=4)
+    # With one delta in nine that is not 0 no sign matters, and the run is its own walk.
+    delta = run.delta * (np.arange(9) == 3)[:, None]
+    shifts = np.array([np.linalg.norm(run.p[:n].T @ delta[:n], axis=1) for n in range(1, 10)])
+    shifts[:, 4:9] *= np.arange(9)[:, None] < np.zeros(5)  # edited later: counted from then on
+    shifts[:, 3] = 0
+    growth = measure_growth(replace(run, delta=delta, measured=shifts), FEW)
+    assert value(growth.original_walk) == pytest.approx(value(growth.original), abs=1e-12)
+    assert value(growth.edited_walk) == pytest.approx(value(growth.edited), abs=1e-12)
+    memit = replace(run, linear_error=np.full(9, np.nan))
+    assert measure_growth(memit, FEW).original_walk == UNDEFINED
+
+
+def test_growth_is_undefined_where_there_is_none() -> None:
+    for run in (run_of(6, 9, single=True), run_of(1, 1), run_of(2, 4)):
+        growth = measure_growth(run, FEW)
+        assert set(vars(growth).values()) == {UNDEFINED}
+    still = run_of(6, 9)
+    still = replace(still, measured=np.zeros((6, 9)))
+    growth = measure_growth(still, FEW)
+    assert (growth.original, growth.edited, growth.by_age) == (UNDEFINED,) * 3
+    # Of so few facts there is an exponent, and no interval.
+    assert measure_growth(run_of(6, 9), FEW).original.low is None
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_shifts_are_the_sums_of_the_equations(single: bool) -> None:
-    run = run_of(6, 20, single=single)
-    delta, p = run.values("delta")[:, 0], run.values("p")
-    found = predicted_shifts(run, p)
-    for row, step in enumerate(range(1, 7)):
-        edits = [step - 1] if single else range(step)
-        for j in range(6, 20):
-            naive = np.linalg.norm(sum(p[i, j] * delta[i] for i in edits))
-            assert found[row, j] == pytest.approx(naive)
+def test_predictors_by_the_definition(single: bool) -> None:
+    run = run_of(5, 24, single=single, seed=3)
+    rng = np.random.default_rng(1)
+    run = replace(
+        run,
+        known=rng.random(24) < 0.8,
+        same_last_token=rng.random((5, 24)) < 0.2,
+        logprob_true=-rng.random((6, 24)),
+        gradient_cosine=rng.standard_normal((5, 24)),
+        # The copy of a fact that is edited is no other fact.
+        about=run.about | (np.arange(24) == 20) & (np.arange(5) == 2)[:, None],
+    )
+    found = by_name(run)
+    for name in SIMILARITIES:
+        S = getattr(run, name)
+        predicted, fall, flipped, distinct = [], [], [], []
+        for made in range(1, 6):
+            edits = [made - 1] if single else list(range(made))
+            barred = {made - 1} if single else set(range(5))
+            barred |= {20} if 2 in barred else set()
+            for j in np.flatnonzero(run.known):
+                if int(j) in barred:
+                    continue
+                predicted.append(np.linalg.norm(sum(S[i, j] * run.delta[i] for i in edits)))
+                fall.append(run.logprob_true[0, j] - run.logprob_true[made, j])
+                flipped.append(run.answer_changed[made, j])
+                distinct.append(not any(run.same_last_token[i, j] for i in edits))
+        for which, kept in (
+            (found[name].every, [True] * len(fall)),
+            (found[name].distinct, distinct),
+        ):
+            x, y, z = (np.array(of)[np.array(kept)] for of in (predicted, fall, flipped))
+            assert (which.pairs, which.flips) == (len(x), z.sum())
+            assert value(which.spearman) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+            u = scipy.stats.mannwhitneyu(x[z], x[~z]).statistic
+            assert value(which.auc) == pytest.approx(u / (z.sum() * (~z).sum()))
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_the_theory_scores_perfectly_where_behaviour_follows_it(single: bool) -> None:
+def test_the_theory_is_perfect_where_behaviour_follows_it(single: bool) -> None:
     run = run_of(8, 60, single=single)
-    by_name = {(s.predictor, s.distinct_token): s for s in scores(run, FEW)}
-    theory, null = by_name["p", False], by_name[NULL, False]
-    assert theory.spearman.value == pytest.approx(1)
-    assert theory.auc.value == pytest.approx(1)
-    assert theory.observations == 8 * 52 if not single else 8 * 59
-    # In a sequence even a permuted p grows with the passes, as behaviour does.
-    assert null.auc.value < (0.6 if single else 0.95)
-    assert by_name["whitened_cosine", False].spearman.value == pytest.approx(1)
-    unknown = by_name["gradient_cosine", False]
-    assert math.isnan(unknown.spearman.value)
-    assert math.isnan(unknown.auc.value)
-    # No fact shares a token with another's here.
-    assert by_name["p", True] == replace(theory, distinct_token=True)
+    found = by_name(run)
+    theory, null = found["p"].every, found[NULL].every
+    assert theory.pairs == (8 * 59 if single else 8 * 52)
+    assert theory.spearman == Estimate(*[pytest.approx(1)] * 3)
+    assert theory.auc == Estimate(*[pytest.approx(1)] * 3)
+    # In a sequence even a permuted p grows from pass to pass, as behaviour does.
+    assert value(null.auc) < (0.6 if single else 0.95)
+    low, high = ends(null.auc)
+    assert low < value(null.auc) < high
+    assert value(found["whitened_cosine"].every.auc) == pytest.approx(1)
+    assert found["gradient_cosine"].every.auc == UNDEFINED
+    assert found["gradient_cosine"].every.spearman == UNDEFINED
+    # An edited fact alone shares a token with an edit here.
+    assert found["p"].distinct == theory
+
+
+def test_permuted_facts_tell_nothing_where_edits_are_alike() -> None:
+    run = run_of(20, 60, single=True)
+    delta = run.delta / np.linalg.norm(run.delta, axis=1, keepdims=True)
+    found = by_name(replace(run, delta=delta))[NULL].every
+    assert value(found.auc) == pytest.approx(0.5, abs=0.03)
+    assert value(found.spearman) == pytest.approx(0, abs=0.03)
+    assert ends(found.auc)[0] < 0.5 < ends(found.auc)[1]
+
+
+def test_permuted_facts_are_exchanged_in_the_same_way_for_every_edit() -> None:
+    run = run_of(30, 40, single=True)
+    # p is a matter of the fact alone, and so is behaviour: a permutation keeps it so.
+    of_fact = np.random.default_rng(2).random(40)
+    run = replace(run, p=np.tile(of_fact, (30, 1)), delta=np.ones((30, 1)))
+    fall = np.vstack([np.zeros(40), np.tile(-of_fact, (30, 1))])
+    found = by_name(replace(run, logprob_true=fall))[NULL].every
+    low, high = ends(found.spearman)
+    # 95 % of correlations of 40 independent facts, not of 30 * 39 pairs.
+    assert high - low == pytest.approx(4 / np.sqrt(39), rel=0.35)
 
 
 def test_few_flips_give_no_auc() -> None:
     run = run_of(3, 20)
     changed = np.zeros((4, 20), dtype=bool)
-    changed[3, 10:19] = True
-    run._values["answer_changed"] = changed
-    for score in scores(run, FEW):
-        assert score.flips == 9
-        assert math.isnan(score.auc.value)
+    changed[3, 10 : 10 + FEWEST_FLIPS - 1] = True
+    changed[:, :3] = True  # edited facts do not count
+    for each in predict_behaviour(replace(run, answer_changed=changed), FEW):
+        assert each.every.flips == FEWEST_FLIPS - 1
+        assert each.every.auc == UNDEFINED
     changed[2, 19] = True
-    assert all(
-        s.flips == 10 and not math.isnan(s.auc.value)
-        for s in scores(run, FEW)
-        if s.predictor == "p"
+    enough = by_name(replace(run, answer_changed=changed))
+    assert enough["p"].every.flips == FEWEST_FLIPS
+    assert enough["p"].every.auc.value is not None
+    # Three passes are too few to draw again.
+    assert enough["p"].every.auc.low is None
+    assert by_name(replace(run, answer_changed=np.ones((4, 20), dtype=bool)))["p"].every.auc == (
+        UNDEFINED
     )
 
 
-def test_facts_that_share_a_token_are_left_out() -> None:
-    run = run_of(3, 10)
-    run.token_id[5] = run.token_id[1]  # edited second
-    seen = behaviour(run)
-    assert seen.same_token[:, 5].tolist() == [False, True, True]
-    assert seen.counts[:, :3].sum() == 0
-    run = run_of(3, 10, single=True)
-    run.token_id[5] = run.token_id[1]
-    seen = behaviour(run)
-    assert seen.same_token[:, 5].tolist() == [False, True, False]
-    assert (~seen.counts).sum() == 3
+def test_a_model_that_knew_nothing_has_nothing_to_predict() -> None:
+    run = replace(run_of(3, 20), known=np.zeros(20, dtype=bool))
+    for each in predict_behaviour(run, FEW):
+        assert (each.every.pairs, each.every.flips) == (0, 0)
+        assert each.every.spearman == each.distinct.auc == UNDEFINED
+    row = verify(run, FEW).row()
+    assert (row["known"], row["kept"]) == (0, None)
 
 
-def test_what_a_run_came_to() -> None:
-    run = run_of(4, 10)
-    run._values["rank_new_after"] = np.array([1, 1, 2, 1])
-    run._values["rank_new"] = np.array([[5] * 5] * 4 + [[1, 2, 1, 9, 1]])
-    run._values["kept_out/number"] = np.array([2])
-    run._values["known"] = np.array([True] * 8 + [False] * 2)
+def test_intervals_hold_the_population_s_value_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(5)
+    m, n, rounds = 30, 25, 50
+
+    def sample(edits: int) -> tuple[Real, Real]:
+        # Facts of one edit share how much it does: pairs are not independent, edits are.
+        strength = rng.lognormal(0, 0.7, (edits, 1))
+        p = rng.lognormal(0, 1, (edits, m)) * strength
+        return p, p * rng.lognormal(0, 1.5, (edits, m)) * strength
+
+    p, fall = sample(20_000)
+    population = scipy.stats.spearmanr(p.ravel(), fall.ravel()).statistic
+    base = run_of(n, m, single=True)
+    held = 0
+    for _ in range(rounds):
+        p, fall = sample(n)
+        run = replace(
+            base, p=p, delta=np.ones((n, 1)), logprob_true=np.vstack([np.zeros(m), -fall])
+        )
+        low, high = ends(predict_behaviour(run, Resampling(200, 1), 1)[0].every.spearman)
+        held += low <= population <= high
+    assert 0.83 <= held / rounds <= 1
+
+
+def test_what_a_sequence_came_to() -> None:
     changed = np.zeros((5, 10), dtype=bool)
-    changed[4, [4, 9]] = True
-    run._values["answer_changed"] = changed
-    run._values["perplexity"] = np.array([20.0, 1, 1, 1, 30.0])
-    found = outcome(run)
-    assert found["efficacy"] == 0.75
-    assert found["retention"] == 0.5
-    assert (found["known"], found["kept"]) == (4, 0.75)
-    assert (found["perplexity_before"], found["perplexity_after"]) == (20, 30)
-    assert (found["linear_error"], found["live_error"]) == (1e-12, 1e-6)
+    changed[3, 5] = changed[4, [4, 9]] = True
+    changed[:, :4] = True
+    run = replace(
+        run_of(4, 10),
+        rank_new_after=np.array([1, 1, 2, 1]),
+        logprob_new_after=np.array([0.0, 0, -2, -2]),
+        rank_new=np.array([[5] * 4] * 4 + [[1, 2, 1, 9]]),
+        logprob_new=np.full((5, 4), -3.0),
+        logprob_true=np.full((5, 10), -2.0) - 2 * np.eye(5, 10, k=-3),
+        known=np.array([True] * 8 + [False] * 2),
+        answer_changed=changed,
+        perplexity=np.array([20.0, 1, 1, 1, 30.0]),
+    )
+    found = measure_outcomes(run)
+    assert (found.edits, found.efficacy, found.efficacy_likelier) == (4, 0.75, 0.5)
+    assert (found.retention, found.retention_likelier) == (0.5, 0.25)
+    assert (found.known, found.kept) == (4, 0.75)
+    assert found.kept_by_pass == (1, 1, 1, 0.75, 0.75)
+    assert (found.perplexity_before, found.perplexity_after) == (20, 30)
+    assert found.weight_change == 4
+    row = verify(run, FEW).row()
+    assert (row["linear_error"], row["live_error"]) == (1e-12, 1e-6)
+    assert verify(replace(run, linear_error=np.full(4, np.nan)), FEW).linear_error is None
 
 
-def test_the_command_on_a_real_run(tmp_path: Path) -> None:
-    assert kscli("run", "--dir", tmp_path, "--dtype", "float32", "--count", 40, "-q").exit_code == 0
+def test_what_single_edits_came_to() -> None:
+    changed = np.zeros((3, 6), dtype=bool)
+    changed[1, [0, 1, 5]] = True
+    run = replace(
+        run_of(2, 6, single=True),
+        known=np.array([True] * 5 + [False]),
+        answer_changed=changed,
+        perplexity=np.array([20.0, 30, 40]),
+    )
+    found = measure_outcomes(run)
+    # Fact 1 counts when fact 0 is edited, and is kept when it is edited itself.
+    assert (found.known, found.kept) == (5, pytest.approx((3 / 4 + 1) / 2))
+    assert (found.retention, found.perplexity_after, found.weight_change) == (None, 35, 1.5)
+
+
+def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
+    run = run_of(3, 5)
+    values: dict[str, Any] = {name: getattr(run, name) for name in run.__dataclass_fields__}
+    values |= {
+        "delta": np.arange(24.0).reshape(3, 2, 4),
+        "edited": np.array([4, 0, 2]),
+        "rank_new": np.arange(20).reshape(4, 5),
+        "logprob_new": -np.arange(20.0).reshape(4, 5),
+        "kept_out/number": np.array([1]),
+    }
+    file: Any = SimpleNamespace(
+        values=values.__getitem__,
+        attributes={"protocol": "single"},
+        facts=[Fact("{} is in", subject, "x") for subject in ("A", "B", "C", "D", "A")],
+        token_id=np.array([7, 8, 8, 7, 7]),
+    )
+    found = read_arrays(file)
+    assert found.single
+    assert found.delta.shape == (3, 8)
+    # Planned were five, of which the second was kept out and the last was not come to.
+    assert found.rank_new[1].tolist() == [5, 7, 8]
+    assert found.logprob_new[0].tolist() == [0, -2, -3]
+    assert found.about.astype(int).tolist() == [[1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
+    assert found.same_last_token.astype(int).tolist() == [
+        *([[1, 0, 0, 1, 1]] * 2),
+        [0, 1, 1, 0, 0],
+    ]
+
+
+def test_the_command_on_real_runs(tmp_path: Path) -> None:
+    for stage in (("cache-cov",), ("extract", "--count", 24), ("pmatrix",)):
+        options = () if stage[0] == "pmatrix" else ("--dtype", "float32")
+        model = ("-m", "tiny", "--dir", tmp_path, "-q")
+        assert kscli(*stage, *model, *options).exit_code == 0
     none = kscli("verify", "--dir", tmp_path)
     assert none.exit_code == 1
-    assert "`kscli edit --model tiny --layer 0` makes one" in one_sentence(none.stderr)
-    made = kscli(
-        *("edit", "--dir", tmp_path, "--edits", 6, "--value", "random", "--measure-every", 2, "-q")
-    )
-    assert made.exit_code == 0, made.stderr
-    (row,) = json.loads(kscli("verify", "--dir", tmp_path, "-f", "json").stdout)
-    assert row["edits"] == 6
+    assert "`kscli edit --model tiny --layer 0` makes some" in one_sentence(none.stderr)
+    for more in ((), ("--protocol", "single", "--seed", 1)):
+        made = kscli(
+            *("edit", "--dir", tmp_path, "--edits", 6, "--value", "random", "--value-norm", 5),
+            *("--measure-every", 2, "-q", *more),
+        )
+        assert made.exit_code == 0, made.stderr
+    row, single = json.loads(kscli("verify", "--dir", tmp_path, "-f", "json").stdout)
+    assert (row["layers"], row["protocol"], row["edits"]) == ([0], "sequential", 6)
     assert row["linear_error"] < 1e-9
     assert row["live_error"] < 1e-4
     assert row["perplexity_before"] is None
-    assert row["by_age"] is not None
+    assert row["exponent_original_low"] < row["exponent_original"] < row["exponent_original_high"]
+    assert row["by_age"] < 0
+    assert (single["protocol"], single["retention"], single["by_age"]) == ("single", None, None)
+
     rows = json.loads(kscli("verify", "--dir", tmp_path, "--predictors", "-f", "json").stdout)
-    assert [r["predictor"] for r in rows[:5]] == [
-        *("p", "cosine", "whitened_cosine", "gradient_cosine", NULL)
-    ]
-    assert all(r["spearman"] is not None for r in rows if not r["distinct_token"])
+    assert [r["predictor"] for r in rows] == [*SIMILARITIES, NULL] * 2
+    assert all(isinstance(r["spearman"], float) for r in rows)
+    assert all((r["auc"] is None) == (r["flips"] < FEWEST_FLIPS) for r in rows)
+    assert all(r["spearman_low"] < r["spearman"] < r["spearman_high"] for r in rows[5:])
     for output in ("table", "csv", "tsv", "markdown", "latex"):
         for more in ((), ("--predictors",)):
             found = kscli("verify", "--dir", tmp_path, "-f", output, *more)
             assert found.exit_code == 0
             assert "rome" in found.stdout
-    assert kscli("verify", tmp_path / "tiny" / "pmatrix.h5").exit_code == 1
+            assert "nan" not in found.stdout.lower()
+    header, *lines = kscli("verify", "--dir", tmp_path, "-f", "csv").stdout.splitlines()
+    assert len(lines) == 2
+    assert all(len(line.split(",")) == len(header.split(",")) for line in lines)
+
+    edits = tmp_path / "tiny" / "edits"
+    shutil.copy(edits / "rome-0-0.h5", edits / "copy.h5")
+    named = kscli("verify", edits / "copy.h5", edits / "rome-0-0.h5")
+    assert "copy.h5" in named.stdout
+    wrong = kscli("verify", tmp_path / "tiny" / "pmatrix.h5")
+    assert wrong.exit_code == 1
+    assert "a run of edits" in one_sentence(wrong.stderr)
+    absent = kscli("verify", tmp_path / "absent.h5")
+    assert "does not exist" in one_sentence(absent.stderr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +11,20 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import Column, Format, Row, field, print_rows
+from kscli.cli.stats import FOR_MACHINES, head_table
 
 if TYPE_CHECKING:
     from kscli.editing.edits_file import EditsFile
+
+NAMES = {
+    "p": "p",
+    "whitened_cosine": "whitened cosine",
+    "cosine": "cosine of keys",
+    "gradient_cosine": "cosine of gradients",
+    "permuted_p": "p of permuted facts",
+}
+# What tells runs apart beside method and layers, shown where it varies.
+_TELLING = ("model", "protocol", "value", "order", "seed")
 
 
 def register(app: typer.Typer) -> None:
@@ -23,159 +35,200 @@ def register(app: typer.Typer) -> None:
 def verify(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="Runs of edits, instead of all of -m."),
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Files of `kscli edit`.",
+            show_default="DIR/MODEL/edits/*.h5",
+        ),
     ] = None,
-    model: options.ModelOrNone = None,
+    model: options.Models = None,
     predictors: Annotated[
         bool,
         typer.Option(
-            "--predictors", help="How well p tells what becomes of facts, and what else does."
+            "--predictors", help="What foretells the answers that edits break: p, or another?"
         ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what intervals resample.")] = 0,
+    repeats: Annotated[
+        int,
+        typer.Option("--repeats", metavar="N", min=100, help="How often intervals draw again."),
+    ] = 1000,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of these draws, and of the permuted facts.")
+    ] = 0,
     directory: options.Dir = Path("artifacts"),
+    quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
-    """Say what runs of edits came to, and how far what was predicted of them held.
+    """Test the theory on the edits that were made: what was predicted against what came of it.
 
-    A row a run: the share of edits that were said right after they were made (efficacy) and at
-    the end (retention), of known facts that were not edited and are still answered (kept),
-    perplexity, the largest error of the linear prediction, and the exponents in n of the mean
-    shift of original and edited facts: 1 accumulates linearly, 1/2 is a random walk. age: the rank
-    correlation of an edit's number and its fact's shift by later edits.
+    What became of the edits: the share whose new target was the model's first choice at once, and
+    still is after the last edit; the share of the facts that the model knew, and that were not
+    edited, with the same answer; perplexity. Of the theory: the worst error of the predicted shifts
+    of values, by the largest one, in float64 and in the live model; the exponents with which the
+    mean shifts of original and of edited facts grow with the number of edits (1: they accumulate
+    linearly; a random walk is near 0.5, and what it would be with these very p is beside it); and
+    the rank correlation of an edit's number and the shift of its fact (below 0: earlier edits
+    are changed more).
 
-    With --predictors a row a run and predictor: the rank correlation of the predicted shift and
-    the fall of the fact's log-probability, and the ROC-AUC for a known fact's answer flipping
-    (undefined below 10 flips); for p, cosines of keys, of whitened keys and of gradients, and p of
-    permuted facts. distinct: without facts whose subject ends in an edited one's last token.
+    With --predictors: how the predicted damage orders the known facts, against other similarities
+    of the same facts, by Spearman's correlation with the fall of the true target's log-probability,
+    and by ROC-AUC for the answers that flipped (none below 10). 95 % intervals draw facts again, or
+    with --predictors edits (of a sequence: measured passes). Reads edits/*.h5; loads no model.
 
     [bold]Examples[/bold]
 
       kscli verify -m gpt2-small
 
-      kscli verify -m gpt2-small --predictors -f json | jq '.[] | {layers, predictor, auc}'
+      kscli verify -m gpt2-small --predictors
 
-      kscli verify artifacts/gpt-j/edits/rome-5-*.h5 -f markdown
+      kscli verify artifacts/gpt-j/edits/rome-5-0.h5 artifacts/gpt-j/edits/memit-3-8-0.h5 -f csv
+
+      kscli verify -m gpt-j --predictors -f json | jq '.\\[] | {layers, predictor, auc, flips}'
     """
-    from contextlib import ExitStack
-
+    from kscli.cli.console import ConsoleReporter
     from kscli.editing.edits_file import EditsFile
+    from kscli.editing.verification import predict_behaviour, read_arrays
+    from kscli.editing.verification import verify as verify_run
+    from kscli.resampling import Resampling
 
-    paths = files or edit_runs(model or options.DEFAULT_MODEL, directory)
-    with ExitStack() as stack:
-        opened = [stack.enter_context(EditsFile(path)) for path in paths]
+    reporter = ConsoleReporter(quiet=quiet)
+    resampling = Resampling(repeats, seed)
+    rows: list[dict[str, Any]] = []
+    for path in edit_paths(files, model, directory):
+        with ExitStack() as stack:
+            file = stack.enter_context(EditsFile(path))
+            named, run = run_row(file), read_arrays(file)
         if predictors:
-            rows = [row for file in opened for row in predictor_rows(file, seed)]
-            print_rows(rows, predictor_columns(rows), output_format)
+            found = predict_behaviour(run, resampling, reporter=reporter)
+            rows += [named | prediction.row() for prediction in found]
         else:
-            rows = [run_row(file, seed) for file in opened]
-            print_rows(rows, run_columns(rows), output_format)
+            rows.append(named | verify_run(run, resampling).row())
+    print_runs(rows, output_format, predictors=predictors)
 
 
-def edit_runs(model: str, directory: Path) -> list[Path]:
-    """A model's runs of edits; raises ArtifactError where there is none."""
+def edit_paths(
+    files: Sequence[Path] | None, models: Sequence[str] | None, directory: Path
+) -> list[Path]:
+    """The files that are named, and those of the models; an error says how one is made."""
+    from kscli.cli.requests import EMBEDDED
     from kscli.errors import ArtifactError
     from kscli.pipeline import Places
 
-    folder = Places(directory, model).folder / "edits"
-    found = sorted(folder.glob("*.h5"))
-    if not found:
-        raise ArtifactError(
-            f"{folder} holds no run of edits; `kscli edit --model {model} --layer 0` makes one."
-        )
-    return found
+    paths = list(files or [])
+    for model in models or ([] if files else [EMBEDDED]):
+        folder = Places(directory, model).folder / "edits"
+        found = sorted(folder.glob("*.h5"), key=_by_numbers)
+        if not found:
+            raise ArtifactError(
+                f"{folder} holds no edits; `kscli edit --model {model} --layer 0` makes some."
+            )
+        paths += found
+    return paths
 
 
-def run_row(file: EditsFile, seed: int) -> dict[str, Any]:
-    """A run as a flat record."""
-    from kscli.editing.verification import REPEATS, Estimate, growth, outcome
-    from kscli.resampling import Resampling
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """For sorting rome-5-0 before rome-10-0."""
+    parts = path.stem.split("-")
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
-    grown = growth(file, Resampling(REPEATS, seed))
-    undefined = Estimate(float("nan"))
+
+def run_row(file: EditsFile) -> dict[str, Any]:
+    """What a run is called, as fields."""
+    attributes = file.attributes
     return {
         "path": str(file.path),
-        **outcome(file),
-        **(grown.original if grown else undefined).fields("exponent_original"),
-        **(grown.edited if grown else undefined).fields("exponent_edited"),
-        **(grown.by_age if grown else undefined).fields("by_age"),
+        "model": file.model,
+        "layers": list(file.layers),
+        **{name: attributes[name] for name in ("method", "protocol", "value", "order", "seed")},
     }
 
 
-def run_columns(rows: list[dict[str, Any]]) -> list[Column]:
-    """The columns for people."""
-    return [
-        *_names(rows),
-        field("edits", spec="d"),
-        field("efficacy", spec=".0%"),
-        field("retention", spec=".0%"),
-        Column("kept of known", _kept, right=True),
-        Column("perplexity", _perplexity, right=True),
-        field("linear_error", "error", spec=".0e"),
-        field("live_error", "live", spec=".0e"),
-        Column("exponent original", lambda row: _interval(row, "exponent_original")),
-        Column("edited", lambda row: _interval(row, "exponent_edited")),
-        Column("age", lambda row: _interval(row, "by_age")),
-    ]
-
-
-def predictor_rows(file: EditsFile, seed: int) -> Iterator[dict[str, Any]]:
-    """A flat record for every predictor, with all pairs and with those of distinct tokens."""
-    from kscli.editing.verification import REPEATS, scores
-    from kscli.resampling import Resampling
-
-    for score in scores(file, Resampling(REPEATS, seed)):
-        yield {
-            "path": str(file.path),
-            "model": file.model,
-            "method": file.attributes["method"],
-            "layers": list(file.layers),
-            "protocol": file.attributes["protocol"],
-            "predictor": score.predictor,
-            "distinct_token": score.distinct_token,
-            "observations": score.observations,
-            **score.spearman.fields("spearman"),
-            "flips": score.flips,
-            **score.auc.fields("auc"),
-        }
-
-
-def predictor_columns(rows: list[dict[str, Any]]) -> list[Column]:
-    """The columns for people."""
-    return [
-        *_names(rows),
-        field("predictor"),
-        Column("pairs", lambda row: "distinct" if row["distinct_token"] else "all"),
-        field("observations", "n", spec=",d"),
-        Column("Spearman", lambda row: _interval(row, "spearman")),
-        field("flips", spec="d"),
-        Column("AUC", lambda row: _interval(row, "auc")),
-    ]
-
-
-def _names(rows: list[dict[str, Any]]) -> list[Column]:
+def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) -> None:
+    """Print runs, or with `predictors` what was predicted of each."""
     from kscli.layers import format_layers
 
-    models = len({row["model"] for row in rows}) > 1
+    if output_format is not Format.json:
+        rows = [{**row, "layers": format_layers(row["layers"])} for row in rows]
+    if output_format in FOR_MACHINES:
+        print_rows(rows, [], output_format)
+        return
+    names = name_columns(rows)
+    if predictors:
+        title = "What foretells the damage to known facts; 95 % intervals"
+        print_rows(rows, [*names, *predictor_columns()], output_format, title)
+        return
+    title = "What became of the edits"
+    print_rows(rows, [*names, *outcome_columns()], output_format, title)
+    title = "The theory: errors of predicted shifts, and how they grow; 95 % intervals"
+    head_table(title, output_format)
+    print_rows(rows, [*names, *theory_columns()], output_format, title)
+
+
+def name_columns(rows: Sequence[Row]) -> list[Column]:
+    """What runs are called: method and layers, and what else varies."""
+    telling = [name for name in _TELLING if len({row[name] for row in rows}) > 1]
+    shown = ["method", "layers", *telling]
+    files = {row["path"] for row in rows}
+    if len({tuple(row[name] for name in shown) for row in rows}) < len(files):
+        shown.append("path")
+    return [field(name) for name in sorted(shown, key=["model", *shown].index)]
+
+
+def outcome_columns() -> list[Column]:
+    """What became of the edits."""
     return [
-        *([field("model")] if models else []),
-        field("method"),
-        Column("layer", lambda row: format_layers(row["layers"]), right=True),
-        field("protocol"),
+        field("edits", spec="d"),
+        field("efficacy", "at once", spec=".0%"),
+        field("retention", "at the end", spec=".0%"),
+        Column("known facts kept", _kept, right=True),
+        Column("perplexity", _perplexity, right=True),
+        field("weight_change", "|W_n - W_0|", spec=".3g"),
     ]
+
+
+def theory_columns() -> list[Column]:
+    """How the linear theory fared."""
+    return [
+        field("linear_error", "error", spec=".0e"),
+        field("live_error", "live", spec=".0e"),
+        estimate_column("exponent_original", "exponent, original facts"),
+        estimate_column("walk_original", "of a random walk"),
+        estimate_column("exponent_edited", "edited facts"),
+        estimate_column("walk_edited", "of a random walk"),
+        estimate_column("by_age", "edit number and shift"),
+    ]
+
+
+def predictor_columns() -> list[Column]:
+    """How predictors fared on behaviour."""
+    return [
+        Column("predictor", lambda row: NAMES[row["predictor"]]),
+        estimate_column("spearman", "Spearman"),
+        estimate_column("auc", "AUC"),
+        field("flips", spec="d"),
+        estimate_column("spearman_distinct", "distinct tokens: Spearman"),
+        estimate_column("auc_distinct", "AUC"),
+        field("flips_distinct", "flips", spec="d"),
+    ]
+
+
+def estimate_column(name: str, title: str) -> Column:
+    """A column of a statistic with its interval: `0.61 [0.48, 0.70]`; `-` where undefined."""
+
+    def cell(row: Row) -> str:
+        value, low, high = (row[name + end] for end in ("", "_low", "_high"))
+        if value is None:
+            return "-"
+        return f"{value:z.2f}" + ("" if low is None else f" [{low:z.2f}, {high:z.2f}]")
+
+    return Column(title, cell, right=True)
 
 
 def _kept(row: Row) -> str:
-    return "-" if row["kept"] != row["kept"] else f"{row['kept']:.0%} of {row['known']}"
+    kept = row["kept"]
+    return "-" if kept is None else f"{kept:.0%} of {row['known']}"
 
 
 def _perplexity(row: Row) -> str:
     before, after = row["perplexity_before"], row["perplexity_after"]
-    return "-" if before != before else f"{before:.1f} → {after:.1f}"
-
-
-def _interval(row: Row, name: str) -> str:
-    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
-    if value != value:
-        return "-"
-    return f"{value:.2f}" if low != low else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return "-" if None in (before, after) else f"{before:.4g} → {after:.4g}"

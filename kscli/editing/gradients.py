@@ -1,16 +1,20 @@
 """GradSim: how alike two facts' gradients are, for comparison with p.
 
-The cosine of the gradients, with respect to the edited matrix W, of -log P(target | prompt). It is
-what arXiv 2407.12828 relates to the ripple effects of edits. A gradient is G = sum_t g_t k_t^T over
-the prompt's tokens t, g_t that at the down-projection's output and k_t the key, and is never
-formed: <G_i, G_j> = sum_{t, t'} (g_t . g_t') (k_t . k_t').
+The cosine of the gradients, with respect to the edited matrix W, of -log P(target | prompt). Qin et
+al., "Why Does New Knowledge Create Messy Ripple Effects in LLMs?" (arXiv 2407.12828), relate the
+cosine of two facts' gradients to the ripple effects of edits; the gradient of P, as they may take
+it, is that of log P but for a factor P > 0, which the cosine does not see.
+
+A gradient is G = sum_t g_t k_t^T over the prompt's tokens t, g_t that at the down-projection's
+output and k_t the key, and is never formed: <G_i, G_j> = sum_{t, t'} (g_t . g_t') (k_t . k_t').
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,11 +50,9 @@ def gradient_cosines(
     """
     gradients = fact_gradients(model, layer, facts, reporter)
     lengths = np.sqrt([inner_products([each], [each])[0, 0] for each in gradients])
+    blocks, chosen = _blocks(gradients), _blocks([gradients[row] for row in rows])
     products = np.vstack(
-        [
-            np.hstack([inner_products([gradients[row]], block) for block in _blocks(gradients)])
-            for row in rows
-        ]
+        [np.hstack([inner_products(some, block) for block in blocks]) for some in chosen]
     )
     scale = lengths[list(rows)][:, None] * lengths[None, :]
     return np.asarray(np.divide(products, scale, out=np.zeros_like(products), where=scale > 0))
@@ -100,12 +102,17 @@ def _factors(
         taken.append((inputs[0].detach(), leaf))
         return leaf
 
+    # The first token whose logits any target asks for.
+    first = min(len(cloze.prompt_ids) for cloze in clozes) - 1
     handle = model.decoder.projections[layer].module.register_forward_hook(hook)
     try:
         with torch.enable_grad():
-            logits = model.decoder.model(input_ids=ids).logits
+            logits = _logits(model, ids, ids.shape[1] - first)
             loss = torch.stack(
-                [_surprise(of_row, cloze) for of_row, cloze in zip(logits, clozes, strict=True)]
+                [
+                    _surprise(of_row, first, cloze)
+                    for of_row, cloze in zip(logits, clozes, strict=True)
+                ]
             ).sum()
             keys, outputs = taken[0]
             (gradients,) = torch.autograd.grad(loss, outputs)
@@ -115,10 +122,22 @@ def _factors(
     return keys.reshape(shape), gradients.reshape(shape)
 
 
-def _surprise(logits: Tensor, cloze: Cloze) -> Tensor:
-    """-log P of a cloze's target, from the logits of its row."""
-    start = len(cloze.prompt_ids) - 1
-    own = logits[start : start + len(cloze.target_ids)].float().log_softmax(-1)
+def _logits(model: LoadedModel, ids: Tensor, keep: int) -> Tensor:
+    """The logits of the last `keep` tokens, (batch, keep, vocabulary)."""
+    network = model.decoder.model
+    takes = inspect.signature(network.forward).parameters
+    options = {"logits_to_keep": keep, "use_cache": False}
+    found = network(
+        input_ids=ids, **{name: value for name, value in options.items() if name in takes}
+    )
+    return cast(Tensor, found.logits[:, -keep:])
+
+
+def _surprise(logits: Tensor, first: int, cloze: Cloze) -> Tensor:
+    """-log P of a cloze's target, from the logits of its row from the token `first` on."""
+    start = len(cloze.prompt_ids) - 1 - first
+    own = logits[start : start + len(cloze.target_ids)]
+    own = own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
     return -own.gather(1, torch.tensor(cloze.target_ids, device=own.device)[:, None]).sum()
 
 

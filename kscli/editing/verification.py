@@ -29,6 +29,7 @@ FEWEST_UNITS = 5
 FEWEST_POINTS = 3
 """Below this many points there is no exponent and no rank correlation."""
 PERMUTATIONS = 100
+WALKS = 100
 SIMILARITIES = ("p", "whitened_cosine", "cosine", "gradient_cosine")
 NULL = "permuted_p"
 
@@ -91,8 +92,8 @@ def read_arrays(file: EditsFile) -> EditArrays:
         "delta": file.values("delta").reshape(n, -1),
         **{name: file.values(name)[:, made] for name in ("logprob_new", "rank_new")},
     }
-    others = [each.name for each in fields(EditArrays) if each.name not in given]
-    return EditArrays(**given, **{name: file.values(name) for name in others})
+    names = [each.name for each in fields(EditArrays)]
+    return EditArrays(**{name: file.values(name) for name in names if name not in given} | given)
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,24 @@ class Growth:
 
     `original` and `edited` are exponents a of mean |Delta| ~ n^a: over the facts that no edit of
     the run is about (equation 11), and over those edited before (equation 15). 1 is the paper's
-    "accumulates linearly", 1/2 a random walk. `order` is Spearman's correlation of a fact's edit
+    "accumulates linearly", 1/2 a random walk. `by_age` is Spearman's correlation of a fact's edit
     number with its |Delta| at the end: equation 13 has earlier edits changed more, so it is < 0.
 
-    The intervals draw facts again, with the edits as they were: they say how far the facts at hand
-    decide the number. Along one path |Delta| after n edits holds the sum after n - 1, so its
-    residuals from a line are not independent, and a regression's own error would be far too
-    small. What other edits would give, no interval from one run can say.
+    Their intervals draw facts again, with the edits as they were. Along one path |Delta| after n
+    edits holds the sum after n - 1, so residuals from a line are not independent, and a
+    regression's own error would be far too small. Nor do such intervals say what other edits would
+    give: for random walks of 100 steps they hold 1/2 in one run of five only, and where a few
+    entries of P are large, mean |Delta| of a walk grows as n^0.6 at first. `original_walk` and
+    `edited_walk` are therefore the exponents of this very run with the signs of delta drawn at
+    random, the mean and where 95 % lie: what a random walk gives with these p and |delta|. They
+    follow from equations 11 and 15, and are undefined for memit.
     """
 
     original: Estimate
+    original_walk: Estimate
     edited: Estimate
-    order: Estimate
+    edited_walk: Estimate
+    by_age: Estimate
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Outcomes:
     `efficacy`: edits whose new target's first token was the first choice right after the edit;
     `efficacy_likelier`: whose new target was more probable than the true one. `retention...`: the
     same of all edits at the last pass, None for single edits. `kept`: known facts that no edit is
-    about which still have their answer, of `known_facts`, at each pass of `kept_by_pass`, and
+    about which still have their answer, of `known`, at each pass of `kept_by_pass`, and
     after the last (single: on average over the edits, of the facts that each is not about). So
     with `perplexity_after` and `weight_change`, the Frobenius norm of W_n - W_0.
     """
@@ -153,7 +160,7 @@ class Outcomes:
     efficacy_likelier: float | None
     retention: float | None
     retention_likelier: float | None
-    known_facts: int
+    known: int
     kept: float | None
     kept_by_pass: tuple[float | None, ...]
     perplexity_before: float | None
@@ -186,8 +193,10 @@ class Verification:
             "linear_error": self.linear_error,
             "live_error": self.live_error,
             **self.growth.original.row("exponent_original"),
+            **self.growth.original_walk.row("walk_original"),
             **self.growth.edited.row("exponent_edited"),
-            **self.growth.order.row("order_correlation"),
+            **self.growth.edited_walk.row("walk_edited"),
+            **self.growth.by_age.row("by_age"),
         }
 
 
@@ -217,7 +226,7 @@ def measure_outcomes(run: EditArrays) -> Outcomes:
         efficacy_likelier=_share(run.logprob_new_after > run.logprob_true_after),
         retention=None if run.single else _share(retained),
         retention_likelier=None if run.single else _share(still),
-        known_facts=int((run.known if run.single else _tested(run)[0]).sum()),
+        known=int((run.known if run.single else _tested(run)[0]).sum()),
         kept=_mean([share for share in by_pass[after] if share is not None]),
         kept_by_pass=by_pass,
         perplexity_before=_plain(float(run.perplexity[0])),
@@ -229,30 +238,49 @@ def measure_outcomes(run: EditArrays) -> Outcomes:
 def measure_growth(run: EditArrays, resampling: Resampling) -> Growth:
     """How the shifts of values grow with the number of edits; nothing of single edits."""
     if run.single:
-        return Growth(Estimate(None), Estimate(None), Estimate(None))
+        return Growth(*[Estimate(None)] * 5)
     # Edits that are made at once share what is measured after them.
     ends = np.flatnonzero(np.append(np.diff(run.weight_change) != 0, True))
     starts = np.append(0, ends[:-1] + 1)
-    lengths = run.measured[ends]
-    original = lengths[:, ~run.about.any(axis=0)]
-    facts = np.unique(run.edited)
-    before = np.array(
-        [
-            # A fact's shift is counted from its own edit on.
-            np.isin(facts, run.edited[:start]) & ~np.isin(facts, run.edited[start : end + 1])
-            for start, end in zip(starts, ends, strict=True)
-        ]
-    )
-    made = np.repeat(ends + 1, ends - starts + 1)
-    last = np.array([made[run.edited == fact].max() for fact in facts], dtype=np.float64)
+    lengths, number = run.measured[ends], np.arange(len(run.edited))
+    original = ~run.about.any(axis=0)
+    everywhere = np.ones((len(ends), int(original.sum())), dtype=bool)
+    # A fact's shift is counted from its own edit on.
+    before = number < starts[:, None]
+    walk_original = walk_edited = Estimate(None)
+    if len(ends) == len(number) and not np.isnan(run.linear_error).all():
+        walk_original = _walk(run.delta, run.p[:, original], everywhere, resampling.seed)
+        later = np.where(before, run.p[:, run.edited], 0.0)
+        walk_edited = _walk(run.delta, later, before, resampling.seed)
     return Growth(
-        original=_exponent(ends + 1, original, np.ones(original.shape, dtype=bool), resampling),
-        edited=_exponent(ends + 1, lengths[:, facts], before, resampling),
-        order=_order(last, run.measured[-1, facts], resampling),
+        _exponent(ends + 1, lengths[:, original], everywhere, resampling),
+        walk_original,
+        _exponent(ends + 1, lengths[:, run.edited], before, resampling),
+        walk_edited,
+        _by_age(np.repeat(ends + 1.0, ends - starts + 1), run.measured[-1, run.edited], resampling),
     )
 
 
-def _order(numbers: Real, lengths: Real, resampling: Resampling) -> Estimate:
+def _walk(delta: Real, p: Real, among: Mask, seed: int) -> Estimate:
+    """The exponent of mean |sum_i s_i p_ij delta_i| over random signs s, of facts `among`.
+
+    `p` and `among` are (n, facts). |Delta_j|^2 grows by p_nj^2 |delta_n|^2 + 2 p_nj s_n delta_n .
+    sum_{i<n} s_i p_ij delta_i, so that products of the deltas are all that it takes.
+    """
+    products = delta @ delta.T
+    earlier, own = np.tril(products, -1), products.diagonal()[:, None]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (WALKS, len(delta), 1))
+    weights = among.sum(axis=1, dtype=np.float64)[None]
+    sums = np.empty((WALKS, len(delta)))
+    for at, sign in enumerate(signs):
+        steps = sign * p
+        squares = np.cumsum(steps * (steps * own + 2 * earlier @ steps), axis=0)
+        sums[at] = np.where(among, np.sqrt(np.maximum(squares, 0.0)), 0.0).sum(axis=1)
+    slopes = _slopes(np.log(np.arange(1, len(delta) + 1)), sums, np.tile(weights, (WALKS, 1)))
+    return Estimate.of(float(slopes.mean()), slopes)
+
+
+def _by_age(numbers: Real, lengths: Real, resampling: Resampling) -> Estimate:
     if len(numbers) < FEWEST_POINTS:
         return Estimate(None)
     return _over_units(
@@ -308,8 +336,8 @@ class Agreement:
         return {
             f"pairs{suffix}": self.pairs,
             f"flips{suffix}": self.flips,
-            **_suffixed(self.spearman.row("spearman"), suffix),
-            **_suffixed(self.auc.row("auc"), suffix),
+            **self.spearman.row(f"spearman{suffix}"),
+            **self.auc.row(f"auc{suffix}"),
         }
 
 
@@ -340,118 +368,88 @@ def predict_behaviour(
     several layers delta is over all of them, and S of the first; that a weight lambda shrinks what
     is written is left out.
 
-    What is drawn again for the intervals are edits where these are single, and else passes: the
-    facts of one share its edits. Passes share the edits before them, so that a sequence's
-    intervals are still too narrow. `permuted_p` is the null: p with its facts exchanged among those
-    asked for, the same way for all edits; its value is the mean over `permutations` and its interval
-    holds 95 % of them. It is above 0.5 (AUC) and 0 where more edits, or longer ones, break more,
-    whatever p says of the facts. Same-token pairs share the last token with any edit in force.
+    What is drawn again for the intervals are edits where these are single, and else passes, since
+    the facts of one share its edits. Passes share the edits made before them too, so a sequence's
+    intervals are still too narrow.
+
+    `permuted_p` is the null: p with the facts asked for exchanged, in the same way for all edits.
+    Its value is the mean over `permutations`, its interval holds 95 % of them. Where more edits or
+    longer ones break more, it too is above 0 (Spearman) and 0.5 (AUC): p has to do better than it.
+    A same-token pair's fact shares the last token with an edit in force.
     """
-    pairs = _Pairs.of(run, permutations, (resampling or Resampling()).seed)
-    subsets = {"every": pairs, DISTINCT: pairs.where(~pairs.same)}
+    resampling = resampling or Resampling()
+    pairs = _pooled(run, permutations, resampling.seed)
+    distinct = {name: values[~pairs["same"]] for name, values in pairs.items()}
     found = []
     with reporter.task("predictors", len(SIMILARITIES) + 1) as task:
         for name in (*SIMILARITIES, NULL):
-            every, distinct = (
-                each.agreement(name, resampling or Resampling()) for each in subsets.values()
+            found.append(
+                Prediction(
+                    name,
+                    _agreement(name, pairs, resampling),
+                    _agreement(name, distinct, resampling),
+                )
             )
-            found.append(Prediction(name, every, distinct))
             task.advance()
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Every fact that was tested in every pass: arrays (pairs,), the null's (permutations, pairs).
-
-    `unit` is the number of the pass, `fall` that of the true target's log-probability.
-    """
-
-    unit: Whole
-    fall: Real
-    flipped: Mask
-    same: Mask
-    predicted: dict[str, Real]
-
-    @classmethod
-    def of(cls, run: EditArrays, permutations: int, seed: int) -> _Pairs:
-        rng = np.random.default_rng(seed)
-        shuffles = rng.permuted(np.tile(np.arange(len(run.known)), (permutations, 1)), axis=1)
-        parts = [
-            _of_pass(run, number, edits, tested, shuffles)
-            for number, edits, tested in _passes(run)
-        ]
-        empty = cls(
-            np.zeros(0, dtype=np.int64),
-            np.zeros(0),
-            np.zeros(0, dtype=bool),
-            np.zeros(0, dtype=bool),
-            dict.fromkeys(SIMILARITIES, np.zeros(0)) | {NULL: np.zeros((permutations, 0))},
-        )
-        parts.insert(0, empty)
-        return cls(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("unit", "fall", "flipped", "same")
-            ),
-            {
-                name: np.concatenate([part.predicted[name] for part in parts], axis=-1)
-                for name in empty.predicted
-            },
-        )
-
-    def where(self, kept: Mask) -> _Pairs:
-        """Some of the pairs."""
-        return _Pairs(
-            self.unit[kept],
-            self.fall[kept],
-            self.flipped[kept],
-            self.same[kept],
-            {name: values[..., kept] for name, values in self.predicted.items()},
-        )
-
-    def agreement(self, name: str, resampling: Resampling) -> Agreement:
-        """How well a predictor orders the pairs."""
-        predicted = np.atleast_2d(self.predicted[name])
-        flips = int(self.flipped.sum())
-        defined = len(self.unit) >= FEWEST_POINTS and bool(np.isfinite(predicted).all())
-        several = FEWEST_FLIPS <= flips < len(self.unit)
-
-        def with_fall(x: Real, weights: Real) -> Real:
-            return spearman(x, self.fall, weights)
-
-        def with_flips(x: Real, weights: Real) -> Real:
-            return roc_auc(x, self.flipped, weights)
-
-        def estimate(statistic: Callable[[Real, Real], Real]) -> Estimate:
-            if name == NULL:
-                return _over_permutations(statistic, predicted)
-            return _over_units(lambda w: statistic(predicted[0], w), self.unit, resampling)
-
-        return Agreement(
-            len(self.unit),
-            flips,
-            estimate(with_fall) if defined else Estimate(None),
-            estimate(with_flips) if defined and several else Estimate(None),
-        )
+Pairs = dict[str, NDArray[Any]]
+"""Facts that were asked for in passes, by column, first axis `pairs`: the number of the pass, the
+fall of the true target's log-probability, whether the answer flipped, whether the pair is a
+same-token one, and every predictor, of which the null is (pairs, permutations)."""
 
 
-def _of_pass(
-    run: EditArrays, number: int, edits: slice, tested: Mask, shuffles: Whole
-) -> _Pairs:
+def _pooled(run: EditArrays, permutations: int, seed: int) -> Pairs:
+    rng = np.random.default_rng(seed)
+    shuffles = rng.permuted(np.tile(np.arange(len(run.known)), (permutations, 1)), axis=1)
+    nothing = _of_pass(run, 0, slice(0), np.zeros_like(run.known), shuffles)
+    parts = [nothing, *(_of_pass(run, *each, shuffles) for each in _passes(run))]
+    return {name: np.concatenate([part[name] for part in parts]) for name in nothing}
+
+
+def _of_pass(run: EditArrays, number: int, edits: slice, tested: Mask, shuffles: Whole) -> Pairs:
     predicted = {
         name: np.linalg.norm(getattr(run, name)[edits].T @ run.delta[edits], axis=1)
         for name in SIMILARITIES
     }
-    null = np.empty((len(shuffles), int(tested.sum())))
-    for row, order in zip(null, shuffles, strict=True):
-        row[:] = predicted["p"][order[tested[order]]]
-    return _Pairs(
-        np.full(int(tested.sum()), number),
-        (run.logprob_true[0] - run.logprob_true[number])[tested],
-        run.answer_changed[number][tested],
-        run.same_last_token[edits].any(axis=0)[tested],
-        {name: values[tested] for name, values in predicted.items()} | {NULL: null},
+    same = np.asarray(run.same_last_token[edits].any(axis=0))
+    null = [predicted["p"][_exchanged(order, tested)] for order in shuffles]
+    return {
+        "unit": np.full(int(tested.sum()), number),
+        "fall": (run.logprob_true[0] - run.logprob_true[number])[tested],
+        "flipped": run.answer_changed[number][tested],
+        "same": same[tested],
+        **{name: values[tested] for name, values in predicted.items()},
+        NULL: np.reshape(null, (len(shuffles), int(tested.sum()))).T,
+    }
+
+
+def _exchanged(order: Whole, tested: Mask) -> Whole:
+    """The tested facts, as a permutation of all facts exchanges them, its others left out."""
+    facts = order[tested]
+    while not tested[facts].all():
+        facts = np.where(tested[facts], facts, order[facts])
+    return facts
+
+
+def _agreement(name: str, pairs: Pairs, resampling: Resampling) -> Agreement:
+    """How well a predictor orders the pairs."""
+    predicted, fall, flipped = pairs[name], pairs["fall"], pairs["flipped"]
+    flips = int(flipped.sum())
+    defined = len(fall) >= FEWEST_POINTS and bool(np.isfinite(predicted).all())
+    several = FEWEST_FLIPS <= flips < len(fall)
+
+    def estimate(statistic: Callable[[Real, Real], Real]) -> Estimate:
+        if name == NULL:
+            return _over_permutations(statistic, predicted.T)
+        return _over_units(lambda w: statistic(predicted, w), pairs["unit"], resampling)
+
+    return Agreement(
+        len(fall),
+        flips,
+        estimate(lambda x, w: spearman(x, fall, w)) if defined else Estimate(None),
+        estimate(lambda x, w: roc_auc(x, flipped, w)) if defined and several else Estimate(None),
     )
 
 
@@ -480,22 +478,20 @@ def spearman(x: Real, y: Real, weights: Real) -> Real:
     weighted = weights * a
     scale = np.sqrt((weighted * a).sum(axis=1) * (weights * b * b).sum(axis=1))
     undefined = np.full(len(weights), np.nan)
-    return np.asarray(
-        np.divide((weighted * b).sum(axis=1), scale, out=undefined, where=scale > 0)
-    )
+    return np.asarray(np.divide((weighted * b).sum(axis=1), scale, out=undefined, where=scale > 0))
 
 
 def roc_auc(x: Real, positive: Mask, weights: Real) -> Real:
     """The share of positive and negative pairs that x orders rightly, a tie counting half.
 
-    By Mann and Whitney's U, with `weights` as in `spearman`; NaN where either kind is missing.
+    Mann and Whitney's U by the number of such pairs, with `weights` as in `spearman`; NaN where
+    either kind is missing.
     """
     of_positive = np.where(positive, weights, 0.0)
     n_positive, n = of_positive.sum(axis=1), weights.sum(axis=1)
     rank_sum = (of_positive * _centred_ranks(x, weights)).sum(axis=1)
     both = n_positive * (n - n_positive)
     undefined = np.full(len(weights), np.nan)
-    # Centred ranks of positives that are drawn without regard to x add up to 0.
     return np.asarray(np.divide(rank_sum, both, out=undefined, where=both > 0) + 0.5)
 
 
@@ -533,21 +529,6 @@ def _over_permutations(statistic: Callable[[Real, Real], Real], predicted: Real)
     once = np.ones((1, predicted.shape[1]))
     values = np.array([statistic(row, once)[0] for row in predicted])
     return Estimate.of(float(values.mean()), values) if len(values) else Estimate(None)
-
-
-def _suffixed(row: dict[str, Any], suffix: str) -> dict[str, Any]:
-    """Fields NAME, NAME_low and NAME_high as NAME + suffix, with the ends' own last."""
-    return {
-        next(
-            (
-                name.removesuffix(end) + suffix + end
-                for end in ("_low", "_high")
-                if name.endswith(end)
-            ),
-            name + suffix,
-        ): value
-        for name, value in row.items()
-    }
 
 
 def _worst(errors: Real) -> float | None:
