@@ -67,6 +67,7 @@ def run_of(
         measured=measured,
         linear_error=np.full(n, 1e-12),
         live_error=np.array([*[np.nan] * (n - 1), 1e-6]),
+        batch=np.arange(n),
         weight_change=np.arange(1.0, n + 1),
         logprob_true_after=np.full(n, -1.0),
         logprob_new_after=np.zeros(n),
@@ -172,7 +173,7 @@ def test_edits_of_one_batch_are_one_point() -> None:
     measured = run.measured[[1, 1, 3, 3, 5, 5, 7, 7]]
     for start in range(0, 8, 2):
         measured[start : start + 2, start : start + 2] = 0
-    run = replace(run, measured=measured, weight_change=np.repeat(np.arange(1.0, 5), 2))
+    run = replace(run, measured=measured, batch=np.repeat(np.arange(4), 2))
     growth = measure_growth(run, FEW)
     n = np.array([2, 4, 6, 8])
     slope = np.polyfit(np.log(n), np.log(measured[1::2, 8:].mean(axis=1)), 1)[0]
@@ -407,13 +408,14 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
     }
     file: Any = SimpleNamespace(
         values=values.__getitem__,
-        attributes={"protocol": "single"},
+        attributes={"protocol": "single", "batch": 2},
         facts=[Fact("{} is in", subject, "x") for subject in ("A", "B", "C", "D", "A")],
         token_id=np.array([7, 8, 8, 7, 7]),
     )
     found = read_arrays(file)
     assert found.single
     assert found.delta.shape == (3, 8)
+    assert found.batch.tolist() == [0, 1, 1]
     # Planned were five, of which the second was kept out and the last was not come to.
     assert found.rank_new[1].tolist() == [5, 7, 8]
     assert found.logprob_new[0].tolist() == [0, -2, -3]

@@ -47,12 +47,13 @@ class EditArrays:
 
     `single`: every edit was made in the clean model and taken back. `about` and `same_last_token`
     (n, m): which facts an edit is about, its own and those of the same text, and which have their
-    keys at the token of its own. `delta` (n, D) is over all edited layers; `logprob_new` and
+    keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at once. `delta` (n, D) is over all edited layers; `logprob_new` and
     `rank_new` (s, n) are without the edits that were kept out.
     """
 
     single: bool
     edited: Whole
+    batch: Whole
     about: Mask
     same_last_token: Mask
     delta: Real
@@ -87,6 +88,7 @@ def read_arrays(file: EditsFile) -> EditArrays:
     given: dict[str, Any] = {
         "single": file.attributes["protocol"] == "single",
         "edited": edited,
+        "batch": made // int(file.attributes["batch"]),
         "about": texts[edited][:, None] == texts,
         "same_last_token": ~distinct_tokens(file.token_id)[edited],
         "delta": file.values("delta").reshape(n, -1),
@@ -240,7 +242,7 @@ def measure_growth(run: EditArrays, resampling: Resampling) -> Growth:
     if run.single:
         return Growth(*[Estimate(None)] * 5)
     # Edits that are made at once share what is measured after them.
-    ends = np.flatnonzero(np.append(np.diff(run.weight_change) != 0, True))
+    ends = np.flatnonzero(np.append(np.diff(run.batch) != 0, True))
     starts = np.append(0, ends[:-1] + 1)
     lengths, number = run.measured[ends], np.arange(len(run.edited))
     original = ~run.about.any(axis=0)
