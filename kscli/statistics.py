@@ -233,15 +233,24 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
         return None
     worst = min(few, key=lambda at: half[at])
     pair = [int(statistics.values[name][worst]) for name in ("top_pair_i", "top_pair_j")]
-    first, second = (facts[fact].subject for fact in pair)
+    strongest = _told_apart(*(facts[fact] for fact in pair))
     layers = [statistics.layers[at] for at in few]
     carried = int(half[worst])
     return (
         f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
         f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
-        f"{statistics.layers[worst]}, the strongest {first!r} with {second!r}): the kurtosis there "
-        "is theirs, and other facts may give one outside its interval."
+        f"{statistics.layers[worst]}, the strongest {strongest}): the kurtosis there is "
+        "theirs, and other facts may give one outside its interval."
     )
+
+
+def _told_apart(first: Fact, second: Fact) -> str:
+    """Two facts by their subjects, or by what they say where these are equal."""
+    if first.subject != second.subject:
+        return f"{first.subject!r} with {second.subject!r}"
+    if first.text != second.text:
+        return f"{first.text!r} with {second.text!r}"
+    return f"{first.text!r}, which is there twice"
 
 
 def _standardised(entries: Entries) -> Entries:

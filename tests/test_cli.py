@@ -155,9 +155,37 @@ def test_show_says_what_a_file_is(toy: Path) -> None:
     assert pmatrix["model_id"] == "someone/toy"
     assert pmatrix["datasets"]["P"] == {"shape": [3, 6, 6], "dtype": "float64"}
     assert pmatrix["inputs"] == {"cov": shown[0]["fingerprint"], "keys": shown[1]["fingerprint"]}
+    with h5py.File(toy / "toy" / "pmatrix.h5") as file:
+        condition = file["condition"][()]
+    assert pmatrix["datasets"]["condition"] == {
+        "shape": [3],
+        "dtype": "float64",
+        "least": condition.min(),
+        "largest": condition.max(),
+    }
+    assert {name for name, about in pmatrix["datasets"].items() if "least" in about} == {
+        *("condition", "dead_coordinates", "solve_residual", "whitening_residual")
+    }
+    text = kscli("show", toy / "toy" / "pmatrix.h5").stdout
+    assert f"(3,) float64, {condition.min():.4g} to {condition.max():.4g}\n" in text
+    assert "(3,) int64, 0\n" in text
     text = kscli("show", toy / "toy" / "cov.h5").stdout
     assert "second moments" in text
     assert "sha256:w" in text
+
+
+def test_show_of_what_is_undefined_at_some_layers_or_all(toy: Path) -> None:
+    path = toy / "toy" / "pmatrix.h5"
+    with h5py.File(path, "a") as file:
+        file["condition"][0] = np.nan
+        file["solve_residual"][...] = np.nan
+        left = file["condition"][1:]
+    text = kscli("show", path).stdout
+    assert f"(3,) float64, {left.min():.4g} to {left.max():.4g}\n" in text
+    assert "(3,) float64, undefined\n" in text
+    [shown] = json.loads(kscli("show", path, "-f", "json").stdout)
+    assert shown["datasets"]["condition"]["largest"] == left.max()
+    assert shown["datasets"]["solve_residual"]["least"] is None
 
 
 def test_pmatrix_takes_explicit_paths_and_finds_the_models_folder(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from families import save_family
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +26,7 @@ from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.editing import run as run_module
 from kscli.editing.edits_file import EditsFile
+from kscli.editing.gradients import gradient_cosines
 from kscli.editing.run import ALREADY, Edit, EditOptions, EditRun
 from kscli.editing.sources import EditSources
 from kscli.editing.stage import EditPlan, HeldOut, checkpoint_of, make_edits, replay_edits
@@ -32,6 +34,7 @@ from kscli.editing.updates import edit_directions
 from kscli.editing.value import DivergedError
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, ModelError, NumericsError, UsageError
+from kscli.facts import Fact
 from kscli.interrupts import InterruptedRunError
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.reporter import SILENT, Reporter
@@ -371,6 +374,104 @@ def test_a_held_signal_ends_the_run_after_an_edit(
     assert raised.value.exit_code == 130
 
 
+def test_a_signal_before_the_first_edit(
+    tiny: LoadedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the clean model is asked it acts at once; held later, it promises no checkpoint."""
+    for name, error in (("prepare", KeyboardInterrupt), ("_replay", InterruptedRunError)):
+        original = getattr(EditRun, name)
+
+        def then_signal(self: EditRun, *arguments: Any, original: Any = original) -> None:
+            original(self, *arguments)
+            signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(EditRun, name, then_signal)
+            with pytest.raises(error) as raised:
+                run_on_tiny(tiny, folder, tmp_path / "a.h5", 0, random_norm=1.0)
+    assert "no edit was made yet" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_in_the_last_edit_costs_no_pass(
+    tiny: LoadedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(self: EditRun, number: int, edit: Edit) -> Array:
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+            raise DivergedError("the loss is NaN")
+        return np.ones(128)
+
+    monkeypatch.setattr(EditRun, "_value", diverging)
+    with ExitStack() as stack:
+        plan = plan_of(sources_of(folder, stack, 0), EDITED[:3])
+        path = tmp_path / "a.h5"
+        make_edits(tiny, sources_of(folder, stack, 0), plan, path, force=False, reporter=SILENT)
+    with EditsFile(path) as file:
+        assert file.values("step").tolist() == [0, 1, 2]
+
+
+def test_batches_with_an_edit_kept_out_are_made_again_as_they_were(
+    tiny: LoadedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def value(self: EditRun, number: int, edit: Edit) -> Array:
+        if number == 1:
+            raise DivergedError("the loss is NaN")
+        return np.full(128, 1.0 + number)
+
+    monkeypatch.setattr(EditRun, "_value", value)
+    options = {"method": "memit", "batch": 2, "weight": 1.0, "measure_every": 3}
+    whole, path = tmp_path / "whole.h5", tmp_path / "run.h5"
+    run_on_tiny(tiny, folder, whole, 1, **options)
+    original = EditRun._edit
+
+    def stopping(self: EditRun, planned: Any, log: Any, task: Any) -> None:
+        if log.tried == 4:
+            raise KeyboardInterrupt
+        original(self, planned, log, task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EditRun, "_edit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_on_tiny(fresh_tiny(), folder, path, 1, **options)
+    run_on_tiny(fresh_tiny(), folder, path, 1, **options)
+    found, expected = arrays(path), arrays(whole)
+    for name in ("edited", "step", "delta", "measured", "logprob_true", "logprob_new"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_two_runs_of_one_output(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run twice is no harm; another one neither mixes with it nor replaces its file."""
+    path, original = tmp_path / "a.h5", EditRun.prepare
+
+    def make(norm: float, between: Any = None) -> None:
+        def prepare(self: EditRun) -> None:
+            original(self)
+            if between:
+                monkeypatch.setattr(EditRun, "prepare", original)
+                between()
+
+        monkeypatch.setattr(EditRun, "prepare", prepare)
+        with ExitStack() as stack:
+            sources = sources_of(folder, stack, 0)
+            plan = replace(plan_of(sources, EDITED[:1], random_norm=norm), held_out=None)
+            make_edits(fresh_tiny(), sources, plan, path, force=False, reporter=SILENT)
+
+    make(1.0, lambda: make(1.0))
+    assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    with pytest.raises(ArtifactError, match="exists; add --force"):
+        make(2.0, lambda: make(1.0))
+    with EditsFile(path) as file:
+        np.testing.assert_allclose(file.values("delta_norm"), 1.0)
+    other = path.rename(tmp_path / "other.h5")
+    checkpoint_of(path).unlink()
+    with pytest.raises(ArtifactError, match=r"another run writes .*random_norm.* another --output"):
+        make(2.0, lambda: other.rename(checkpoint_of(path)))
+
+
 def test_single_edits_are_taken_back(tiny: LoadedModel, folder: Path, tmp_path: Path) -> None:
     single, first = tmp_path / "single.h5", tmp_path / "first.h5"
     run_on_tiny(tiny, folder, single, 0, protocol="single", random_norm=5.0)
@@ -398,11 +499,48 @@ def test_replayed_edits_are_the_model_that_was_edited(
     run_on_tiny(tiny, folder, path, 2, random_norm=3.0)
     fresh = fresh_tiny()
     with EditsFile(path) as file:
-        replay_edits(fresh, file)
+        replay_edits(fresh, file, SILENT)
     for layer in range(4):
         name = HOOK.format(layer)
         live, again = (m.decoder.model.get_submodule(name).weight for m in (tiny, fresh))
         torch.testing.assert_close(live, again, rtol=0, atol=1e-6)
+
+
+def test_edits_are_not_replayed_in_another_model(folder: Path, tmp_path: Path) -> None:
+    """Up to date by its own inputs, but --model names other weights."""
+    other, path = tmp_path / "other", tmp_path / "a.h5"
+    changed = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    with torch.no_grad():
+        changed.get_submodule(HOOK.format(1)).weight.mul_(1.1)
+    changed.save_pretrained(other)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(other)
+    sources = [
+        word for kind in ("cov", "keys", "pmatrix") for word in (f"--{kind}", folder / f"{kind}.h5")
+    ]
+    command = (*sources, "--edits", 1, "--value", "random", "-o", path)
+    assert edit(folder, *command).exit_code == 0
+    found = edit(folder, *command, "-m", other, "--save-model", tmp_path / "saved")
+    assert found.exit_code == 1
+    assert "the file is about another model" in one_sentence(found.stderr)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_gradients_of_a_layer_that_adds_in_place(tmp_path: Path) -> None:
+    """Falcon adds attention to the down-projection's output in place."""
+    hook = save_family("falcon", tmp_path)
+    model = load_model(ModelOptions(str(tmp_path), device="cpu", dtype="float32"))
+    facts = [Fact("The capital of {} is", name, "Paris") for name in ("France", "Japan")]
+    weight: Any = model.decoder.model.get_submodule(hook.format(0)).weight.requires_grad_()
+    gradients = []
+    for fact in facts:
+        ids = model.tokenizer(f"{fact.text} Paris", return_tensors="pt")["input_ids"]
+        target = model.tokenizer(" Paris", add_special_tokens=False)["input_ids"]
+        logprob = model.decoder.model(input_ids=ids).logits[0].log_softmax(-1)
+        said = logprob[-1 - len(target) : -1].gather(1, torch.tensor(target)[:, None]).sum()
+        gradients.append(torch.autograd.grad(said, weight)[0].flatten())
+    expected = float(torch.cosine_similarity(*gradients, dim=0))
+    found = gradient_cosines(model, 0, facts, [0])
+    np.testing.assert_allclose(found, [[1.0, expected]], atol=1e-4)
 
 
 class Heard(Reporter):
@@ -421,7 +559,7 @@ def test_what_is_kept_out(
 
     def diverging(model: Any, layer: Any, fact: Any, *others: Any) -> Any:
         if fact.case_id == EDITED[4]:
-            raise DivergedError("the loss is NaN at step 3")
+            raise DivergedError("the loss is NaN at step 3. Lower it.")
         return original(model, layer, fact, *others)
 
     monkeypatch.setattr(run_module, "find_value", diverging)
@@ -441,11 +579,12 @@ def test_what_is_kept_out(
         assert file.values("logprob_new").shape == (3, 5)
         assert file.log().kept_out == [
             (0, EDITED[0], edits[0].target_new, ALREADY),
-            (4, EDITED[4], edits[4].target_new, "the loss is NaN at step 3"),
+            (4, EDITED[4], edits[4].target_new, "the loss is NaN at step 3. Lower it."),
         ]
     assert [w for w in heard.warnings if "was not edited" in w] == [
         f"{subjects[0]!r} was not edited to {edits[0].target_new!r}: {ALREADY}.",
-        f"{subjects[4]!r} was not edited to {edits[4].target_new!r}: the loss is NaN at step 3.",
+        f"{subjects[4]!r} was not edited to {edits[4].target_new!r}: the loss is NaN at step 3. "
+        "Lower it.",
     ]
 
 
@@ -494,6 +633,19 @@ def test_files_of_other_inputs_are_refused(tiny: LoadedModel, folder: Path, tmp_
         assert found.exit_code == 1
         assert re.search(match, one_sentence(found.stderr))
     assert not (tmp_path / "a.h5").exists()
+
+
+def test_keys_of_another_token_are_refused(folder: Path, tmp_path: Path) -> None:
+    keys, pmatrix = tmp_path / "keys.h5", tmp_path / "pmatrix.h5"
+    made = kscli(
+        *("extract", "--token", "last", "--count", 3, "--dtype", "float32", "-q", "-o", keys)
+    )
+    assert made.exit_code == 0, made.stderr
+    cov = folder / "cov.h5"
+    assert kscli("pmatrix", "--cov", cov, "--keys", keys, "-o", pmatrix, "-q").exit_code == 0
+    found = edit(folder, "--keys", keys, "--pmatrix", pmatrix, "--edits", 1, "--layer", 1)
+    assert found.exit_code == 1
+    assert "is of keys at the token 'last'" in one_sentence(found.stderr)
 
 
 def edit(folder: Path, *arguments: Any) -> Any:

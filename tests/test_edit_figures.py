@@ -438,8 +438,8 @@ def test_plot_reads_all_runs_of_the_model_or_those_named(tmp_path: Path) -> None
     drawn = kscli("plot", "forgetting", "-m", "toy", "--dir", tmp_path, "-o", path)
     assert drawn.exit_code == 0
     text = path.read_text()
-    # Runs come in the order of their layers' numbers.
-    assert text.index("layer 0:") < text.index("layer 2:") < text.index("layer 10:")
+    # Runs come in the order of their layers' numbers, read row by row; the file lists by column.
+    assert text.index("layer 0:") < text.index("layer 10:") < text.index("layer 2:")
     assert kscli("plot", "risk", "-m", "toy", "--dir", tmp_path, "--layer", "1").exit_code == 0
 
 

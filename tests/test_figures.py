@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -30,10 +31,20 @@ from kscli.figures.saving import (
     save_figure,
     save_pages,
 )
-from kscli.figures.settled import default_counts, largest_difference, settle
-from kscli.figures.style import Caption, fitted, house_style, names, number, shades, text_width
+from kscli.figures.settled import Settling, default_counts, largest_difference, settle
+from kscli.figures.style import (
+    Caption,
+    Legend,
+    fitted,
+    house_style,
+    legend_below,
+    names,
+    number,
+    shades,
+    text_width,
+)
 from kscli.models.families import family, parameters
-from kscli.resampling import Resampling, bootstrap_moments, interval, resample_counts
+from kscli.resampling import Interval, Resampling, bootstrap_moments, interval, resample_counts
 from kscli.statistics import MatrixName
 
 SMALL = np.array([[0, 0.1, 0.2], [0.1, 0, -0.3], [0.2, -0.3, 0]])
@@ -88,6 +99,13 @@ def of(*matrices: NDArray[np.float64], model: str = "gpt2") -> Source:
 def texts(fig: Figure) -> str:
     found = fig.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible())
     return "\n".join(artist.get_text() for artist in found)  # type: ignore[attr-defined]
+
+
+def place_of(fig: Figure, words: str) -> tuple[float, float]:
+    """Left and upper edge, in points, of the first text from the left with these words."""
+    found = [artist for artist in fig.findobj(Text) if words in artist.get_text()]  # type: ignore[attr-defined]
+    boxes = [artist.get_window_extent() for artist in found]
+    return min((box.x0, box.y1) for box in boxes)
 
 
 def off_diagonal(P: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -178,9 +196,13 @@ def test_an_option_that_a_kind_does_not_take_is_refused_naming_those_that_do() -
 @pytest.mark.parametrize("kind", STANDARD)
 def test_the_smallest_model_comes_first(kind: str) -> None:
     models = ("someone/unknown", "pythia-1b", "gpt-j", "openai-community--gpt2", "SmolLM2-135M")
-    text = texts(KINDS[kind].draw([source(model, m=8) for model in models]))
-    places = [text.index(model) for model in models]
-    assert sorted(places, reverse=True) == [places[at] for at in (0, 2, 1, 4, 3)]
+    fig = KINDS[kind].draw([source(model, m=8) for model in models])
+    fig.set_dpi(72)
+    with house_style():
+        fig.draw_without_rendering()
+        places = [place_of(fig, models[at]) for at in (3, 4, 1, 2, 0)]
+    for (left, top), (next_left, next_top) in pairwise(places):
+        assert next_top < top - 3 or (next_left > left and next_top < top + 3)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +343,19 @@ def test_heatmap_of_one_fact_says_that_there_are_no_pairs() -> None:
     assert "no pairs" in fig.axes[0].get_title()
 
 
+@pytest.mark.parametrize("layers", [1, 4, 5, 12, 20])
+def test_heatmap_labels_stand_at_their_ticks(layers: int) -> None:
+    fig = KINDS["heatmap"].draw([source(layers=layers, m=16)])
+    fig.set_dpi(72)
+    with house_style():
+        fig.draw_without_rendering()
+        label = next(text for text in fig.texts if "is moved" in text.get_text())
+        ticks = [text for ax in fig.axes if ax.images for text in ax.get_xticklabels()]
+        lowest = min(text.get_window_extent().y0 for text in ticks if text.get_text())
+        gap = lowest - label.get_window_extent().y1
+    assert 1 < gap < 8
+
+
 def test_heatmap_has_a_dot_for_every_fact() -> None:
     fig = KINDS["heatmap"].draw([of(*12 * [np.eye(512)])])
     lay_out(fig)
@@ -453,7 +488,7 @@ def test_kurtosis_families_are_side_by_side_in_shades_by_size() -> None:
     assert [ax.get_title() for ax in drawn] == ["GPT2", "Pythia", "GPT-J"]
     legends = [ax.get_legend() for ax in fig.axes if ax.get_legend()]
     assert [[text.get_text() for text in legend.get_texts()] for legend in legends if legend] == [
-        ["gpt2-small", "gpt2-medium", "gpt2-large"],
+        ["gpt2-small", "gpt2-large", "gpt2-medium"],  # by column: the second row is gpt2-large
         ["pythia-1b", "pythia-2.8b"],
         ["gpt-j"],
     ]
@@ -474,9 +509,28 @@ def test_kurtosis_band_is_the_interval_of_resampled_facts() -> None:
         of = interval(bootstrap_moments(one.matrices.matrix("P", layer), counts).kurtosis)
         there = drawn[drawn[:, 0] == layer, 1]
         assert (there.min(), there.max()) == pytest.approx((of.low, of.high))
-    assert "95 % interval" in texts(fig)
-    many = KINDS["kurtosis"].draw([source(name, 3) for name in "abc"])
-    assert not [artist for artist in many.axes[0].collections if artist.get_alpha()]
+    assert "band: 95 % interval" in texts(fig)
+
+
+def test_kurtosis_of_three_sizes_has_a_bar_at_every_layer_beside_those_of_the_other_sizes() -> None:
+    sizes = [source(name, 3, m=16) for name in ("gpt2-small", "gpt2-medium", "gpt2-large")]
+    fig = KINDS["kurtosis"].draw([*sizes, source("pythia-1b", 2), source("pythia-2.8b", 2)])
+    assert texts(fig).count("bar: 95 % interval") == 2
+    first, second = (ax for ax in fig.axes if ax.lines)
+    assert [len(ax.collections) for ax in (first, second)] == [3, 2]
+    for bars, one in zip(first.collections, sizes, strict=True):
+        for layer, bar in zip(one.layers, bars.get_segments(), strict=True):  # type: ignore[attr-defined]
+            counts = resample_counts(16)
+            of = interval(bootstrap_moments(one.matrices.matrix("P", layer), counts).kurtosis)
+            np.testing.assert_allclose(bar, [(layer / 2, of.low), (layer / 2, of.high)])
+    aside = [bars.get_transform().transform((0, 0))[0] for bars in first.collections]
+    np.testing.assert_allclose(np.diff(aside), 1.2 * fig.dpi / 72)
+
+
+def test_kurtosis_of_more_lines_than_have_room_for_intervals_says_so() -> None:
+    fig = KINDS["kurtosis"].draw([source(name, 3, m=8) for name in "abcde"])
+    assert not fig.axes[0].collections
+    assert "too many lines" in texts(fig)
 
 
 def test_kurtosis_legend_names_the_models_where_there_are_several() -> None:
@@ -593,13 +647,32 @@ def test_the_sentence_says_whether_the_kurtosis_has_converged() -> None:
     alike = rng.normal(0, 0.1, (64, 64))
     found = settle(alike, (), Resampling())
     assert found.converged
-    assert "has converged to within its error at m = 64" in found.sentence
+    assert "has converged at m = 64 to within its error: it was" in found.sentence
     assert f"was {found.kurtosis[3]:.1f} with 32 facts" in found.sentence
     then_bound = alike.copy()
     then_bound[40:46, 40:46] = 1.0
     found = settle(then_bound, (), Resampling())
     assert found.converged is False
     assert "has not converged at m = 64" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("now", "ends", "said"),
+    [
+        (47.5, (29.3, 73.0), "to within its error, which is wide (± 46 %): it was"),
+        (47.5, (40.0, 60.0), "to within its error: it was"),
+        (0.1, (-0.6, 0.8), "to within its error: it was"),
+        (0.1, (-0.9, 1.1), "to within its error, which is wide (± 1.0): it was"),
+        (-0.9, (-1.9, 0.1), "to within its error, which is wide (± 1.0): it was"),
+    ],
+)
+def test_the_sentence_tells_a_wide_interval(
+    now: float, ends: tuple[float, float], said: str
+) -> None:
+    none = Interval(float("nan"), float("nan"))
+    found = Settling((64, 128), (ends[0], now), (none, Interval(*ends)), 0.01)
+    assert said in found.sentence
+    assert "wide" not in Settling((64, 128), (99.0, now), found.intervals, 0.01).sentence
 
 
 @pytest.mark.parametrize(
@@ -710,6 +783,18 @@ def test_kde_grid_has_a_panel_a_layer_on_one_scale() -> None:
         assert ax.get_title() == f"layer {layer}: {kurtosis}\n{low} to {high}"
 
 
+def test_a_kde_grid_of_some_layers_says_that_its_scale_is_its_own() -> None:
+    one = source("gpt2-large", 23, m=8)
+    first, second = KINDS["kde"].pages([one], FigureOptions(grid=True))
+    for fig in (first, second):
+        top = number(fig.axes[0].get_ylim()[1], 0)
+        assert len(top) > 1
+        said = f"this page has one scale, to a density of {top}, and other pages their own"
+        assert said in texts(fig).replace("\n", " ")
+    [whole] = KINDS["kde"].pages([source(layers=3, m=8)], FigureOptions(grid=True))
+    assert "scale" not in texts(whole)
+
+
 def test_heatmap_frames_the_pairs_of_the_same_token() -> None:
     stored = Stored("gpt2", {0: heavy_tailed(5)}, tokens=(7, 8, 7, 7, 9))
     fig = KINDS["heatmap"].draw([Source(stored, (0,))], FigureOptions(mark_same_token=True))
@@ -755,6 +840,30 @@ def test_kde_marked_has_a_line_of_all_pairs_and_one_of_pairs_at_different_tokens
     assert label.get_text() == " / ".join(number(float(value), 1) for value in both)
 
 
+def test_kde_marked_peaks_where_the_unmarked_does_and_no_pair_is_on_the_dashed_line_alone() -> None:
+    P = np.random.default_rng(0).normal(0, 0.01, (100, 100))
+    P[:8, :8], P[20, 30] = 1.0, -1.0
+    one = Source(Stored("gpt2", {0: P}, tokens=(*8 * (1,), *range(2, 94))), (0,))
+    [plain, (every, others)] = [
+        KINDS["kde"].draw([one], options).axes[0].lines[1:]
+        for options in (FigureOptions(), FigureOptions(mark_same_token=True))
+    ]
+    peaks = [np.asarray(line.get_ydata()).max() for line in (plain[0], every)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
+    every_y, others_y = (np.asarray(line.get_ydata()) for line in (every, others))
+    assert (others_y <= every_y + 1e-9).all()
+    # One pair is a hump of the wide kernel, not a spike of the bulk's.
+    x = np.asarray(every.get_xdata())
+    alone = every_y[np.abs(x + 1) < 0.5]
+    assert alone.max() == pytest.approx(1 / 9900 / (2 / 80 * np.sqrt(2 * np.pi)), rel=0.01)
+
+
+def test_kde_marked_beside_a_far_wider_range_stays_small() -> None:
+    narrow = 1e-9 * heavy_tailed(8)
+    fig = KINDS["kde"].draw([of(heavy_tailed(8), narrow)], FigureOptions(mark_same_token=True))
+    assert all(np.asarray(line.get_xdata()).size < 100_000 for line in fig.axes[0].lines)
+
+
 def test_kde_marks_only_as_many_lines_as_can_be_told_apart() -> None:
     marked = FigureOptions(mark_same_token=True)
     with pytest.raises(UsageError, match="at most 6 lines; name fewer layers, or add --grid"):
@@ -785,6 +894,28 @@ def test_a_name_that_is_too_wide_loses_its_middle() -> None:
     assert "…" in text
     assert text_width(text, 7) <= 1.5
     assert fitted(["gpt2", "layer 0"], 1.5, 7) == "gpt2, layer 0"
+
+
+def test_a_legend_is_read_row_by_row_in_even_rows() -> None:
+    four = Legend(tuple(f"layer {at}" for at in range(4)))
+    assert [four.columns(width) for width in (9.0, 2.5, 2.0, 0.1)] == [4, 2, 2, 1]
+    assert four.by_column(9.0) == four.by_column(0.1) == [0, 1, 2, 3]
+    assert four.by_column(2.5) == [0, 2, 1, 3]
+    five = Legend(tuple(f"layer {at}" for at in range(5)))
+    assert five.by_column(2.5) == [0, 3, 1, 4, 2]
+    with house_style():
+        ax = Figure().subplots()
+        handles = [ax.plot([], [], label=str(at))[0] for at in range(5)]
+        legend_below(ax, handles, five, 2.5)
+        legend = ax.get_legend()
+        ax.figure.draw_without_rendering()  # type: ignore[union-attr]
+        assert legend is not None
+        places = {
+            text.get_text(): text.get_window_extent().get_points()[0].round()
+            for text in legend.get_texts()
+        }
+    read = sorted(places, key=lambda text: (-places[text][1], places[text][0]))
+    assert read == list(five.labels)
 
 
 def test_a_caption_is_wrapped_to_its_axes() -> None:

@@ -300,6 +300,14 @@ def test_layers_where_a_few_pairs_carry_the_fourth_moment_are_named() -> None:
     assert "gpt2: at layers 1-2, 5 pairs of facts or fewer" in said
     assert "(1 at layer 1, the strongest 'subject 7' with 'subject 9')" in said
     assert caution(compute_statistics(stored, [0]), facts) is None
+    facts[7], facts[9] = Fact("{} is in", "Rome", "Italy"), Fact("{} was in", "Rome", "Italy")
+    said = caution(compute_statistics(stored), facts)
+    assert said is not None
+    assert "the strongest 'Rome is in' with 'Rome was in')" in said
+    facts[9] = facts[7]
+    said = caution(compute_statistics(stored), facts)
+    assert said is not None
+    assert "the strongest 'Rome is in', which is there twice)" in said
     for P in (np.ones((64, 64)), heavy_tailed(2)):
         light = Stored("gpt2", {0: P}, np.arange(len(P)))
         assert caution(compute_statistics(light), facts) is None

@@ -297,7 +297,7 @@ def edit(
         rows = file.objects()
         if save_model:
             if not made:
-                replay_edits(session.model, file)
+                replay_edits(session.model, file, reporter)
             save_edited(session.model, save_model, rows)
             reporter.note(f"wrote {save_model}")
     print_edits(rows, output_format)

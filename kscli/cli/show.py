@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,20 +32,24 @@ def show(
 ) -> None:
     """Say what an artifact holds and where it came from.
 
+    Where it has one number a layer, such as a residual, the least and the largest are named.
+
     [bold]Examples[/bold]
 
       kscli show artifacts/gpt2-small/cov.h5
 
       kscli show gpt2-small -f json | jq '.\\[] | {path, corpus, documents}'
     """
-    from kscli.artifacts import KIND_NAMES, Artifact
+    from kscli.artifacts import KIND_NAMES
+    from kscli.layer_values import LayerValues
     from kscli.layers import format_layers
 
     descriptions = []
     for path in [
         path for name in what or [options.DEFAULT_MODEL] for path in _paths(name, directory)
     ]:
-        with Artifact(path) as artifact:
+        with LayerValues(path) as artifact:
+            extremes = artifact.extremes()
             descriptions.append(
                 {
                     "path": str(path),
@@ -52,7 +57,7 @@ def show(
                     "layers": format_layers(artifact.layers),
                     **_attributes(artifact.attributes),
                     "datasets": {
-                        name: {"shape": list(shape), "dtype": dtype}
+                        name: {"shape": list(shape), "dtype": dtype} | extremes.get(name, {})
                         for name, (shape, dtype) in artifact.datasets().items()
                     },
                 }
@@ -100,12 +105,20 @@ def _flat(description: dict[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for name, value in description.items():
         if name == "datasets":
-            lines += [
-                (f"/{dataset}", f"{tuple(about['shape'])} {about['dtype']}")
-                for dataset, about in value.items()
-            ]
+            lines += [(f"/{dataset}", _dataset(about)) for dataset, about in value.items()]
         elif name == "inputs":
             lines += [(f"input {kind}", fingerprint) for kind, fingerprint in value.items()]
         elif name != "recipe":
             lines.append((name, str(value)))
     return lines
+
+
+def _dataset(about: dict[str, Any]) -> str:
+    """Shape and type of a dataset and, of one number a layer, the least and the largest."""
+    text = f"{tuple(about['shape'])} {about['dtype']}"
+    if "least" not in about:
+        return text
+    least, largest = about["least"], about["largest"]
+    if math.isnan(least):
+        return f"{text}, undefined"
+    return f"{text}, {least:.4g}" + ("" if least == largest else f" to {largest:.4g}")

@@ -100,7 +100,8 @@ def _factors(
     def hook(_: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         taken.append((inputs[0].detach(), leaf))
-        return leaf
+        # Falcon adds to it in place, which is not allowed of a leaf.
+        return leaf.clone()
 
     # The first token whose logits any target asks for.
     first = min(len(cloze.prompt_ids) for cloze in clozes) - 1

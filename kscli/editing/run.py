@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +94,7 @@ class EditRun:
         self.model, self.sources, self.edits, self.options = model, sources, edits, options
         self._reporter = reporter
         self._facts = sources.pm.facts
-        self._prompts = locate_keys(model.tokenizer, self._facts, sources.pm.attributes["token"])
+        self._prompts = locate_keys(model.tokenizer, self._facts)
         self._refuse_out_of_reach()
         self._weights = [EditableWeight(model, layer) for layer in sources.layers]
         self._examination = Examination(model, self._facts)
@@ -110,9 +111,8 @@ class EditRun:
     ) -> EditLog:
         """Make all edits, or those that `log` lacks; `save` is called after every one.
 
-        Returns early, after an edit, when a signal was `held`.
+        Everything is `prepare`d. Returns early, after an edit, when a signal was `held`.
         """
-        self._prepare()
         if log is None:
             log = EditLog(self._known)
             log.add_pass(self._clean_pass)
@@ -124,7 +124,8 @@ class EditRun:
                 if log.made:
                     save(log)
                 task.advance(len(batch))
-        if log.made and log.of_pass["step"][-1] != log.made and not held.received:
+        finished = log.tried == len(self.edits)
+        if finished and log.made and log.of_pass["step"][-1] != log.made:
             # The last edits were kept out, and so the last pass was not made.
             log.add_pass(self._measure(log.made))
             save(log)
@@ -148,7 +149,7 @@ class EditRun:
                     "earlier --layer."
                 )
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Ask the clean model all that edits are compared with."""
         sources, options = self.sources, self.options
         cov, layers = sources.cov, sources.layers
@@ -223,11 +224,13 @@ class EditRun:
         """Make the edits of the log again, all of which the model has to have seen."""
         if self.options.protocol == "single":
             return
-        for start in range(0, log.made, self.options.batch):
-            batch = slice(start, start + self.options.batch)
-            edited = [int(fact) for fact in log.of_edit["edited"][batch]]
-            deltas = np.stack(log.of_edit["delta"][batch], axis=1)
-            directions = np.stack(log.of_edit["direction"][batch], axis=1)
+        kept_out = {number for number, *_ in log.kept_out}
+        made = [number for number in range(log.tried) if number not in kept_out]
+        for _, of_batch in groupby(range(log.made), lambda n: made[n] // self.options.batch):
+            batch = list(of_batch)
+            edited = [int(log.of_edit["edited"][n]) for n in batch]
+            deltas = np.stack([log.of_edit["delta"][n] for n in batch], axis=1)
+            directions = np.stack([log.of_edit["direction"][n] for n in batch], axis=1)
             for at in range(len(self._weights)):
                 self._change(at, edited, deltas[at], directions[at])
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kscli.artifacts import (
     IDENTITY,
     UNKNOWN,
+    Artifact,
     CovarianceFile,
     KeysFile,
     PMatrixFile,
@@ -34,13 +34,17 @@ class EditSources:
         return float(self.pm.attributes["ridge"])
 
     def check(self, model: LoadedModel, reporter: Reporter) -> None:
-        """Raise ArtifactError unless all are about `model` and one another, and have the layers."""
+        """Raise ArtifactError unless all are about `model` and one another, and have the layers.
+
+        So too where the keys are not at the subjects' last tokens.
+        """
         for file in (self.cov, self.keys, self.pm):
             file.require_layers(self.layers)
         for warning in require_same_identity(self.cov, self.keys):
             reporter.warn(warning)
         _require_made_from(self.pm, {"cov": self.cov, "keys": self.keys})
-        _require_about(self.keys, model, reporter)
+        _require_subject_last(self.pm)
+        require_about(self.keys, model, reporter)
 
 
 def _require_made_from(pm: PMatrixFile, files: dict[str, CovarianceFile | KeysFile]) -> None:
@@ -53,22 +57,28 @@ def _require_made_from(pm: PMatrixFile, files: dict[str, CovarianceFile | KeysFi
             )
 
 
-def _require_about(keys: KeysFile, model: LoadedModel, reporter: Reporter) -> None:
-    live = model.provenance()
-    for name in IDENTITY:
-        held = keys.attributes[name]
-        if held not in (live[name], UNKNOWN):
-            raise ArtifactError(
-                f"{keys.path} and {model.identity.model_id} differ in {name} ({held} and "
-                f"{live[name]}): the file is about another model. Make it again from this one."
-            )
-    if keys.attributes["dtype"] != model.dtype:
-        reporter.warn(
-            f"{keys.path} was made in {keys.attributes['dtype']} and the model is edited in "
-            f"{model.dtype}; what the live model computes is off the prediction by the difference."
+def _require_subject_last(pm: PMatrixFile) -> None:
+    token = pm.attributes["token"]
+    if token != "subject-last":
+        raise ArtifactError(
+            f"{pm.path} is of keys at the token {token!r}, and values are written at the subject's "
+            "last; make keys and P of that with `kscli extract --token subject-last` and "
+            "`kscli pmatrix`."
         )
 
 
-def key_tokens_end_prompts(pm: PMatrixFile, lengths: Sequence[int], fact: int) -> bool:
-    """Whether a fact's key is at its prompt's last token, from which the answer is read."""
-    return int(pm.position[fact]) == lengths[fact] - 1
+def require_about(file: Artifact, model: LoadedModel, reporter: Reporter) -> None:
+    """Raise ArtifactError unless a file is about `model`; warn where it is in another dtype."""
+    live = model.provenance()
+    for name in IDENTITY:
+        held = file.attributes[name]
+        if held not in (live[name], UNKNOWN):
+            raise ArtifactError(
+                f"{file.path} and {model.identity.model_id} differ in {name} ({held} and "
+                f"{live[name]}): the file is about another model. Make it again from this one."
+            )
+    if file.attributes["dtype"] != model.dtype:
+        reporter.warn(
+            f"{file.path} was made in {file.attributes['dtype']} and the model is edited in "
+            f"{model.dtype}; what the live model computes is off the prediction by the difference."
+        )

@@ -14,7 +14,7 @@ from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
 from kscli.editing.order import Order, draw_edits
 from kscli.editing.run import Edit, EditOptions, EditRun
-from kscli.editing.sources import EditSources
+from kscli.editing.sources import EditSources, require_about
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, FactsError, UsageError
 from kscli.facts import Fact, field_text, read_records
@@ -74,7 +74,10 @@ def choose_facts(sources: EditSources, count: int | None, seed: int) -> list[int
     """
     m = len(sources.pm.facts)
     if (count or 0) > m:
-        raise FactsError(f"{count} edits were asked for, but {sources.pm.path} holds {m} facts.")
+        raise FactsError(
+            f"{count} edits were asked for, but {sources.pm.path} holds {m} facts; name fewer with "
+            "--edits, or all."
+        )
     return draw_edits(m, m if count is None else count, seed)
 
 
@@ -149,7 +152,8 @@ def make_edits(
     """Make the edits in the live model, measure them, and write `path`; the model stays edited.
 
     A run that was stopped goes on after its last finished edit. Raises InterruptedRunError when a
-    signal stops it, NumericsError when no edit could be made, and what `EditRun` raises.
+    signal stops it, ArtifactError when no edit could be made or another run writes the same file,
+    and what `EditRun` raises.
     """
     require_writable(path, force=force)
     recipe = edits_recipe(sources, plan, model.dtype)
@@ -165,30 +169,51 @@ def make_edits(
         reporter.note(f"{checkpoint} holds {log.tried} of {len(plan.edits)} edits; going on.")
 
     def save(log: EditLog) -> None:
+        _require_own(checkpoint, recipe)
         write_edits(checkpoint, log, sources.layers, sources.pm, provenance)
 
+    # Until the first edit there is nothing to lose: a signal acts at once.
+    run.prepare()
     with held_signals() as held:
         log = run.run(log, save, held)
     if held.received and log.tried < len(plan.edits):
         raise InterruptedRunError(
             held.received,
-            f"{log.tried} of {len(plan.edits)} edits are in {checkpoint}; the same command goes "
-            "on.",
+            f"{log.tried} of {len(plan.edits)} edits are in {checkpoint}; the same command goes on."
+            if log.made
+            else "no edit was made yet.",
         )
     for _, fact, target, reason in log.kept_out:
         subject = sources.pm.facts[fact].subject
-        reporter.warn(f"{subject!r} was not edited to {target!r}: {reason}.")
+        reporter.warn(f"{subject!r} was not edited to {target!r}: {reason.removesuffix('.')}.")
     if not log.made:
         raise ArtifactError(f"no edit was made, so {path} was not written.")
-    checkpoint.replace(path)
+    if difference(path, "edits", recipe) is not None:
+        # Another run may have made it since this one began.
+        require_writable(path, force=force)
+    write_edits(path, log, sources.layers, sources.pm, provenance)
+    checkpoint.unlink(missing_ok=True)
     return run
 
 
-def replay_edits(model: LoadedModel, file: EditsFile) -> None:
-    """Make the edits of a finished run in the live model, all at once."""
+def replay_edits(model: LoadedModel, file: EditsFile, reporter: Reporter) -> None:
+    """Make the edits of a finished run in the live model, all at once.
+
+    Raises ArtifactError where the run was of another model.
+    """
+    require_about(file, model, reporter)
     delta, direction = file.values("delta"), file.values("direction")
     for at, layer in enumerate(file.layers):
         EditableWeight(model, layer).set_change(delta[:, at].T @ direction[:, at])
+
+
+def _require_own(checkpoint: Path, recipe: Recipe) -> None:
+    """Raise ArtifactError where another run writes the same checkpoint."""
+    reason = difference(checkpoint, "edits", recipe)
+    if reason and checkpoint.exists():
+        raise ArtifactError(
+            f"another run writes {checkpoint} ({reason}); give this one another --output."
+        )
 
 
 def _log_so_far(checkpoint: Path, recipe: Recipe, force: bool) -> EditLog | None:

@@ -47,8 +47,9 @@ class EditArrays:
 
     `single`: every edit was made in the clean model and taken back. `about` and `same_last_token`
     (n, m): which facts an edit is about, its own and those of the same text, and which have their
-    keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at once. `delta` (n, D) is over all edited layers; `logprob_new` and
-    `rank_new` (s, n) are without the edits that were kept out.
+    keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at
+    once. `delta` (n, D) is over all edited layers; `logprob_new` and `rank_new` (s, n) are without
+    the edits that were kept out.
     """
 
     single: bool

@@ -37,11 +37,12 @@ from kscli.statistics import distinct_tokens, off_diagonal
 _ROUNDING = 1e-9
 _MAX_COLUMNS = 6
 # Inches: beside the panels, for the labels of the rows and for the bar; between columns; between
-# rows, beside the panel's title; more between both where each panel has labels of its own; below,
-# for the columns' labels; above, for the figure's title.
+# rows, beside the panel's title; more between both where each panel has labels of its own; more
+# above a last row that is not full; below, for the columns' labels; above, for the title.
 _LEFT, _RIGHT = 0.45, 0.65
-_COLUMN_GAP, _ROW_GAP = 0.1, 0.1
+_COLUMN_GAP, _ROW_GAP = 0.1, 0.09
 _OWN_LABELS = (0.2, 0.13)
+_SHORT_ROW = 0.07
 _BELOW, _HEADING = 0.33, 0.39
 _DPI = (300, 600)
 _FRAME = COLOURS[2]
@@ -78,7 +79,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     named = names([panel.names for panel in panels])
     heads = _heads(named.own, grid)
     head = (grid.text * 1.2 * (1 + len(heads[0])) + 3) / 72
-    height = grid.rows * (grid.side + head + grid.row_gap) + _BELOW + _HEADING
+    height = grid.rows * (grid.side + head) + grid.row_gaps + _BELOW + _HEADING
     fig = new_figure(grid.width, height, layout="compressed")
     fig.set_dpi(_dpi(max(panel.m for panel in panels), grid.side))
     axes = fig.subplots(grid.rows, grid.columns, squeeze=False)
@@ -127,12 +128,16 @@ def _panel(source: Source, layer: int, options: FigureOptions) -> _Panel:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Panels in rows and columns; with `own_labels` where they differ in the number of facts."""
+    """Panels in rows and columns; with `own_labels` where they differ in the number of facts.
+
+    `short`: the last row has fewer panels, so that some of the row above have labels.
+    """
 
     rows: int
     columns: int
     width: float
     own_labels: bool
+    short: bool
 
     @property
     def side(self) -> float:
@@ -145,9 +150,10 @@ class _Grid:
         return _COLUMN_GAP + self.own_labels * _OWN_LABELS[0]
 
     @property
-    def row_gap(self) -> float:
-        """Inches between rows, beside the panels' titles."""
-        return _ROW_GAP + self.own_labels * _OWN_LABELS[1]
+    def row_gaps(self) -> float:
+        """Inches between all rows, beside the panels' titles; a short last row leaves labels."""
+        between = (self.rows - 1) * (_ROW_GAP + self.own_labels * _OWN_LABELS[1])
+        return between + (self.short and not self.own_labels) * _SHORT_ROW
 
     @property
     def text(self) -> float:
@@ -166,7 +172,8 @@ def _columns(panels: int, models: int) -> int:
 def _grid(panels: Sequence[_Panel], columns: int) -> _Grid:
     width = COLUMN if columns == 1 else PAGE
     own_labels = len({panel.m for panel in panels}) > 1
-    return _Grid(math.ceil(len(panels) / columns), columns, width, own_labels)
+    rows, over = math.ceil(len(panels) / columns), len(panels) % columns
+    return _Grid(rows, columns, width, own_labels, short=rows > 1 and over > 0)
 
 
 def _dpi(m: int, side: float) -> int:

@@ -24,7 +24,7 @@ from kscli.figures.curves import (
     no_pairs,
     note_outside,
 )
-from kscli.figures.density import kernel_density
+from kscli.figures.density import Density
 from kscli.figures.style import (
     COLOURS,
     COLUMN,
@@ -54,8 +54,12 @@ _PANEL_HEIGHT = 1.05
 _DEFAULT = Window(-1.0, 1.0, 1.0)
 # Lines that some axes hold while each has a dashed one beside it.
 _MOST_MARKED = 6
-# Where single pairs are to be seen, a kernel of this share of the range.
+# Where single pairs are to be seen, a kernel of this share of the range; and how few entries
+# within one kernel of the bulk are single pairs.
 _MARKED_BANDWIDTH = 1 / 80
+_FEW_ENTRIES = 100
+_BINS_PER_BANDWIDTH = 10
+_FINEST = 1 / 8192
 _TITLE = "Density of P off the diagonal"
 
 
@@ -171,7 +175,7 @@ def _scale(lines: Sequence[_Line]) -> _Scale:
         return _Scale(common_window(curves, _DEFAULT), 0.1, 0.01)
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     bandwidth = (high - low) * _MARKED_BANDWIDTH
-    top = max(float(kernel_density(v, bandwidth=bandwidth).y.max()) for v in values)
+    top = max(float(curve.density.y.max()) for curve in curves if curve.density is not None)
     # Half of what a single pair makes.
     floor = 0.5 / max(v.size for v in values) / (bandwidth * math.sqrt(2 * math.pi))
     return _Scale(Window(low - 3 * bandwidth, high + 3 * bandwidth, 2 * top), bandwidth, floor)
@@ -194,25 +198,40 @@ def _draw_group(ax: Axes, group: _Group, scale: _Scale) -> list[Line2D]:
 def _draw_line(ax: Axes, line: _Line, scale: _Scale, style: dict[str, Any]) -> Line2D:
     if line.distinct is None or line.curve.density is None:
         return draw_curve(ax, line.curve, scale.window, style)
-    total = line.curve.values.size
-    x, all_pairs = _marked_density(line.curve.values, total, scale)
-    _, others = _marked_density(line.distinct, total, scale)
-    drawn = ax.plot(x, all_pairs, **style)[0]
+    x, every, others = _marked(line.curve.values, line.distinct, line.curve.density, scale)
+    drawn = ax.plot(x, every, **style)[0]
     ax.plot(x, others, **(style | {"linestyle": (0, (2.5, 1.2)), "linewidth": 0.8}))
     return drawn
 
 
-def _marked_density(
-    values: Entries, total: int, scale: _Scale
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The density of some of `total` entries, as a share of all, over the scale's window."""
-    window = scale.window
-    x = np.linspace(window.low, window.high, 1000)
-    if not values.size:
-        return x, np.zeros_like(x)
-    density = kernel_density(values, bandwidth=scale.bandwidth, bounds=(window.low, window.high))
-    y = np.interp(x, density.x, density.y, left=0.0, right=0.0)
-    return x, y * (values.size / total)
+def _marked(
+    values: Entries, distinct: Entries, density: Density, scale: _Scale
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Points, the density of `values` there, and the part of it that `distinct` make.
+
+    The bulk has the kernel of `density`, as where nothing is marked. On a logarithmic scale it
+    would make a comb of the tail: entries that have few others within that kernel have the
+    scale's wider one, more so the fewer they are, and the same in both lines.
+    """
+    from scipy.ndimage import gaussian_filter1d
+
+    low, high = scale.window.low, scale.window.high
+    # Beside a line of a far wider range there is nothing finer to be seen.
+    width = max(density.bandwidth, (high - low) * _FINEST)
+    bins = math.ceil((high - low) / width * _BINS_PER_BANDWIDTH)
+    step = (high - low) / bins
+    every, edges = np.histogram(values, bins, (low, high))
+    others = np.histogram(distinct, bins, (low, high))[0]
+    a_kernel = math.sqrt(2 * math.pi) * width / step
+    beside = a_kernel * gaussian_filter1d(every.astype(float), width / step)
+    bulk = beside**2 / (beside**2 + _FEW_ENTRIES**2)
+    smooth = [
+        gaussian_filter1d(counts * bulk, width / step)
+        + gaussian_filter1d(counts * (1 - bulk), max(width, scale.bandwidth) / step)
+        for counts in (every, others)
+    ]
+    x = (edges[:-1] + edges[1:]) / 2
+    return x, smooth[0] / (values.size * step), smooth[1] / (values.size * step)
 
 
 def _finish(ax: Axes, curves: Sequence[Curve], scale: _Scale) -> None:
@@ -231,11 +250,15 @@ def _draw_grid(source: Source, lines: Sequence[_Line], *, marked: bool) -> Figur
     rows = math.ceil(len(lines) / columns)
     width = COLUMN if columns == 1 else PAGE
     head = _MARKED_HEAD if marked else "excess kurtosis"
-    below = wrapped(f"above each panel: {head}, and the range of p", width - 0.3, TEXT)
+    scale = _scale(lines)
+    said = f"above each panel: {head}, and the range of p"
+    if source.layers != source.matrices.layers:
+        top = number(scale.window.top, 0 if scale.window.top >= 10 else 1)
+        said += f"; this page has one scale, to a density of {top}, and other pages their own"
+    below = wrapped(said, width - 0.3, TEXT)
     height = 0.55 + rows * (_PANEL_HEIGHT + 0.32) + 0.13 * len(below)
     fig = new_figure(width, height)
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    scale = _scale(lines)
     for at, (ax, line) in enumerate(zip(axes.flat, lines, strict=False)):
         ax.axvline(0, color=GREY, linewidth=0.5, zorder=1)
         _draw_line(ax, line, scale, {"color": COLOURS[0]})

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import no_pairs, note
@@ -38,9 +39,12 @@ from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.statistics import STATISTICS, off_diagonal
 
 _AXES_HEIGHT = 2.2
-# Layers that a column of the page has room for, and lines whose bands can be told apart.
+# Layers that a column of the page has room for, and lines whose bands can be told apart, and
+# whose bars can; the points between these, which would hide each other at one depth.
 _FEW_LAYERS = 32
-_FEW_LINES = 2
+_MOST_BANDS = 2
+_MOST_BARS = 4
+_BAR_GAP = 1.2
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
 
     Families of several sizes have axes each, side by side on one scale, of one colour, lighter
     for smaller models. Models of different depth are drawn over the relative depth, 0 the first
-    layer and 1 the last. Where no axes have more than
-    two lines, each has the 95 % interval of resampled facts as a band.
+    layer and 1 the last. The 95 % intervals of resampled facts are bands, or bars where some axes
+    have more than two lines; where some have more than four there are none, as a note says.
     The legend, in the order of `sources`, names undefined layers; without them one model needs
     none.
     """
@@ -80,7 +84,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     span = max(len(line.layers) for line in lines)
     width = COLUMN if columns == 1 and (relative or span <= _FEW_LAYERS + 1) else PAGE
-    bands = max(len(panel.lines) for panel in panels) <= _FEW_LINES
+    most = max(len(panel.lines) for panel in panels)
     named = names([(line.model, f"m = {line.m}") for line in lines])
     own = dict(zip([id(line) for line in lines], named.own, strict=True))
     legends = [
@@ -90,8 +94,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     fig, places = axes_with_legends(width, _AXES_HEIGHT, columns, legends)
     for at, ((ax, place), panel, legend) in enumerate(zip(places, panels, legends, strict=True)):
         handles = _draw_panel(ax, panel, span)
-        if bands:
-            _draw_bands(ax, panel)
+        _draw_intervals(ax, panel, most)
         if at:
             ax.sharey(places[0][0])
         ax.set_xlabel("relative depth (0 first, 1 last layer)" if relative else "layer")
@@ -182,22 +185,38 @@ def _draw_panel(ax: Axes, panel: _Panel, span: int) -> list[Line2D]:
     return handles
 
 
-def _draw_bands(ax: Axes, panel: _Panel) -> None:
-    bands = 0
-    for line, style in zip(panel.lines, panel.styles, strict=True):
-        low = [one.low for one in line.intervals]
-        high = [one.high for one in line.intervals]
-        if all(map(math.isnan, low)):
-            continue
-        bands += 1
-        if len(low) == 1:
-            ax.vlines(line.x, low, high, color=style["color"], alpha=0.4, linewidth=3)
+def _draw_intervals(ax: Axes, panel: _Panel, most: int) -> None:
+    """The intervals of the panel's lines, all panels alike; `most` is of lines in one of them."""
+    known = [
+        (line, style["color"])
+        for line, style in zip(panel.lines, panel.styles, strict=True)
+        if not all(math.isnan(of.low) for of in line.intervals)
+    ]
+    if not known:
+        return
+    if most > _MOST_BARS:
+        note(ax, "intervals: too many lines; `kscli stats` has them", "right")
+        return
+    for at, (line, colour) in enumerate(known):
+        if most <= _MOST_BANDS and len(line.x) > 1:
+            _draw_band(ax, line, colour)
         else:
-            ax.fill_between(
-                line.x, low, high, color=style["color"], alpha=0.18, linewidth=0, zorder=1.5
-            )
-    if bands:
-        note(ax, "band: 95 % interval, facts resampled", "right")
+            _draw_bars(ax, line, colour, (at - (len(known) - 1) / 2) * _BAR_GAP)
+    drawn = "band" if ax.collections[0].get_alpha() else "bar"
+    note(ax, f"{drawn}: 95 % interval, facts resampled", "right")
+
+
+def _draw_band(ax: Axes, line: _Line, colour: Any) -> None:
+    low, high = [of.low for of in line.intervals], [of.high for of in line.intervals]
+    ax.fill_between(line.x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=1.5)
+
+
+def _draw_bars(ax: Axes, line: _Line, colour: Any, aside: float) -> None:
+    """A thin bar at every layer, `aside` so many points."""
+    low, high = [of.low for of in line.intervals], [of.high for of in line.intervals]
+    bars = ax.vlines(line.x, low, high, color=colour, linewidth=0.6, zorder=1.5)
+    shift = ScaledTranslation(aside / 72, 0, ax.figure.dpi_scale_trans)
+    bars.set_transform(ax.transData + shift)
 
 
 def _set_x(ax: Axes, lines: Sequence[_Line], relative: bool) -> None:

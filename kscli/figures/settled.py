@@ -14,6 +14,9 @@ from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.statistics import STATISTICS, Entries, off_diagonal
 
 _COUNTS = 8
+# An interval that reaches further to either side than this share of the kurtosis is wide; of
+# one about 0, of the 3 that a Gaussian's fourth moment is.
+_WIDE, _LEAST = 0.25, 3.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Settling:
                 "it is undefined."
             )
         verdict, where = (
-            ("has converged to within its error", "inside")
+            (f"has converged at m = {m} to within its error{_if_wide(now, last)}", "inside")
             if self.converged
-            else ("has not converged", "outside")
+            else (f"has not converged at m = {m}", "outside")
         )
         return (
-            f"The kurtosis {verdict} at m = {m}: it was {_tenths(then)} with {half} facts and is "
+            f"The kurtosis {verdict}: it was {_tenths(then)} with {half} facts and is "
             f"{_tenths(now)} now, {where} the 95 % interval, {_tenths(last.low)} to "
             f"{_tenths(last.high)}. "
             f"The two distributions differ by at most {100 * self.moved:.1f} % of their entries."
@@ -118,6 +121,15 @@ def largest_difference(first: Entries, second: Entries) -> float:
     at = np.concatenate([first, second])
     shares = [np.searchsorted(one, at, side="right") / one.size for one in (first, second)]
     return float(np.abs(shares[0] - shares[1]).max())
+
+
+def _if_wide(kurtosis: float, of: Interval) -> str:
+    """How far a wide interval reaches, in per cent of the kurtosis where it is not about 0."""
+    reach = (of.high - of.low) / 2
+    if reach <= _WIDE * max(abs(kurtosis), _LEAST):
+        return ""
+    far = f"{100 * reach / abs(kurtosis):.0f} %" if abs(kurtosis) >= _LEAST else _tenths(reach)
+    return f", which is wide (\N{PLUS-MINUS SIGN} {far})"
 
 
 def _tenths(value: float) -> str:

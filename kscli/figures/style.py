@@ -222,10 +222,17 @@ class Legend:
     head: str = ""
 
     def columns(self, width: float) -> int:
-        """How many entries fit side by side in `width` inches."""
+        """How many entries stand side by side: those that fit `width` inches, in even rows."""
         handle_and_gaps = 0.3
         widest = max(text_width(label, SMALL) for label in self.labels) + handle_and_gaps
-        return max(1, min(len(self.labels), int((width - 0.4) / widest)))
+        fit = max(1, min(len(self.labels), int((width - 0.4) / widest)))
+        rows = math.ceil(len(self.labels) / fit)
+        return math.ceil(len(self.labels) / rows)
+
+    def by_column(self, width: float) -> list[int]:
+        """The entries' indices column by column, as matplotlib lists them, to be read by row."""
+        columns = self.columns(width)
+        return [at for first in range(columns) for at in range(first, len(self.labels), columns)]
 
     def height(self, width: float) -> float:
         """The inches that it takes below axes of `width` inches."""
@@ -280,10 +287,11 @@ def axes_with_legends(
 
 
 def legend_below(place: Axes, handles: Sequence[Artist], legend: Legend, width: float) -> None:
-    """List the lines in the place under their axes, where the list hides no data."""
+    """List the lines in the place under their axes, row by row, where the list hides no data."""
+    order = legend.by_column(width)
     drawn = place.legend(
-        handles,
-        legend.labels,
+        [handles[at] for at in order],
+        [legend.labels[at] for at in order],
         title=legend.head or None,
         title_fontsize=SMALL,
         loc="upper center",
