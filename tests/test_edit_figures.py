@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifact_kit import PROVENANCE, write_toy
+from artifact_kit import write_toy
 from cli_kit import kscli, one_sentence
+from edit_kit import Run
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
-from kscli.artifacts import Provenance
-from kscli.editing.edits_file import EditLog, EditsFile, write_edits
+from kscli.editing.edits_file import EditsFile
 from kscli.errors import UsageError
 from kscli.facts import Fact
 from kscli.figures import KINDS, Source
@@ -38,104 +38,6 @@ def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-@dataclass
-class Run:
-    """A run of edits with numbers as SmolLM2 gives them; `rank_new` is (passes, edits)."""
-
-    n: int = 10
-    m: int = 30
-    layer: int = 0
-    method: str = "rome"
-    protocol: str = "sequential"
-    every: int = 10
-    perplexity: bool = True
-    seed: int = 0
-    model: str = "toy"
-    d: int = 6
-    log: EditLog = field(init=False)
-
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng([self.seed, self.layer])
-        n, m = self.n, self.m
-        known = rng.random(m) < 0.5
-        self.log = EditLog(known)
-        self.log.add_pass(self._pass(rng, 0))
-        shifts = np.zeros((m, self.d))
-        for number, fact in enumerate(rng.permutation(m)[:n].tolist(), 1):
-            delta = rng.standard_normal(self.d) * rng.lognormal(0, 0.3)
-            p = 0.05 * rng.standard_t(2.5, m)
-            p[fact] = 1
-            shifts = np.zeros((m, self.d)) if self.protocol == "single" else shifts
-            shifts = shifts + np.outer(p, delta)
-            shifts[fact] = 0
-            predicted = np.linalg.norm(shifts, axis=1)
-            off = 1e-13 * rng.random(m) * predicted.max()
-            measured = predicted + off
-            due = number in (1, n) or number % self.every == 0 or self.protocol == "single"
-            self.log.add_edit(self._edit(fact, delta, p, predicted, measured, off, live=due))
-            if due:
-                self.log.add_pass(self._pass(rng, number))
-
-    def _edit(
-        self,
-        fact: int,
-        delta: Real,
-        p: Real,
-        predicted: Real,
-        measured: Real,
-        off: Real,
-        live: bool,
-    ) -> dict[str, Any]:
-        nothing = np.full(self.m, np.nan)
-        theory = self.method == "rome"
-        names = self.log.of_edit
-        return {
-            **{name: 0 for name in names if name.startswith("rank")},
-            **{name: -1.0 for name in names if name.startswith("logprob")},
-            **{name: [] for name in names if name.startswith("moved")},
-            "moved_index": np.zeros(0, dtype=np.int64),
-            "edited": fact,
-            "target_new": "Italian",
-            "delta": delta[None],
-            "direction": np.zeros((1, 12)),
-            "delta_norm": float(np.linalg.norm(delta)),
-            "linear_error": float(off.max() / predicted.max()) if theory and self.m > 1 else np.nan,
-            "live_error": 3e-6 if live and theory else np.nan,
-            "weight_change": 1.0,
-            **dict.fromkeys(("p", "whitened_cosine", "cosine", "gradient_cosine"), p),
-            "predicted": predicted if theory else nothing,
-            "measured": measured,
-            "difference": off if theory else nothing,
-        }
-
-    def _pass(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
-        forgotten = 0.004 * step * (1 + self.layer / 10)
-        return {
-            "step": step,
-            "perplexity": 21 * (1 + 0.004 * step) if self.perplexity else np.nan,
-            "logprob_true": -rng.random(self.m),
-            "rank_true": np.ones(self.m, dtype=np.int64),
-            "answer_changed": (rng.random(self.m) < forgotten) & (step > 0),
-            "logprob_new": -rng.random(self.n),
-            "rank_new": 1 + (rng.random(self.n) < forgotten),
-        }
-
-    def write(self, path: Path) -> Path:
-        facts = tuple(Fact("{} is in", f"Subject {at}", f"target {at}") for at in range(self.m))
-        pm: Any = SimpleNamespace(
-            facts=facts, token_id=np.arange(self.m), position=np.zeros(self.m, dtype=np.int64)
-        )
-        texts = ("corpus", "facts_name", "facts_identity", "token", "order", "value")
-        details = dict.fromkeys(texts, "") | {"order": "given", "value": "optimised"}
-        details |= {"method": self.method, "protocol": self.protocol}
-        provenance = Provenance(
-            **(PROVENANCE | {"model": self.model, "n_layers": 30}), details=details, seed=self.seed
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_edits(path, self.log, (self.layer,), pm, provenance)
-        return path
 
 
 @pytest.fixture

@@ -16,16 +16,18 @@ import pytest
 import scipy.stats
 from artifact_kit import PROVENANCE, write_cov, write_toy
 from cli_kit import kscli, one_sentence
+from edit_kit import Run
 from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, PMatrixFile, Provenance, write_artifact
+from kscli.editing.edits_file import EditsFile
 from kscli.facts import Fact
 from kscli.figures import Source
 from kscli.report.comparison import scaling
 from kscli.report.examined import Examined, examine
 from kscli.report.findings import findings
 from kscli.report.html import Html, join, tag, void
-from kscli.report.page import write_report
+from kscli.report.page import ModelFiles, write_report
 from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import PAIRS
 from kscli.report.words import at_layers, listed, spread
@@ -150,6 +152,7 @@ def write_p(
     tokens: Sequence[int] | None = None,
     cosines: Sequence[Real] | None = None,
     inputs: dict[str, str] | None = None,
+    leverage: Real | None = None,
     details: dict[str, str] | None = None,
     **changes: object,
 ) -> Path:
@@ -172,22 +175,27 @@ def write_p(
                 of_layer = cosines[at] if cosines and "cosine" in name else P
                 writer.put(name, at, np.clip(of_layer, -1, 1) if "cosine" in name else of_layer)
         writer.over_layers("leverage", (m,), np.float64)
+        for at in range(len(matrices)):
+            writer.put("leverage", at, np.ones(m) if leverage is None else leverage)
     return path
 
 
-def page_of(*files: Path, to: Path) -> Page:
-    opened = [PMatrixFile(file) for file in files]
+def page_of(*files: Path, to: Path, runs: Sequence[Path] = ()) -> Page:
+    """A page on files, all of which have the same runs of edits."""
+    edits = [EditsFile(run) for run in runs]
+    opened = [ModelFiles(PMatrixFile(file), edits) for file in files]
     write_report(opened, to, command="kscli report <again>", force=True)
     return Page(to.read_text(encoding="utf-8"))
 
 
-def examined(path: Path, seed: int = 0) -> Examined:
-    return examine(PMatrixFile(path), "model-1", seed)
+def examined(path: Path, seed: int = 0, runs: Sequence[Path] = ()) -> Examined:
+    edits = [EditsFile(run) for run in runs]
+    return examine(PMatrixFile(path), "model-1", seed, runs=edits)
 
 
-def said(path: Path) -> dict[str, str]:
+def said(path: Path, *runs: Path) -> dict[str, str]:
     """The findings on one file, by topic."""
-    return {one.topic: " ".join(one.sentences) for one in findings(examined(path))}
+    return {one.topic: " ".join(one.sentences) for one in findings(examined(path, runs=runs))}
 
 
 M = 24
@@ -214,7 +222,13 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory, matrices: list[Real]) ->
         revision='"></td>',
         details={"corpus": f"https://example.org/{EVIL}", "facts_name": "</title>"},
     )
-    return page_of(file, to=folder / "report.html")
+    runs = [
+        Run(12, M, layer, model=EVIL_MODEL, target_new=EVIL, facts=tuple(facts)).write(
+            folder / "edits" / f"rome-{layer}-0.h5"
+        )
+        for layer in (0, 3)
+    ]
+    return page_of(file, to=folder / "report.html", runs=runs)
 
 
 # The page as HTML
@@ -258,11 +272,22 @@ def test_what_the_data_say_is_text(evil_page: Page) -> None:
 
 def test_every_kind_of_figure_is_there(evil_page: Page) -> None:
     drawn = evil_page.count("svg") + evil_page.count("img")
-    # Kurtosis, angles, convergence, relations; heatmap and kde of few layers, all, and marked.
-    assert drawn == 10
+    # Kurtosis, angles, convergence, relations; heatmap and kde of few layers, all, and marked;
+    # risk, forgetting, interference.
+    assert drawn == 13
     assert evil_page.count("figure") == drawn
     labels = " ".join(evil_page.values("aria-label") + evil_page.values("alt"))
-    for kind in ("kurtosis", "Density", "row i is", "Angles", "first so many", "Mean |p| from"):
+    for kind in (
+        "kurtosis",
+        "Density",
+        "row i is",
+        "Angles",
+        "first so many",
+        "Mean |p| from",
+        "side by side",
+        "keeps of",
+        "How far",
+    ):
         assert kind in labels
 
 
@@ -460,6 +485,95 @@ def test_convergence_is_the_sentence_of_the_figure(tmp_path: Path, matrices: lis
     )
 
 
+# Edits
+
+
+def test_risk_is_the_definition(tmp_path: Path, matrices: list[Real]) -> None:
+    leverage = np.random.default_rng(0).random(M) + 1
+    file = write_p(tmp_path / "a.h5", matrices, leverage=leverage)
+    shown = page_of(file, to=tmp_path / "a.html").table("What edits of all facts would do")
+    entries = [off_diagonal(P) for P in matrices]
+    rms = [np.sqrt(np.mean(values**2)) for values in entries]
+    assert shown.sorted_by("rms p") == pytest.approx(rms, rel=1e-9)
+    # The last layer reads nothing behind the subject, which here ends the prompt before it.
+    note = shown.column("note")
+    assert note[int(np.argmin(rms[:-1]))] == "least"
+    assert note[-1] == "cannot reach the answer"
+    order = np.argsort(leverage)
+    for P, saved in zip(matrices, shown.sorted_by("the order saves"), strict=True):
+        # Later edits against earlier ones, in the order of the file and by leverage.
+        given, norm = (np.sum(np.tril(Q, -1) ** 2) for Q in (P, P[np.ix_(order, order)]))
+        assert saved == pytest.approx(1 - norm / given, rel=1e-9)
+    assert f"{min(rms[:-1]):.3f} in root mean square" in said(file)["Risk"]
+
+
+def test_outcomes_of_edits_are_the_definitions(tmp_path: Path, matrices: list[Real]) -> None:
+    file = write_p(tmp_path / "a.h5", matrices)
+    runs = [Run(12, M, layer) for layer in (0, 3)]
+    paths = [run.write(tmp_path / f"rome-{run.layer}-0.h5") for run in runs]
+    page = page_of(file, to=tmp_path / "a.html", runs=paths)
+    shown = page.table("What became of the edits")
+    assert shown.column("run") == ["layer 0", "layer 3"]
+    for at, run in enumerate(runs):
+        last = {name: values[-1] for name, values in run.log.of_pass.items()}
+        tested = run.log.known.copy()
+        tested[[int(fact) for fact in run.log.of_edit["edited"]]] = False
+        assert shown.sorted_by("at the end")[at] == pytest.approx(np.mean(last["rank_new"] == 1))
+        assert shown.sorted_by("known facts")[at] == tested.sum()
+        assert shown.sorted_by("of them kept")[at] == pytest.approx(
+            np.mean(~last["answer_changed"][tested])
+        )
+        assert shown.sorted_by("after")[at] == pytest.approx(last["perplexity"])
+        edits = page.table(f"The probability of each edit's new target, layer {run.layer}")
+        assert edits.sorted_by("at the end") == pytest.approx(np.exp(last["logprob_new"]).tolist())
+    sentences = said(file, *paths)["Edits"]
+    assert "Layer 0: 12 edits;" in sentences
+    assert "Layer 3: 12 edits;" in sentences
+    assert "grows as n to the power" in sentences
+
+
+def test_what_foretold_the_damage_follows_the_runs(tmp_path: Path, matrices: list[Real]) -> None:
+    file = write_p(tmp_path / "a.h5", matrices)
+
+    def sentences(name: str, run: Run) -> str:
+        return said(file, run.write(tmp_path / f"{name}.h5"))["Edits"]
+
+    run = Run(12, 200, every=1)
+    predicted = run.log.of_edit["predicted"]
+    for moved, changed in zip(predicted, run.log.of_pass["answer_changed"][1:], strict=True):
+        # What is moved further than that flips, and nothing else.
+        changed[:] = moved > np.median(predicted[-1])
+    foretold = sentences("foretold", run)
+    assert "with a ROC-AUC of 1.00 (1.00 to 1.00) by p" in foretold
+    # In this run all similarities are p.
+    assert "The largest is that of" not in foretold
+    few = sentences("few", Run(3, M))
+    assert "fewer than 10, so nothing is said of what foretold which" in few
+    assert "Layer" not in few
+    assert few.startswith("Rome, layer 0: 3 edits;")
+    memit = sentences("memit", Run(5, M, method="memit"))
+    assert "predicted from P" not in memit
+    single = sentences("single", Run(12, M, protocol="single"))
+    assert "each made in the clean model" in single
+    assert "grows as" not in single
+
+
+def test_runs_that_another_p_predicted_are_left_out(tmp_path: Path) -> None:
+    place = write_toy(tmp_path)
+    with PMatrixFile(place / "pmatrix.h5") as pm:
+        fingerprint, facts = pm.fingerprint, pm.facts
+    for layer, inputs in ((0, {"pmatrix": fingerprint}), (1, {"pmatrix": "another"})):
+        run = Run(3, 6, layer, facts=facts, inputs=inputs)
+        run.write(place / "edits" / f"rome-{layer}-0.h5")
+    result = kscli("report", "-m", "toy", "--dir", tmp_path)
+    assert result.exit_code == 0
+    assert "rome-1-0.h5 was predicted from another pmatrix.h5; left out" in " ".join(
+        result.stderr.split()
+    )
+    page = Page((place / "report.html").read_text())
+    assert page.table("What became of the edits").column("run") == ["rome, layer 0"]
+
+
 # Few facts, and several models
 
 
@@ -535,7 +649,7 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
 def test_several_models_are_written_to_one_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kscli.report.page.builders", lambda one: ())
+    monkeypatch.setattr("kscli.report.page._builders", lambda one: ())
     write_toy(tmp_path)
     result = kscli(
         *("report", "-m", "toy", "--pmatrix", tmp_path / "toy" / "pmatrix.h5"),

@@ -15,23 +15,19 @@ import scipy.stats
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
-from kscli.editing.verification import (
+from kscli.editing.estimates import Estimate
+from kscli.editing.predictors import (
     FEWEST_FLIPS,
     NULL,
     SIMILARITIES,
-    EditArrays,
-    Estimate,
     Prediction,
-    measure_growth,
-    measure_outcomes,
     predict_behaviour,
-    read_arrays,
-    roc_auc,
-    spearman,
-    verify,
 )
+from kscli.editing.run_arrays import EditArrays, read_arrays
+from kscli.editing.verification import measure_growth, measure_outcomes, verify
 from kscli.facts import Fact
 from kscli.resampling import Resampling
+from kscli.weighted_ranks import roc_auc, spearman
 
 FEW = Resampling(100, 0)
 UNDEFINED = Estimate(None)
@@ -433,7 +429,7 @@ def test_the_command_on_real_runs(tmp_path: Path) -> None:
         assert kscli(*stage, *model, *options).exit_code == 0
     none = kscli("verify", "--dir", tmp_path)
     assert none.exit_code == 1
-    assert "`kscli edit --model tiny --layer 0` makes some" in one_sentence(none.stderr)
+    assert "`kscli edit --model tiny --layer 0` makes one" in one_sentence(none.stderr)
     for more in ((), ("--protocol", "single", "--seed", 1)):
         made = kscli(
             *("edit", "--dir", tmp_path, "--edits", 6, "--value", "random", "--value-norm", 5),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,6 @@ from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, fla
 
 if TYPE_CHECKING:
     from kscli.artifacts import Artifact
-    from kscli.editing.edits_file import EditsFile
 
 PLAIN = FigureOptions()
 KIND_SOURCES = {"pmatrix": "pmatrix.h5", "edits": "runs of edits (--edits)"}
@@ -141,6 +139,7 @@ def plot(
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
     from kscli.cli.output import print_line
+    from kscli.cli.requests import open_runs, run_paths
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
 
@@ -152,7 +151,8 @@ def plot(
         files: Sequence[Artifact]
         if figure_kind.source == "edits":
             refuse_others(kind, {"--pmatrix": pmatrix, "--layer": layers})
-            sources = files = open_runs(model, edits, directory, stack)
+            paths = run_paths(model, edits, directory)
+            sources = files = open_runs(paths, stack)
         else:
             refuse_others(kind, {"--edits": edits})
             sources, files = open_matrices(figure_kind, model, pmatrix, layers, directory, stack)
@@ -204,31 +204,6 @@ def open_matrices(
         for file in opened
     ]
     return sources, opened
-
-
-def open_runs(
-    models: list[str] | None, files: list[Path] | None, directory: Path, stack: ExitStack
-) -> list[EditsFile]:
-    """The named runs of edits, or all of the named models. Raises ArtifactError where none is."""
-    from kscli.editing.edits_file import EditsFile
-    from kscli.errors import ArtifactError
-    from kscli.pipeline import Places
-
-    paths = list(files or [])
-    for model in models or ([] if files else [options.DEFAULT_MODEL]):
-        folder = Places(directory, model).folder / "edits"
-        found = sorted(folder.glob("*.h5"), key=natural)
-        if not found:
-            raise ArtifactError(
-                f"{folder} holds no run of edits; `kscli edit --model {model}` makes one."
-            )
-        paths += found
-    return [stack.enter_context(EditsFile(path)) for path in paths]
-
-
-def natural(path: Path) -> list[int | str]:
-    """For sorting files by their names, whose numbers count as numbers."""
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", path.name)]
 
 
 def folder_of(file: Artifact) -> Path:

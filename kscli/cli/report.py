@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kscli.cli import options
+
+if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
+    from kscli.editing.edits_file import EditsFile
+    from kscli.reporter import Reporter
 
 
 def register(app: typer.Typer) -> None:
@@ -42,8 +47,9 @@ def report(
     """Write all there is to say of a model's P as one HTML page; prints the page's path.
 
     Findings in sentences, every figure, tables that sort, and where the numbers come from. The
-    page is one file that loads nothing from elsewhere. Reads pmatrix.h5, and stats.h5 and cov.h5
-    beside it where they belong to it; loads no model. Several models are compared first.
+    page is one file that loads nothing from elsewhere. Reads pmatrix.h5, and beside it stats.h5,
+    cov.h5 and the runs of edits where they belong to it; loads no model. Several models are
+    compared first.
 
     [bold]Examples[/bold]
 
@@ -59,11 +65,13 @@ def report(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.output import print_line
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
-    from kscli.report.page import write_report
+    from kscli.report.page import ModelFiles, write_report
 
+    reporter = ConsoleReporter(quiet=quiet)
     with ExitStack() as stack:
-        files = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
-        folder = files[0].path.parent if len(files) == 1 else directory
+        opened = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
+        files = [ModelFiles(file, open_runs_of(file, stack, reporter)) for file in opened]
+        folder = opened[0].path.parent if len(opened) == 1 else directory
         path = output or folder / "report.html"
         write_report(
             files,
@@ -71,6 +79,21 @@ def report(
             seed=seed,
             command=shlex.join(["kscli", *sys.argv[1:]]),
             force=force,
-            reporter=ConsoleReporter(quiet=quiet),
+            reporter=reporter,
         )
     print_line(str(path))
+
+
+def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> list[EditsFile]:
+    """Open the runs of edits beside a pmatrix file that were predicted from it."""
+    import json
+
+    from kscli.cli.requests import open_runs, runs_in
+
+    made_with = []
+    for run in open_runs(runs_in(file.path.parent), stack):
+        if json.loads(run.attributes["inputs"]).get("pmatrix") == file.fingerprint:
+            made_with.append(run)
+        else:
+            reporter.warn(f"{run.path} was predicted from another {file.path.name}; left out.")
+    return made_with

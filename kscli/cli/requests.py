@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from kscli.pipeline import Places
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.corpus import Corpus
+    from kscli.editing.edits_file import EditsFile
     from kscli.facts import FactSet
     from kscli.ranks import Ranks
 
@@ -80,3 +82,38 @@ def open_pmatrices(paths: Sequence[Path], stack: ExitStack) -> list[PMatrixFile]
             )
         opened.append(stack.enter_context(PMatrixFile(path)))
     return opened
+
+
+def run_paths(
+    models: Sequence[str] | None, files: Sequence[Path] | None, directory: Path
+) -> list[Path]:
+    """The named runs of edits, and all of the named models. Raises ArtifactError where none is."""
+    from kscli.errors import ArtifactError
+
+    paths = list(files or [])
+    for model in models or ([] if files else [EMBEDDED]):
+        folder = Places(directory, model).folder
+        found = runs_in(folder)
+        if not found:
+            raise ArtifactError(
+                f"{folder / 'edits'} holds no run of edits; "
+                f"`kscli edit --model {model} --layer 0` makes one."
+            )
+        paths += found
+    return paths
+
+
+def open_runs(paths: Sequence[Path], stack: ExitStack) -> list[EditsFile]:
+    """Open runs of edits."""
+    from kscli.editing.edits_file import EditsFile
+
+    return [stack.enter_context(EditsFile(path)) for path in paths]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The files of the runs of edits in a model's folder, numbers in their names in order."""
+    return sorted((folder / "edits").glob("*.h5"), key=_natural)
+
+
+def _natural(path: Path) -> list[int | str]:
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", path.name)]

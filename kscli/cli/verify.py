@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,17 +85,18 @@ def verify(
       kscli verify -m gpt-j --predictors -f json | jq '.\\[] | {layers, predictor, auc, flips}'
     """
     from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import run_paths
     from kscli.editing.edits_file import EditsFile
-    from kscli.editing.verification import predict_behaviour, read_arrays
+    from kscli.editing.predictors import predict_behaviour
+    from kscli.editing.run_arrays import read_arrays
     from kscli.editing.verification import verify as verify_run
     from kscli.resampling import Resampling
 
     reporter = ConsoleReporter(quiet=quiet)
     resampling = Resampling(repeats, seed)
     rows: list[dict[str, Any]] = []
-    for path in edit_paths(files, model, directory):
-        with ExitStack() as stack:
-            file = stack.enter_context(EditsFile(path))
+    for path in run_paths(model, files, directory):
+        with EditsFile(path) as file:
             named, run = run_row(file), read_arrays(file)
         if predictors:
             found = predict_behaviour(run, resampling, reporter=reporter)
@@ -104,32 +104,6 @@ def verify(
         else:
             rows.append(named | verify_run(run, resampling).row())
     print_runs(rows, output_format, predictors=predictors)
-
-
-def edit_paths(
-    files: Sequence[Path] | None, models: Sequence[str] | None, directory: Path
-) -> list[Path]:
-    """The files that are named, and those of the models; an error says how one is made."""
-    from kscli.cli.requests import EMBEDDED
-    from kscli.errors import ArtifactError
-    from kscli.pipeline import Places
-
-    paths = list(files or [])
-    for model in models or ([] if files else [EMBEDDED]):
-        folder = Places(directory, model).folder / "edits"
-        found = sorted(folder.glob("*.h5"), key=_by_numbers)
-        if not found:
-            raise ArtifactError(
-                f"{folder} holds no edits; `kscli edit --model {model} --layer 0` makes some."
-            )
-        paths += found
-    return paths
-
-
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """For sorting rome-5-0 before rome-10-0."""
-    parts = path.stem.split("-")
-    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
 def run_row(file: EditsFile) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, PMatrixFile
+from kscli.editing.edits_file import EditsFile
+from kscli.editing.predictors import Prediction, predict_behaviour
+from kscli.editing.run_arrays import read_arrays
+from kscli.editing.verification import Verification, verify
 from kscli.errors import ArtifactError, FactsError
 from kscli.figures import Source
 from kscli.figures.angles import angles, mode
 from kscli.figures.curves import make_curve
+from kscli.figures.edit_runs import is_sequence, run_names
 from kscli.figures.settled import Settling, settle
 from kscli.relations import Permutations, RelationStatistics, relation_statistics
-from kscli.report.words import spread
+from kscli.report.words import layers_text, spread
 from kscli.reporter import SILENT, Reporter
 from kscli.resampling import Resampling
+from kscli.risk import layer_rows, sequence_risk
 from kscli.statistics import Statistics
 from kscli.stats_file import statistics_of
 
@@ -36,13 +43,45 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class ExaminedRun:
+    """A run of edits, tested; `name` tells it from the model's other runs."""
+
+    name: str
+    file: EditsFile
+    verification: Verification
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether shifts were predicted, which those of memit are not."""
+        return self.verification.linear_error is not None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether every edit was made in the clean model."""
+        return not is_sequence(self.file)
+
+    def probability_at_end(self) -> NDArray[np.float64]:
+        """Of every edit's new target, after the last edit, (edits,); NaN for single edits."""
+        made = np.delete(np.arange(self._planned), self.file.values("kept_out/number"))
+        if self.is_single:
+            return np.full(len(made), np.nan)
+        return np.asarray(np.exp(self.file.values("logprob_new")[-1, made]))
+
+    @property
+    def _planned(self) -> int:
+        return int(self.file.values("logprob_new").shape[1])
+
+
+@dataclass(frozen=True)
 class Examined:
     """One model, measured. `key` begins the ids of its part of the page, `seed` is of the draws.
 
     `modes[l]` are the most frequent angles at the l-th layer, in degrees, in the whitening and
     in the activation space, NaN where there is none. `settlings` are of `ends`. `relations` is
     None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
-    the cov.h5 that P was made with is not beside it.
+    the cov.h5 that P was made with is not beside it. `risk_rows` are `kscli.risk.layer_rows` of
+    edits of all facts, with what the order norm `saved`.
     """
 
     key: str
@@ -54,6 +93,8 @@ class Examined:
     relations: RelationStatistics | None
     no_relations: str
     corpus: Corpus | None
+    risk_rows: tuple[dict[str, Any], ...] = ()
+    runs: tuple[ExaminedRun, ...] = ()
 
     @property
     def model(self) -> str:
@@ -107,7 +148,13 @@ class Examined:
         return [layer for layer, holds in zip(self.layers, mask, strict=True) if holds]
 
 
-def examine(file: PMatrixFile, key: str, seed: int = 0, reporter: Reporter = SILENT) -> Examined:
+def examine(
+    file: PMatrixFile,
+    key: str,
+    seed: int = 0,
+    reporter: Reporter = SILENT,
+    runs: Sequence[EditsFile] = (),
+) -> Examined:
     """Compute what the page says of one model; the statistics are read where they are today's."""
     resampling = Resampling(seed=seed)
     statistics = statistics_of(
@@ -132,6 +179,8 @@ def examine(file: PMatrixFile, key: str, seed: int = 0, reporter: Reporter = SIL
         relations,
         reason,
         _corpus(file),
+        _risk(file),
+        _runs(runs, resampling, reporter),
     )
 
 
@@ -147,6 +196,31 @@ def _relations(
     except FactsError as error:
         return None, str(error)
     return found, ""
+
+
+def _risk(file: PMatrixFile) -> tuple[dict[str, Any], ...]:
+    """What edits of all facts, in their order, would do at every layer."""
+    every = range(len(file.facts))
+    return tuple(
+        row | {"saved": sequence_risk(file, row["layer"], every).saved}
+        for row in layer_rows(file, file.layers, every)
+    )
+
+
+def _runs(
+    runs: Sequence[EditsFile], resampling: Resampling, reporter: Reporter
+) -> tuple[ExaminedRun, ...]:
+    alone = [(str(run.attributes["method"]), layers_text(run.layers)) for run in runs]
+    named = run_names(runs).own if len(runs) > 1 else alone
+    found = []
+    with reporter.task("edits", len(runs), unit="runs") as task:
+        for name, run in zip(named, runs, strict=True):
+            arrays = read_arrays(run)
+            verified = verify(arrays, resampling)
+            predictions = predict_behaviour(arrays, resampling)
+            found.append(ExaminedRun(", ".join(name), run, verified, predictions))
+            task.advance()
+    return tuple(found)
 
 
 def _corpus(file: PMatrixFile) -> Corpus | None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kscli.pairs import strongest_rows
 from kscli.relations import RelationStatistics
+from kscli.report.edit_findings import edits, risk
 from kscli.report.examined import Examined
 from kscli.report.words import (
     at_layers,
@@ -337,4 +338,6 @@ _TOPICS: tuple[tuple[str, Callable[[Examined], list[str]]], ...] = (
     ("Number of facts", convergence),
     ("Relations", relations),
     ("Corpus", corpus),
+    ("Risk", risk),
+    ("Edits", edits),
 )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from kscli import __version__
 from kscli.artifacts import PMatrixFile
+from kscli.editing.edits_file import EditsFile
 from kscli.files import replace_file, require_writable
-from kscli.report import comparison
+from kscli.report import comparison, sections
+from kscli.report.edits import edits, risk
 from kscli.report.examined import Examined, examine
 from kscli.report.html import Html, tag, void
-from kscli.report.sections import Section, builders
+from kscli.report.sections import Section
 from kscli.report.words import counted, listed
 from kscli.reporter import SILENT, Reporter
 
@@ -30,8 +32,32 @@ class Part:
     sections: tuple[Section, ...]
 
 
+Builder = Callable[[Examined], Section | None]
+
+_OF_PAIRS: tuple[Builder, ...] = (
+    sections.depth,
+    sections.distribution,
+    sections.matrices,
+    sections.same_token,
+    sections.pairs,
+    sections.right_angles,
+    sections.convergence,
+    sections.relations,
+    risk,
+    edits,
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a part of the page is on: a model's open matrices, and the runs of edits made with P."""
+
+    pmatrix: PMatrixFile
+    runs: Sequence[EditsFile] = ()
+
+
 def write_report(
-    sources: Sequence[PMatrixFile],
+    sources: Sequence[ModelFiles],
     path: Path,
     *,
     seed: int = 0,
@@ -39,14 +65,15 @@ def write_report(
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Write the page on the open matrices of one or several models to `path`.
+    """Write the page on the open files of one or several models to `path`.
 
     `command` is said to have made it. Raises ArtifactError where the file exists, unless
     `force`, and where it cannot be written.
     """
     require_writable(path, force=force)
     models = [
-        examine(file, f"model-{at}", seed, reporter) for at, file in enumerate(sources, start=1)
+        examine(files.pmatrix, f"model-{at}", seed, reporter, files.runs)
+        for at, files in enumerate(sources, start=1)
     ]
     parts = model_parts(models, reporter)
     content = document(_title(models), parts, command)
@@ -57,7 +84,7 @@ def write_report(
 def model_parts(models: Sequence[Examined], reporter: Reporter = SILENT) -> list[Part]:
     """A part on all models beside each other where they are several, and one on each."""
     of_all = comparison.SECTIONS if len(models) > 1 else ()
-    steps = len(of_all) + sum(len(builders(one)) for one in models)
+    steps = len(of_all) + sum(len(_builders(one)) for one in models)
     parts = []
     with reporter.task("report", steps, unit="sections") as task:
         if of_all:
@@ -67,13 +94,19 @@ def model_parts(models: Sequence[Examined], reporter: Reporter = SILENT) -> list
                 task.advance()
             parts.append(Part(comparison.KEY, "All models", _all_models(models), tuple(made)))
         for one in models:
-            sections = []
-            for of_one in builders(one):
-                sections.append(of_one(one))
+            of_model = []
+            for of_one in _builders(one):
+                of_model.append(of_one(one))
                 task.advance()
-            there = tuple(section for section in sections if section is not None)
+            there = tuple(section for section in of_model if section is not None)
             parts.append(Part(one.key, _heading(one, models), _about(one), there))
     return parts
+
+
+def _builders(examined: Examined) -> tuple[Builder, ...]:
+    """What makes the sections on a model, in their order; one fact has no pairs to show."""
+    of_pairs = _OF_PAIRS if examined.m > 1 else ()
+    return (sections.summary, *of_pairs, sections.provenance)
 
 
 def document(title: str, parts: Sequence[Part], command: str = "") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from kscli.figures import KINDS, FigureOptions, Source
+from kscli.figures import KINDS, FigureOptions, Shown
 from kscli.figures.saving import render
 from kscli.report.html import Html, tag, void
 
@@ -45,7 +45,7 @@ class Drawing:
     most_bytes: int = 0
 
 
-def picture(drawing: Drawing, sources: Sequence[Source], prefix: str) -> Html:
+def picture(drawing: Drawing, sources: Sequence[Shown], prefix: str) -> Html:
     """The drawing of `sources`, a `figure` a page, and its caption; `prefix` begins all its ids."""
     pages = KINDS[drawing.kind].pages(sources, drawing.options)
     if drawing.most_bytes:

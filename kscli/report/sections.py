@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -365,22 +365,3 @@ def _few_and_all(examined: Examined, few: Drawing, every: Drawing) -> Html:
         return shown
     unfold = tag("summary", f"All {len(examined.layers)} layers")
     return join([shown, tag("details", unfold, _picture(examined, every, examined.layers))])
-
-
-Builder = Callable[[Examined], Section | None]
-
-_OF_PAIRS: tuple[Builder, ...] = (
-    depth,
-    distribution,
-    matrices,
-    same_token,
-    pairs,
-    right_angles,
-    convergence,
-    relations,
-)
-
-
-def builders(examined: Examined) -> tuple[Builder, ...]:
-    """What makes the sections on a model, in their order; one fact has no pairs to show."""
-    return (summary, *(_OF_PAIRS if examined.m > 1 else ()), provenance)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kscli.report.html import Html, join, tag
-from kscli.report.words import number
+from kscli.report.words import magnitude, number
 
 Row = Mapping[str, Any]
 UNDEFINED = "\N{EN DASH}"
@@ -40,6 +40,15 @@ def words(name: str, title: str = "", *, long: bool = False) -> Column:
 def numbers(name: str, title: str = "", digits: int = 2) -> Column:
     """A column of a field that is a number."""
     return Column(title or name, lambda row: _shown(row[name], digits), lambda row: row[name])
+
+
+def exponents(name: str, title: str = "") -> Column:
+    """A column of a field that is a small number, to its order of magnitude."""
+
+    def text(row: Row) -> str:
+        return UNDEFINED if math.isnan(row[name]) else magnitude(row[name])
+
+    return Column(title or name, text, lambda row: row[name])
 
 
 def shares(name: str, title: str = "", digits: int = 1) -> Column:

@@ -15,6 +15,7 @@ __all__ = [
     "fact_sentence",
     "layers_text",
     "listed",
+    "magnitude",
     "number",
     "quoted",
     "share",
@@ -26,6 +27,11 @@ __all__ = [
 def share(value: float) -> str:
     """A share in per cent; `undefined` for NaN."""
     return "undefined" if math.isnan(value) else percent(value)
+
+
+def magnitude(value: float) -> str:
+    """A small number to its order of magnitude: `2e−6`."""
+    return f"{value:.0e}".replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
 
 
 def with_interval(value: float, low: float, high: float, digits: int) -> str:

@@ -1,0 +1,93 @@
+"""A run of edits as arrays, which what is tested of it is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.statistics import distinct_tokens
+
+if TYPE_CHECKING:
+    from kscli.editing.edits_file import EditsFile
+
+Real = NDArray[np.float64]
+Whole = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class EditArrays:
+    """A run of n edits of m facts, measured in s passes; what `EditsFile` says of a name holds.
+
+    `single`: every edit was made in the clean model and taken back. `about` and `same_last_token`
+    (n, m): which facts an edit is about, its own and those of the same text, and which have their
+    keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at
+    once. `delta` (n, D) is over all edited layers; `logprob_new` and `rank_new` (s, n) are without
+    the edits that were kept out.
+    """
+
+    single: bool
+    edited: Whole
+    batch: Whole
+    about: Mask
+    same_last_token: Mask
+    delta: Real
+    p: Real
+    whitened_cosine: Real
+    cosine: Real
+    gradient_cosine: Real
+    measured: Real
+    linear_error: Real
+    live_error: Real
+    weight_change: Real
+    logprob_true_after: Real
+    logprob_new_after: Real
+    rank_new_after: Whole
+    step: Whole
+    known: Mask
+    logprob_true: Real
+    answer_changed: Mask
+    logprob_new: Real
+    rank_new: Whole
+    perplexity: Real
+
+
+def read_arrays(file: EditsFile) -> EditArrays:
+    """The arrays of a run, from its file."""
+    edited = file.values("edited")
+    n = len(edited)
+    planned = np.arange(file.values("rank_new").shape[1])
+    # The targets of edits that were never made are asked for, too.
+    made = np.delete(planned, file.values("kept_out/number"))[:n]
+    texts = np.array([fact.text for fact in file.facts], dtype=object)
+    given: dict[str, Any] = {
+        "single": file.attributes["protocol"] == "single",
+        "edited": edited,
+        "batch": made // int(file.attributes["batch"]),
+        "about": texts[edited][:, None] == texts,
+        "same_last_token": ~distinct_tokens(file.token_id)[edited],
+        "delta": file.values("delta").reshape(n, -1),
+        **{name: file.values(name)[:, made] for name in ("logprob_new", "rank_new")},
+    }
+    names = [each.name for each in fields(EditArrays)]
+    return EditArrays(**{name: file.values(name) for name in names if name not in given} | given)
+
+
+def passes(run: EditArrays) -> Iterator[tuple[int, slice, Mask]]:
+    """Every pass but the first: its number, the edits in force, and the facts it tests."""
+    tested = tested_facts(run)
+    for number in range(1, len(run.step)):
+        made = int(run.step[number])
+        yield number, slice(made - 1 if run.single else 0, made), tested[number]
+
+
+def tested_facts(run: EditArrays) -> Mask:
+    """The known facts that no edit is about, (s, m); of a single edit's pass, not this one."""
+    about = np.tile(run.about.any(axis=0), (len(run.step), 1))
+    if run.single:
+        about[1:] = run.about[run.step[1:] - 1]
+    return np.asarray(run.known & ~about)

@@ -1,0 +1,149 @@
+"""What edits would do, and what those that were made did, in sentences made from the data."""
+
+from __future__ import annotations
+
+from kscli.editing.estimates import Estimate
+from kscli.editing.predictors import FEWEST_FLIPS, NULL
+from kscli.report.examined import Examined, ExaminedRun
+from kscli.report.words import counted, magnitude, number, share, with_interval
+
+SIMILARITY_NAMES = {
+    "p": "p",
+    "whitened_cosine": "the whitened cosine",
+    "cosine": "the cosine of the keys",
+    "gradient_cosine": "the cosine of the gradients",
+    NULL: "p of facts exchanged at random",
+}
+LEVERAGE = "kᵀC⁻¹k"
+
+
+def risk(examined: Examined) -> list[str]:
+    """At which layer editing the facts would do the least and the most, and what an order saves."""
+    able = [row for row in examined.risk_rows if row["reaches"]]
+    if not able:
+        return ["No layer that there is can change these facts' answers."]
+    least = min(able, key=lambda row: row["rms"])
+    most = max(able, key=lambda row: row["rms"])
+    sentences = [
+        "An edit that writes a shift of length 1 for one of these facts moves another by "
+        f"{number(least['rms'], 3)} in root mean square at layer {least['layer']}"
+        + (
+            f", where it does the least, and by {number(most['rms'], 3)} at layer {most['layer']}, "
+            "where it does the most."
+            if least is not most
+            else "."
+        )
+    ]
+    saved = [share(end(row["saved"] for row in able)) for end in (min, max)]
+    between = saved[0] if saved[0] == saved[1] else f"{saved[0]} to {saved[1]}, by layer,"
+    sentences.append(
+        f"Of edits of all of them, one upon the other, the order of ascending {LEVERAGE} saves "
+        f"{between} of the sum of p² over later and earlier edits; no order saves more."
+    )
+    return sentences
+
+
+def edits(examined: Examined) -> list[str]:
+    """Of every run: what became of the edits, how far the theory held, what foretold the damage."""
+    return [
+        sentence
+        for run in examined.runs
+        for say in (_outcome, _theory, _growth, _foretold)
+        for sentence in say(run)
+    ]
+
+
+def _outcome(run: ExaminedRun) -> list[str]:
+    found = run.verification.outcomes
+    made = f"{run.name[:1].upper()}{run.name[1:]}: {counted(found.edits, 'edit')}"
+    if run.is_single:
+        made += ", each made in the clean model"
+    at_once = "the new target is the first choice right after "
+    at_once += "none of them" if found.efficacy is None else f"{share(found.efficacy)} of them"
+    end = found.retention
+    at_the_end = "" if end is None else f", and at the end of {share(end)}"
+    sentences = [f"{made}; {at_once}{at_the_end}."]
+    if found.kept is not None:
+        of_known = (
+            f"Of {counted(found.known, 'known fact')} those that the edit is not about keep their "
+            f"answer in {share(found.kept)} of cases on average."
+            if run.is_single
+            else f"Of the {counted(found.known, 'fact')} that the model knew and that were not "
+            f"edited {share(found.kept)} have the same answer."
+        )
+        sentences.append(of_known)
+    before, after = found.perplexity_before, found.perplexity_after
+    if before is not None and after is not None:
+        sentences.append(
+            f"Perplexity of held-out text goes from {number(before, 2)} to {number(after, 2)}."
+        )
+    return sentences
+
+
+def _theory(run: ExaminedRun) -> list[str]:
+    linear, live = run.verification.linear_error, run.verification.live_error
+    if linear is None:
+        return []
+    of_live = "" if live is None else f", and those of the live model to {magnitude(live)}"
+    return [
+        "The shifts of all facts are those predicted from P before the edits to "
+        f"{magnitude(linear)} of the largest{of_live}."
+    ]
+
+
+def _growth(run: ExaminedRun) -> list[str]:
+    growth = run.verification.growth
+    exponent, walk = growth.original, growth.original_walk
+    if exponent.value is None:
+        return []
+    sentence = (
+        f"The mean shift of facts that are not edited grows as n to the power {_shown(exponent)}"
+    )
+    if walk.low is None or walk.high is None:
+        return [f"{sentence}, n being the number of edits; 1 would be linear."]
+    if exponent.value > walk.high:
+        verdict = "faster than"
+    elif exponent.value < walk.low:
+        verdict = "more slowly than"
+    else:
+        verdict = "as"
+    return [
+        f"{sentence}, {verdict} a random walk with the same p and lengths, which has "
+        f"{_shown(walk)}; 1 would be linear."
+    ]
+
+
+def _foretold(run: ExaminedRun) -> list[str]:
+    by_name = {each.predictor: each.every for each in run.predictions}
+    flips = by_name["p"].flips
+    if by_name["p"].auc.value is None:
+        reason = f"fewer than {FEWEST_FLIPS}" if flips < FEWEST_FLIPS else "all of them"
+        return [
+            f"{counted(flips, 'answer')} to known facts flipped, {reason}, so nothing is said of "
+            "what foretold which."
+        ]
+    sentences = [
+        f"The predicted damage tells the {flips:,} known answers that flipped, over all measured "
+        f"states, from the others with a ROC-AUC of {_shown(by_name['p'].auc)} by p, beside "
+        f"{_shown(by_name[NULL].auc)} by {SIMILARITY_NAMES[NULL]}."
+    ]
+    areas = {
+        name: each.auc.value
+        for name, each in by_name.items()
+        if name != NULL and each.auc.value is not None
+    }
+    best = max(areas, key=lambda name: areas[name])
+    if best != "p":
+        sentences.append(
+            f"The largest is that of {SIMILARITY_NAMES[best]}, {_shown(by_name[best].auc)}."
+        )
+    return sentences
+
+
+def _shown(estimate: Estimate) -> str:
+    """A statistic with its interval, where it has one: `0.75 (0.70 to 0.81)`."""
+    value, low, high = (
+        float("nan") if each is None else each
+        for each in (estimate.value, estimate.low, estimate.high)
+    )
+    return with_interval(value, low, high, 2)
