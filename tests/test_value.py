@@ -17,7 +17,7 @@ from families import save_family
 from torch import Tensor
 
 from kscli.completion import score_targets, tokenize_clozes
-from kscli.editing.live import mlp_outputs
+from kscli.editing.live import decoder_layer, mlp_outputs
 from kscli.editing.updates import edit_directions
 from kscli.editing.value import (
     DivergedError,
@@ -143,11 +143,16 @@ def test_loss_and_gradient_are_the_definition(
 
 
 @pytest.mark.parametrize("site", ["mlp", "hidden"])
-@pytest.mark.parametrize("family", ["gpt-neox", "llama", "gemma", "opt"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gpt-j", "gpt-neox", "llama", "gemma", "opt", "falcon", "bloom"]
+)
 def test_loss_and_gradient_of_other_families(family: str, site: Site, tmp_path: Path) -> None:
-    save_family(family, tmp_path)
+    layers = "n_layer" if family in ("gpt2", "gpt-j", "bloom") else "num_hidden_layers"
+    save_family(family, tmp_path, **{layers: 3})
     model = load_model(ModelOptions(str(tmp_path), device="cpu", dtype="float32"))
-    check_loss(model, 0, LATE, "painter and composer", site)
+    # Layer 1 has one below it to replay; the last cannot reach the answer.
+    for layer in (0, 1):
+        check_loss(model, layer, LATE, "painter and composer", site)
 
 
 @pytest.mark.parametrize("site", ["mlp", "hidden"])
@@ -253,6 +258,45 @@ def test_model_is_left_as_it_was(tiny: LoadedModel, options: ValueOptions) -> No
 def test_value_is_found_in_no_grad_mode(tiny: LoadedModel) -> None:
     with torch.no_grad():
         assert find_value(tiny, 0, FACT, NEW).probability > 0.8
+
+
+@contextmanager
+def counted(model: LoadedModel, layer: int) -> Iterator[list[int]]:
+    """How often a layer's down-projection ran, one entry each."""
+    ran: list[int] = []
+    module = model.decoder.projections[layer].module
+    handle = module.register_forward_hook(lambda *_: ran.append(layer))
+    yield ran
+    handle.remove()
+
+
+def test_layers_below_run_once(tiny: LoadedModel) -> None:
+    options = ValueOptions(steps=5, stop_at=0.0)
+    with counted(tiny, 0) as below, counted(tiny, 1) as own:
+        found = find_value(tiny, 1, LATE, "painter", options)
+    assert len(below) == 1
+    # The clean model, again with the layers below replayed, and at each of six shifts.
+    assert len(own) == 8
+    assert found.steps == 5
+    assert "forward" not in decoder_layer(tiny, 0).__dict__
+
+
+def test_layers_that_hand_on_more_run_every_time(tiny: LoadedModel) -> None:
+    """As those do whose keys and values other layers take."""
+    options = ValueOptions(steps=5, stop_at=0.0)
+    plain = find_value(tiny, 1, LATE, "painter", options)
+    handed: list[Tensor] = []
+    lower, upper = decoder_layer(tiny, 0), decoder_layer(tiny, 1)
+    handles = [
+        lower.mlp.register_forward_hook(lambda _, __, output: handed.append(output)),
+        upper.mlp.register_forward_hook(lambda _, __, output: output + 0 * handed.pop()),
+    ]
+    with counted(tiny, 0) as below:
+        found = find_value(tiny, 1, LATE, "painter", options)
+    for handle in handles:
+        handle.remove()
+    assert len(below) == 7
+    np.testing.assert_allclose(found.shift, plain.shift, rtol=1e-4, atol=1e-6)
 
 
 def test_half_precision_model(tmp_path: Path) -> None:

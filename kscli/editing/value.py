@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from kscli.completion import Cloze, tokenize_clozes
 from kscli.editing.live import decoder_layer
+from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError
 from kscli.facts import SLOT, UNUSABLE, Fact
 from kscli.models.decoder import is_out_of_memory
@@ -186,9 +187,14 @@ class ShiftLoss:
         projection = model.decoder.projections[layer].module
         self._module = projection if site == "mlp" else decoder_layer(model, layer)
         self._batch = _batch(model, fact, target_new, options.prefixes)
+        lower = LowerLayers(model, layer)
+        self._below: Callable[[], AbstractContextManager[None]] = lower.recorded
         with torch.no_grad():
             clean, self.value = self._run(None)
-        self._clean_essence = clean.essence
+            self._clean_essence = clean.essence
+            self._below = lower.replayed
+            if layer and not self._says_again(clean):
+                self._below = nullcontext
 
     def __call__(self, shift: Tensor) -> tuple[Tensor, float]:
         """The loss of a (d,) shift, and the target's log-probability after the bare prompt."""
@@ -201,10 +207,20 @@ class ShiftLoss:
         loss = surprise + options.kl_weight * divergence + options.weight_decay * length
         return loss, float(said.targets[: self._batch.bare].detach().double().sum())
 
+    def _says_again(self, clean: _Said) -> bool:
+        """Whether the model says the same with the layers below replayed."""
+        try:
+            again, _ = self._run(None)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return all(map(torch.equal, again, clean))
+
     def _run(self, shift: Tensor | None) -> tuple[_Said, Tensor]:
         """What the model says with a shift, and the site's output without it in the bare prompt."""
         batch = self._batch
-        with _shifted(self._module, batch, shift) as outputs:
+        with self._below(), _shifted(self._module, batch, shift) as outputs:
             logits = _logits(self._model, batch.input_ids, keep=int(-batch.place.min()))
         device = outputs[0].device
         asked = logits[batch.row, batch.place].float().log_softmax(-1).to(device)
