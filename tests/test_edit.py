@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from families import save_family
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
+from kscli.artifacts import UNKNOWN, CovarianceFile, KeysFile, PMatrixFile
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.editing import run as run_module
 from kscli.editing.edits_file import EditsFile
@@ -588,6 +590,15 @@ def test_what_is_kept_out(
     ]
 
 
+def test_an_edit_that_a_dtype_cannot_hold_changes_nothing() -> None:
+    model = load_model(ModelOptions("tiny", device="cpu", dtype="float16"))
+    weight = EditableWeight(model, 0)
+    before = model.decoder.projections[0].module.weight.clone()
+    with pytest.raises(NumericsError, match="entries up to 1e\\+05"):
+        weight.set_change(np.full(weight.shape, 1e5))
+    assert torch.equal(model.decoder.projections[0].module.weight, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_a_quantised_matrix_is_refused(tiny: LoadedModel, dtype: torch.dtype) -> None:
     module = torch.nn.Linear(3, 3)
@@ -705,6 +716,14 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         (("--protocol", "single", "--save-model", "x"), 2, "takes every edit back"),
         (("--held-out", "tiny"), 2, "is the text that .* was measured on"),
         (("--fact", "0", "--target-new", "text:Paris"), 1, "no edit was made"),
+        (("--fact", "0", "--edits", "1"), 2, "give one of the two"),
+        (("--value-norm", "2"), 2, "is the length of --value random"),
+        (("--weight", "2"), 2, "is memit's; add --method memit"),
+        (
+            ("--dtype", "float16", "--edits", "1", "--value", "random", "--value-norm", "1e9"),
+            1,
+            "is not finite in torch.float16; .* Use --dtype float32",
+        ),
     ],
 )
 def test_bad_requests(
@@ -714,6 +733,19 @@ def test_bad_requests(
     assert found.exit_code == code, found.stderr
     assert re.search(sentence, one_sentence(found.stderr)), found.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_text_that_c_may_have_seen_is_told(folder: Path, tmp_path: Path) -> None:
+    """C that came from elsewhere does not say what text it is of."""
+    cov, text = tmp_path / "cov.h5", tmp_path / "text.jsonl"
+    shutil.copy(folder / "cov.h5", cov)
+    with h5py.File(cov, "a") as file:
+        file.attrs["corpus_identity"] = UNKNOWN
+    text.write_text('{"text": "The capital of France is Paris."}\n')
+    options = ("--cov", cov, "--held-out", text, "-o", tmp_path / "a.h5", "--value", "random")
+    found = kscli("edit", "--dir", folder.parent, "--edits", 1, *options)
+    assert found.exit_code == 0, found.stderr
+    assert f"{cov} does not say what text it was measured on" in " ".join(found.stderr.split())
 
 
 def test_a_killed_process_loses_no_finished_edit(folder: Path, tmp_path: Path) -> None:

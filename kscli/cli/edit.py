@@ -44,9 +44,14 @@ def edit(
         ),
     ] = None,
     edits: Annotated[
-        str,
-        typer.Option("--edits", metavar="N|all", help="How many facts to draw with --seed."),
-    ] = "10",
+        str | None,
+        typer.Option(
+            "--edits",
+            metavar="N|all",
+            help="How many facts to draw with --seed.",
+            show_default="10",
+        ),
+    ] = None,
     order: Annotated[
         Literal["given", "random", "norm"],
         typer.Option(
@@ -84,8 +89,11 @@ def edit(
         ),
     ] = "optimised",
     value_norm: Annotated[
-        float, typer.Option("--value-norm", min=0.0, help="The length of random values.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--value-norm", min=0.0, help="The length of random values.", show_default="1"
+        ),
+    ] = None,
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Steps of the optimisation of a value.")
     ] = 20,
@@ -117,9 +125,14 @@ def edit(
         ),
     ] = 0,
     weight: Annotated[
-        float,
-        typer.Option("--weight", min=0.0, help="(memit) Its lambda: what the known weighs."),
-    ] = 15000.0,
+        float | None,
+        typer.Option(
+            "--weight",
+            min=0.0,
+            help="(memit) Its lambda: what the known weighs.",
+            show_default="15000",
+        ),
+    ] = None,
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="(memit) How many edits are made at once.")
     ] = 1,
@@ -230,6 +243,7 @@ def edit(
         replay_edits,
     )
     from kscli.editing.value import ValueOptions
+    from kscli.errors import UsageError
     from kscli.fact_choice import find_facts
     from kscli.layers import format_layers
     from kscli.models.loading import ModelOptions
@@ -239,6 +253,12 @@ def edit(
     places = Places(directory, model)
     if save_model:
         require_new_folder(save_model)
+    if fact and edits is not None:
+        raise UsageError("--fact names the edits and --edits draws them; give one of the two.")
+    if value_norm is not None and value != "random":
+        raise UsageError("--value-norm is the length of --value random; add that, or leave it out.")
+    if weight is not None and method != "memit":
+        raise UsageError("--weight is memit's; add --method memit, or leave it out.")
     find = ValueOptions(
         steps=steps,
         learning_rate=learning_rate,
@@ -249,8 +269,8 @@ def edit(
         method=method,
         protocol=protocol,
         find=find,
-        random_norm=value_norm if value == "random" else None,
-        weight=weight if method == "memit" else 0.0,
+        random_norm=(1.0 if value_norm is None else value_norm) if value == "random" else None,
+        weight=(15000.0 if weight is None else weight) if method == "memit" else 0.0,
         batch=batch,
         prefixes=prefixes,
         measure_every=measure_every,
@@ -263,7 +283,7 @@ def edit(
         chosen = (
             find_facts(sources.pm, fact)
             if fact
-            else choose_facts(sources, number_or_all("--edits", edits), seed)
+            else choose_facts(sources, number_or_all("--edits", edits or "10"), seed)
         )
         chosen = edit_order(order, sources.pm.leverage(sources.layers[0]), chosen, seed)
         targets = new_targets(sources.pm, chosen, target_new, facts)
@@ -275,7 +295,7 @@ def edit(
             if held_out
             else None,
         )
-        check_held_out(plan, sources)
+        check_held_out(plan, sources, reporter)
         name = f"{method}-{format_layers(sources.layers)}-{seed}.h5"
         path = output or places.folder / "edits" / name
         session = Session(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kscli.artifacts import PMatrixFile, Provenance, Recipe, difference
+from kscli.artifacts import UNKNOWN, PMatrixFile, Provenance, Recipe, difference
 from kscli.corpus import Corpus
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
@@ -58,9 +58,17 @@ def check_request(options: EditOptions, layers: Sequence[int], save_model: Path 
         )
 
 
-def check_held_out(plan: EditPlan, sources: EditSources) -> None:
-    """Raise UsageError where the held-out text is what C was measured on."""
-    if plan.held_out and plan.held_out.corpus.identity == sources.cov.attributes["corpus_identity"]:
+def check_held_out(plan: EditPlan, sources: EditSources, reporter: Reporter) -> None:
+    """Raise UsageError where the held-out text is what C was measured on; warn where none knows."""
+    if not plan.held_out:
+        return
+    measured_on = sources.cov.attributes["corpus_identity"]
+    if measured_on == UNKNOWN:
+        reporter.warn(
+            f"{sources.cov.path} does not say what text it was measured on, which --held-out "
+            f"{plan.held_out.corpus.name} must not be part of."
+        )
+    if plan.held_out.corpus.identity == measured_on:
         raise UsageError(
             f"--held-out {plan.held_out.corpus.name} is the text that {sources.cov.path} was "
             "measured on; name other text."

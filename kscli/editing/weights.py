@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from kscli.errors import ModelError
+from kscli.errors import ModelError, NumericsError
 from kscli.models.loading import LoadedModel
 
 
@@ -44,11 +44,20 @@ class EditableWeight:
         self.shape: tuple[int, int] = tuple(self._oriented(parameter).shape)  # type: ignore[assignment]
 
     def set_change(self, change: NDArray[np.float64]) -> None:
-        """Make W the W_0 + `change` (d, d_m), rounded once, to the model's dtype."""
+        """Make W the W_0 + `change` (d, d_m), rounded once, to the model's dtype.
+
+        Raises NumericsError, before anything changes, where that dtype has no room for it.
+        """
         delta = torch.from_numpy(change)
         original = self._oriented(self._original).to("cpu", torch.float64)
+        changed = (original + delta).to(self._parameter.dtype)
+        if not changed.isfinite().all():
+            raise NumericsError(
+                f"an edit of layer {self.layer} is not finite in {changed.dtype}; the change has "
+                f"entries up to {abs(change).max():.2g}. Use --dtype float32."
+            )
         with torch.no_grad():
-            self._oriented(self._parameter).copy_(original + delta)
+            self._oriented(self._parameter).copy_(changed)
 
     def restore(self) -> None:
         """Make W the W_0, bit for bit."""
