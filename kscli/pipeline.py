@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kscli.analysis.stats_file import statistics_recipe, write_statistics
 from kscli.artifacts import (
     Artifact,
     CovarianceFile,
@@ -29,19 +30,18 @@ from kscli.errors import ArtifactError, UsageError
 from kscli.layers import select_layers
 from kscli.models.aliases import slug
 from kscli.reporter import Reporter
-from kscli.stats_file import statistics_recipe, write_statistics
 
 if TYPE_CHECKING:
-    from kscli.checkpoints import Checkpoints
     from kscli.corpus import Corpus
-    from kscli.covariance import CovarianceOptions
     from kscli.facts import FactSet
     from kscli.models.loading import LoadedModel, LocatedModel, ModelOptions
     from kscli.models.shape import ModelShape
-    from kscli.plan import Estimate, MemoryPlan
     from kscli.positions import KeyToken
-    from kscli.ranks import Ranks
     from kscli.resources import MemorySplit
+    from kscli.second_moment.checkpoints import Checkpoints
+    from kscli.second_moment.covariance import CovarianceOptions
+    from kscli.second_moment.plan import Estimate, MemoryPlan
+    from kscli.second_moment.ranks import Ranks
 
 
 class Existing(Enum):
@@ -187,8 +187,8 @@ class Session:
         An imported file cannot be made again, and is replaced by force alone. A run that was
         stopped goes on from its checkpoint.
         """
-        from kscli.corpus_run import RunPlan, check_together
-        from kscli.covariance import Surroundings, cache_covariance, covariance_recipe
+        from kscli.second_moment.corpus_run import RunPlan, check_together
+        from kscli.second_moment.covariance import Surroundings, cache_covariance, covariance_recipe
 
         if self.existing is Existing.REMAKE and is_imported(path):
             self.reporter.note(f"{path} was imported, and is used as it is (--force measures C).")
@@ -224,9 +224,9 @@ class Session:
         return checkpoints
 
     def _checkpoints_of(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
-        from kscli.checkpoints import Checkpoints
-        from kscli.covariance import checkpoint_recipe
-        from kscli.shards import WHOLE
+        from kscli.second_moment.checkpoints import Checkpoints
+        from kscli.second_moment.covariance import checkpoint_recipe
+        from kscli.second_moment.shards import WHOLE
 
         rank = execution.ranks.shard if execution.ranks else WHOLE
         suffix = "" if rank == WHOLE else f"-{rank.index}-of-{rank.count}"
@@ -262,8 +262,8 @@ class Session:
     def plan(self, options: CovarianceOptions, execution: Execution) -> MemoryPlan:
         """What goes where when cache-cov is run with these options; no weight is read."""
         from kscli.models.loading import resolve_device
-        from kscli.plan import PlanRequest, plan_memory
         from kscli.resources import measure_resources
+        from kscli.second_moment.plan import PlanRequest, plan_memory
 
         layers = select_layers(options.layers, range(self.shape.n_layers), self.options.model)
         request = PlanRequest(layers, self.dtype, execution.batch_tokens, execution.max_memory)
@@ -283,9 +283,9 @@ class Session:
         From the corpus's first documents, and the rate of a matrix product measured now.
         """
         from kscli.models.loading import load_tokenizer
-        from kscli.plan import Estimate, seconds_a_token
         from kscli.resources import matmul_rate
-        from kscli.token_stream import expected_tokens
+        from kscli.second_moment.plan import Estimate, seconds_a_token
+        from kscli.second_moment.token_stream import expected_tokens
 
         tokenizer = load_tokenizer(self.located, self.options)
         reading = options.reading(self.shape.max_length)

@@ -19,11 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli import checkpoints as checkpoints_module
-from kscli.checkpoints import Checkpoints
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, check_together
-from kscli.covariance import (
+from kscli.errors import ArtifactError, CorpusError, ModelError, NumericsError, UsageError
+from kscli.interrupts import InterruptedRunError
+from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.reporter import Reporter, Task
+from kscli.second_moment import checkpoints as checkpoints_module
+from kscli.second_moment.checkpoints import Checkpoints
+from kscli.second_moment.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, check_together
+from kscli.second_moment.covariance import (
     Surroundings,
     cache_covariance,
     checkpoint_recipe,
@@ -31,13 +35,9 @@ from kscli.covariance import (
     one_pass,
     second_moments,
 )
-from kscli.errors import ArtifactError, CorpusError, ModelError, NumericsError, UsageError
-from kscli.interrupts import InterruptedRunError
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
-from kscli.moments import SecondMoment
-from kscli.ranks import RankError
-from kscli.reporter import Reporter, Task
-from kscli.shards import WHOLE, Shard
+from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.ranks import RankError
+from kscli.second_moment.shards import WHOLE, Shard
 
 OPTIONS = CovarianceOptions(samples=900, max_length=40)
 BATCH_TOKENS = 512

@@ -11,11 +11,11 @@ from families import FAMILIES, HIDDEN, LAYERS, save_family, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.covariance import CovarianceOptions, second_moments
 from kscli.errors import ModelError
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
 from kscli.models.loading import ModelOptions, load_model
+from kscli.second_moment.covariance import CovarianceOptions, second_moments
 from kscli.superposition import superposition
 
 DOCUMENTS = 200

@@ -17,6 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from kscli.analysis.resampling import (
+    Interval,
+    Resampling,
+    bootstrap_moments,
+    interval,
+    resample_counts,
+)
+from kscli.analysis.statistics import MatrixName
 from kscli.cli.plot import counts_of, default_name
 from kscli.errors import KscliError, UsageError
 from kscli.figures import KINDS, FigureOptions, Source, paged
@@ -44,8 +52,6 @@ from kscli.figures.style import (
     text_width,
 )
 from kscli.models.families import family, parameters
-from kscli.resampling import Interval, Resampling, bootstrap_moments, interval, resample_counts
-from kscli.statistics import MatrixName
 
 SMALL = np.array([[0, 0.1, 0.2], [0.1, 0, -0.3], [0.2, -0.3, 0]])
 LONG = "HuggingFaceTB/SmolLM2-135M-Instruct_with-a$name$-that-goes-on-and-on-Q4_1-revision-2f"

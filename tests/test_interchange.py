@@ -28,7 +28,7 @@ from kscli.artifacts import (
     write_artifact,
 )
 from kscli.errors import ArtifactError, KscliError, NumericsError, UsageError
-from kscli.interchange import (
+from kscli.second_moment.interchange import (
     Editor,
     ExportOptions,
     describe_statistics,
@@ -619,7 +619,8 @@ def test_a_layer_never_stands_twice_in_memory(tmp_path: Path) -> None:
     program = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from kscli.interchange import ExportOptions, export_covariance, import_covariance\n"
+        "from kscli.second_moment.interchange import ExportOptions, export_covariance\n"
+        "from kscli.second_moment.interchange import import_covariance\n"
         "status = Path('/proc/self/status')\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])\n"
         "folder = Path(sys.argv[1])\n"

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from kscli import resources
 from kscli.batching import TokenBatch, TokenSequence, make_batches
 from kscli.errors import ModelError, UsageError
-from kscli.layer_sums import LayerSums, SumsPlan
 from kscli.models.decoder import Decoder
 from kscli.models.loading import ModelOptions, load_model, locate_model, resolve_dtype
 from kscli.resources import MemorySplit
+from kscli.second_moment.layer_sums import LayerSums, SumsPlan
 from kscli.tiny import MODEL_DIR
 
 

@@ -15,11 +15,11 @@ from artifact_kit import PROVENANCE, write_cov
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
-from kscli import merging
 from kscli.artifacts import CovarianceFile, Provenance, difference, write_artifact
 from kscli.errors import ArtifactError, KscliError, NumericsError, UsageError
-from kscli.merging import find_parts, merge_covariances
-from kscli.shards import Shard
+from kscli.second_moment import merging
+from kscli.second_moment.merging import find_parts, merge_covariances
+from kscli.second_moment.shards import Shard
 
 LAYERS = (0, 2)
 D = PROVENANCE["d_m"]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kscli.moments import ROWS, SecondMoment, lower_entries
-from kscli.products import SYRK_ROWS, lower_products
+from kscli.second_moment.moments import ROWS, SecondMoment, lower_entries
+from kscli.second_moment.products import SYRK_ROWS, lower_products
+from kscli.second_moment.transfers import HostSums
 from kscli.superposition import superposition
-from kscli.transfers import HostSums
 
 UNIT = 2**-24
 
@@ -58,7 +58,7 @@ def test_several_rows_of_blocks_and_a_ragged_last_one(d_m: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_those_of_the_keys_on_and_below_the_diagonal(dtype: torch.dtype) -> None:
     """Each kind of product: BLAS, oneDNN through bfloat16, and blocks as on a device."""
-    from kscli import products
+    from kscli.second_moment import products
 
     torch.manual_seed(4)
     d_m = 1100

@@ -13,9 +13,9 @@ from artifact_kit import write_cov, write_keys
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
+from kscli.analysis.noise import layer_noise, pairs_above, require_disjoint
 from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
 from kscli.errors import ArtifactError
-from kscli.noise import layer_noise, pairs_above, require_disjoint
 from kscli.superposition import write_pmatrix
 
 Array = NDArray[np.float64]

@@ -13,10 +13,10 @@ from artifact_kit import LAYERS, write_toy
 from cli_kit import kscli
 from numpy.typing import NDArray
 
+from kscli.analysis.pairs import Pair, pair_rows, strongest_rows, top_pairs
+from kscli.analysis.statistics import MatrixName
 from kscli.errors import UsageError
 from kscli.facts import Fact
-from kscli.pairs import Pair, pair_rows, strongest_rows, top_pairs
-from kscli.statistics import MatrixName
 
 
 @dataclass

@@ -4,15 +4,15 @@ import pytest
 
 from kscli.errors import ModelError
 from kscli.models.shape import ModelShape
-from kscli.moments import lower_entries
-from kscli.plan import (
+from kscli.resources import Resources
+from kscli.second_moment.moments import lower_entries
+from kscli.second_moment.plan import (
     MemoryPlan,
     PlanRequest,
     batch_tokens_for,
     plan_memory,
     seconds_a_token,
 )
-from kscli.resources import Resources
 
 GIB = 2**30
 GPT_J = ModelShape(28, 16384, 4096, 6_050_000_000, 5_640_000_000, 2048)

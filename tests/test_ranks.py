@@ -14,16 +14,16 @@ import pytest
 from cli_kit import ROOT
 
 from kscli.errors import UsageError
-from kscli.ranks import join_ranks
+from kscli.second_moment.ranks import join_ranks
 
 SILENCE = 2.0
 WORKER = """
 import os, sys, time
 import numpy as np
 import torch
-from kscli import ranks as kscli_ranks
+from kscli.second_moment import ranks as kscli_ranks
 from kscli.errors import KscliError
-from kscli.ranks import Patience, join_ranks
+from kscli.second_moment.ranks import Patience, join_ranks
 
 kscli_ranks._CHUNK = 1000
 what, silence = sys.argv[1], float(sys.argv[2])

@@ -19,9 +19,7 @@ from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 from typer.testing import Result
 
-from kscli.errors import FactsError, UsageError
-from kscli.facts import Fact
-from kscli.relations import (
+from kscli.analysis.relations import (
     ACROSS,
     TESTED,
     WITHIN,
@@ -32,7 +30,9 @@ from kscli.relations import (
     relation_statistics,
     text_before,
 )
-from kscli.statistics import MatrixName
+from kscli.analysis.statistics import MatrixName
+from kscli.errors import FactsError, UsageError
+from kscli.facts import Fact
 
 FEW = Permutations(20)
 

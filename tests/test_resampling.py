@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 from numpy.typing import NDArray
 
-from kscli.resampling import (
+from kscli.analysis.resampling import (
     PairSample,
     Resampling,
     bootstrap_moments,

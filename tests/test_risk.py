@@ -20,8 +20,8 @@ from cli_kit import ROOT, kscli, one_sentence
 
 from kscli.artifacts import PMatrixFile, Provenance, write_artifact
 from kscli.editing.order import draw_edits, edit_order
+from kscli.editing.risk import layer_rows, least_layer, moved_rows, sequence_risk, sequence_rows
 from kscli.facts import Fact
-from kscli.risk import layer_rows, least_layer, moved_rows, sequence_risk, sequence_rows
 
 M, LAYERS = 9, (0, 1, 2)
 # 0 and 5 are one text, and so are 2 and 7; 1, 2, 7 are about one subject.

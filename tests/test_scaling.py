@@ -15,13 +15,13 @@ from artifact_kit import FACTS, write_toy
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
+from kscli.analysis.fixed_points import fixed_points
+from kscli.analysis.resampling import Resampling, resample_counts
+from kscli.analysis.scaling import Measured, scaling_rows
+from kscli.analysis.statistics import MatrixName
 from kscli.errors import UsageError
 from kscli.facts import Fact
-from kscli.fixed_points import fixed_points
 from kscli.models.families import family_of
-from kscli.resampling import Resampling, resample_counts
-from kscli.scaling import Measured, scaling_rows
-from kscli.statistics import MatrixName
 
 Array = NDArray[np.float64]
 M = 24

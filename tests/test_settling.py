@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kscli.settling import FIRST, KEYS, MOST_LAYERS, Settled, Settling, watched_layers
+from kscli.second_moment.settling import FIRST, KEYS, MOST_LAYERS, Settled, Settling, watched_layers
 
 D = 64
 START = FIRST * 2 * KEYS

@@ -19,11 +19,8 @@ from artifact_kit import write_toy
 from cli_kit import kscli
 from numpy.typing import NDArray
 
-from kscli.artifacts import PMatrixFile
-from kscli.errors import ArtifactError
-from kscli.facts import Fact
-from kscli.resampling import Resampling, resample_counts
-from kscli.statistics import (
+from kscli.analysis.resampling import Resampling, resample_counts
+from kscli.analysis.statistics import (
     STATISTICS,
     MatrixName,
     caution,
@@ -33,7 +30,10 @@ from kscli.statistics import (
     layer_statistics,
     off_diagonal,
 )
-from kscli.stats_file import StatisticsFile, statistics_of, write_statistics
+from kscli.analysis.stats_file import StatisticsFile, statistics_of, write_statistics
+from kscli.artifacts import PMatrixFile
+from kscli.errors import ArtifactError
+from kscli.facts import Fact
 
 FIELDS = ["mean", "std", "skewness", "kurtosis", "min", "max", "largest"]
 TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
@@ -362,7 +362,7 @@ def test_stats_prints_what_it_stored_without_computing_it_twice(
 
 def test_statistics_need_neither_torch_nor_matplotlib_nor_scipy() -> None:
     code = (
-        "import sys, numpy as np, kscli.statistics as s; s.layer_statistics(np.eye(4));"
+        "import sys, numpy as np, kscli.analysis.statistics as s; s.layer_statistics(np.eye(4));"
         "print(sorted({'torch', 'matplotlib', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kscli.resampling import off_diagonal_pairs
-from kscli.tails import carriers, hill, share_within
+from kscli.analysis.resampling import off_diagonal_pairs
+from kscli.analysis.tails import carriers, hill, share_within
 
 Array = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kscli.errors import CorpusError
-from kscli.shards import WHOLE, Shard
-from kscli.token_stream import Cursor, Reading, TokenStream, Window, WindowSizes
+from kscli.second_moment.shards import WHOLE, Shard
+from kscli.second_moment.token_stream import Cursor, Reading, TokenStream, Window, WindowSizes
 
 SIZES = WindowSizes(first=50, most=300)
 

@@ -15,6 +15,8 @@ import scipy.stats
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.weighted_ranks import roc_auc, spearman
 from kscli.editing.estimates import Estimate
 from kscli.editing.predictors import (
     FEWEST_FLIPS,
@@ -26,8 +28,6 @@ from kscli.editing.predictors import (
 from kscli.editing.run_arrays import EditArrays, read_arrays
 from kscli.editing.verification import measure_growth, measure_outcomes, verify
 from kscli.facts import Fact
-from kscli.resampling import Resampling
-from kscli.weighted_ranks import roc_auc, spearman
 
 FEW = Resampling(100, 0)
 UNDEFINED = Estimate(None)

@@ -13,8 +13,8 @@ from kscli.cli.output import Format, field, print_json, print_rows
 
 if TYPE_CHECKING:
     from kscli.corpus import Corpus
-    from kscli.corpus_run import CovarianceOptions
     from kscli.pipeline import Execution, Session
+    from kscli.second_moment.corpus_run import CovarianceOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -68,12 +68,12 @@ def cache_cov(
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, device_of_rank, number_or_all
-    from kscli.covariance import CovarianceOptions
     from kscli.models.loading import ModelOptions
     from kscli.pipeline import Execution, Existing, Places, Session
-    from kscli.ranks import join_ranks
     from kscli.resources import parse_size
-    from kscli.shards import WHOLE, parse_shard
+    from kscli.second_moment.covariance import CovarianceOptions
+    from kscli.second_moment.ranks import join_ranks
+    from kscli.second_moment.shards import WHOLE, parse_shard
 
     part = parse_shard(shard) if shard else WHOLE
     measured = CovarianceOptions(

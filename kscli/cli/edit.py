@@ -227,6 +227,7 @@ def edit(
     from kscli.cli.requests import number_or_all
     from kscli.corpus import CorpusSpec, open_corpus
     from kscli.editing.edits_file import EditsFile
+    from kscli.editing.fact_choice import find_facts
     from kscli.editing.order import edit_order
     from kscli.editing.run import Edit, EditOptions
     from kscli.editing.saving import require_new_folder
@@ -244,7 +245,6 @@ def edit(
     )
     from kscli.editing.value import ValueOptions
     from kscli.errors import UsageError
-    from kscli.fact_choice import find_facts
     from kscli.layers import format_layers
     from kscli.models.loading import ModelOptions
     from kscli.pipeline import Existing, Places, Session, make

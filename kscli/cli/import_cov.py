@@ -51,9 +51,9 @@ def import_cov(
       kscli import-cov transformer.h.17.mlp.c_proj_float32_mom2_100000.npz -m gpt2-xl -o cov.h5
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.interchange import import_covariance
     from kscli.layers import format_layers
     from kscli.pipeline import Places
+    from kscli.second_moment.interchange import import_covariance
 
     reporter = ConsoleReporter(quiet=quiet)
     path = output or Places(directory, model).path("cov")

@@ -43,8 +43,8 @@ def merge_cov(
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.layers import format_layers
-    from kscli.merging import find_parts, merge_covariances, model_of
     from kscli.pipeline import Places
+    from kscli.second_moment.merging import find_parts, merge_covariances, model_of
 
     reporter = ConsoleReporter(quiet=quiet)
     if parts:

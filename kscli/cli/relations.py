@@ -57,10 +57,10 @@ def relations(
 
       kscli relations -m gpt-j -f json | jq '.\\[] | select(.relation == "P103") | .within'
     """
+    from kscli.analysis.relations import Permutations, relation_statistics
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.layers import select_layers
-    from kscli.relations import Permutations, relation_statistics
 
     reporter = ConsoleReporter(quiet=quiet)
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kscli.corpus import Corpus
     from kscli.editing.edits_file import EditsFile
     from kscli.facts import FactSet
-    from kscli.ranks import Ranks
+    from kscli.second_moment.ranks import Ranks
 
 EMBEDDED = "tiny"
 

@@ -16,7 +16,7 @@ from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
-    from kscli.risk import SequenceRisk
+    from kscli.editing.risk import SequenceRisk
 
 PASSED = 3
 """The exit code where --fail-above was passed."""
@@ -122,12 +122,12 @@ def risk(
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import number_or_all, open_pmatrices
+    from kscli.editing.fact_choice import find_facts
     from kscli.editing.order import draw_edits
+    from kscli.editing.risk import other_facts
     from kscli.errors import FactsError, UsageError
-    from kscli.fact_choice import find_facts
     from kscli.layers import select_layers
     from kscli.pipeline import Places
-    from kscli.risk import other_facts
 
     if by_layer and sequence:
         raise UsageError("--by-layer and --sequence are two lists; ask for one.")
@@ -155,7 +155,7 @@ def risk(
         if by_layer:
             largest = print_layers(file, layers, edited, output_format)
         elif sequence or not fact:
-            from kscli.risk import sequence_risk
+            from kscli.editing.risk import sequence_risk
 
             risks = [sequence_risk(file, number, edited, order, seed) for number in layers]
             largest = print_sequences(file, risks, listed, output_format)
@@ -174,7 +174,7 @@ def print_moved(
     output_format: Format,
 ) -> float:
     """Print the facts that each edit would move; returns the largest damage."""
-    from kscli.risk import layer_rows, least_layer, moved_rows
+    from kscli.editing.risk import layer_rows, least_layer, moved_rows
 
     of_layers = layer_rows(file, file.layers, edited)
     least = least_layer(of_layers)
@@ -213,8 +213,8 @@ def moved_columns(layers: Sequence[int], edited: Sequence[int]) -> list[Column]:
 
 def sentence_of(file: PMatrixFile, index: int) -> str:
     """A fact of the file as the paper writes it."""
+    from kscli.analysis.pair_facts import pair_facts
     from kscli.cli.topk import sentence
-    from kscli.pair_facts import pair_facts
 
     return sentence(pair_facts(file.facts, index, index), "i")
 
@@ -223,7 +223,7 @@ def print_layers(
     file: PMatrixFile, layers: Sequence[int], edited: Sequence[int], output_format: Format
 ) -> float:
     """Print what each layer would do; returns the largest damage."""
-    from kscli.risk import layer_rows
+    from kscli.editing.risk import layer_rows
 
     rows = layer_rows(file, layers, edited)
     title = (
@@ -259,7 +259,7 @@ def print_sequences(
     file: PMatrixFile, risks: Sequence[SequenceRisk], k: int | None, output_format: Format
 ) -> float:
     """Print what a sequence does to original and to edited facts; returns the largest damage."""
-    from kscli.risk import sequence_rows
+    from kscli.editing.risk import sequence_rows
 
     rows = [row for each in risks for row in sequence_rows(file, each, k)]
     if output_format in (Format.json, Format.csv, Format.tsv):

@@ -58,12 +58,13 @@ def run(
 
       kscli run -m SmolLM2.gguf --corpus wikitext.jsonl --facts counterfact.json -f json
     """
+    from kscli.analysis.pairs import pair_rows
+    from kscli.analysis.statistics import caution
+    from kscli.analysis.stats_file import statistics_of
     from kscli.artifacts import PMatrixFile
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, facts_for, number_or_all
-    from kscli.covariance import CovarianceOptions
     from kscli.models.loading import ModelOptions
-    from kscli.pairs import pair_rows
     from kscli.pipeline import (
         Existing,
         Places,
@@ -72,8 +73,7 @@ def run(
         make_pmatrix,
         make_statistics,
     )
-    from kscli.statistics import caution
-    from kscli.stats_file import statistics_of
+    from kscli.second_moment.covariance import CovarianceOptions
 
     refuse_ranks()
     reporter = ConsoleReporter(quiet=quiet)

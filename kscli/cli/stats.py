@@ -15,11 +15,11 @@ from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
 from kscli.cli.topk import sentence
 
 if TYPE_CHECKING:
+    from kscli.analysis.resampling import Resampling
+    from kscli.analysis.statistics import Statistics
     from kscli.artifacts import PMatrixFile
     from kscli.pipeline import Existing
     from kscli.reporter import Reporter
-    from kscli.resampling import Resampling
-    from kscli.statistics import Statistics
 
     Chosen = list[tuple[PMatrixFile, tuple[int, ...]]]
 
@@ -98,13 +98,13 @@ def stats(
 
       kscli stats -m gpt2-small --against other-text/pmatrix.h5
     """
+    from kscli.analysis.resampling import Resampling
+    from kscli.analysis.statistics import caution
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.errors import UsageError
     from kscli.layers import select_layers
     from kscli.pipeline import Existing
-    from kscli.resampling import Resampling
-    from kscli.statistics import caution
 
     reporter = ConsoleReporter(quiet=quiet)
     paths = pmatrix_paths(model, pmatrix, directory)
@@ -160,8 +160,8 @@ def _make(
     reporter: Reporter,
 ) -> Statistics:
     """The statistics, stored at `path` unless it is None."""
+    from kscli.analysis.stats_file import statistics_of, statistics_recipe, write_statistics
     from kscli.pipeline import make
-    from kscli.stats_file import statistics_of, statistics_recipe, write_statistics
 
     if path is not None:
         make(
@@ -232,7 +232,7 @@ def _print_scaling(
     *,
     asked: bool = False,
 ) -> None:
-    from kscli.scaling import Measured, scaling_rows
+    from kscli.analysis.scaling import Measured, scaling_rows
 
     rows = scaling_rows(
         [
@@ -272,7 +272,7 @@ def _print_scaling(
 def _print_fixed_points(
     files: Sequence[PMatrixFile], k: int, output_format: Format, reporter: Reporter
 ) -> None:
-    from kscli.fixed_points import fixed_points
+    from kscli.analysis.fixed_points import fixed_points
 
     points = fixed_points(files, k)
     rows = points.rows(files[0].facts)
@@ -300,7 +300,7 @@ def _print_noise(
     output_format: Format,
     reporter: Reporter,
 ) -> None:
-    from kscli.noise import above_rows, noise_rows, require_disjoint
+    from kscli.analysis.noise import above_rows, noise_rows, require_disjoint
 
     for warning in require_disjoint(file, other, layers):
         reporter.warn(warning)

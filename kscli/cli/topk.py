@@ -68,10 +68,10 @@ def topk(
 
       kscli topk -m gpt2-small --strongest --distinct-token -f latex > table.tex
     """
+    from kscli.analysis.pairs import pair_rows, strongest_rows
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.layers import select_layers
-    from kscli.pairs import pair_rows, strongest_rows
 
     rows = []
     with ExitStack() as stack:

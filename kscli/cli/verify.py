@@ -84,13 +84,13 @@ def verify(
 
       kscli verify -m gpt-j --predictors -f json | jq '.\\[] | {layers, predictor, auc, flips}'
     """
+    from kscli.analysis.resampling import Resampling
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import run_paths
     from kscli.editing.edits_file import EditsFile
     from kscli.editing.predictors import predict_behaviour
     from kscli.editing.run_arrays import read_arrays
     from kscli.editing.verification import verify as verify_run
-    from kscli.resampling import Resampling
 
     reporter = ConsoleReporter(quiet=quiet)
     resampling = Resampling(repeats, seed)

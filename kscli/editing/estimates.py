@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.resampling import Resampling, interval
+from kscli.analysis.resampling import Resampling, interval
 
 FEWEST_UNITS = 5
 """Below this many things to draw again there is no interval."""

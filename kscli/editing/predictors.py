@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.statistics import DISTINCT
+from kscli.analysis.weighted_ranks import roc_auc, spearman
 from kscli.editing.estimates import FEWEST_POINTS, Estimate, over_permutations, over_units
 from kscli.editing.run_arrays import EditArrays, passes
 from kscli.reporter import SILENT, Reporter
-from kscli.resampling import Resampling
-from kscli.statistics import DISTINCT
-from kscli.weighted_ranks import roc_auc, spearman
 
 FEWEST_FLIPS = 10
 """Below this many changed answers there is no ROC-AUC."""

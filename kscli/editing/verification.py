@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.weighted_ranks import spearman
 from kscli.editing.estimates import FEWEST_POINTS, FEWEST_UNITS, Estimate, over_units, plain
 from kscli.editing.run_arrays import EditArrays, tested_facts
-from kscli.resampling import Resampling
-from kscli.weighted_ranks import spearman
 
 WALKS = 100
 

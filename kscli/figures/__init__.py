@@ -19,7 +19,7 @@ from kscli.models.families import parameters
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kscli.pairs import FactMatrices
+    from kscli.analysis.pairs import FactMatrices
 
 __all__ = [
     "KINDS",

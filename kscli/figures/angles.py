@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from kscli.analysis.statistics import MatrixName
 from kscli.errors import UsageError
 from kscli.figures import Source
 from kscli.figures.curves import (
@@ -36,7 +37,6 @@ from kscli.figures.style import (
     open_axes,
     title,
 )
-from kscli.statistics import MatrixName
 
 _AXES_HEIGHT = 1.9
 _BOUNDS = (0.0, 180.0)

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.statistics import off_diagonal
 from kscli.errors import UsageError
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import (
@@ -40,8 +42,6 @@ from kscli.figures.style import (
     open_axes,
     title,
 )
-from kscli.resampling import Resampling
-from kscli.statistics import off_diagonal
 
 _AXES_HEIGHT = 1.75
 _MOST_ROWS = 6

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from kscli.analysis.resampling import ROUNDING
+from kscli.analysis.statistics import Entries
 from kscli.figures.density import Density, kernel_density
 from kscli.figures.style import GREY, NOTE, number
-from kscli.resampling import ROUNDING
-from kscli.statistics import Entries
 
 # The share of a line's values that may lie outside the axes, at either end.
 _OUTSIDE = 0.005

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from kscli.analysis.statistics import distinct_tokens, off_diagonal
 from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
     COLOURS,
@@ -31,7 +32,6 @@ from kscli.figures.style import (
     text_width,
     title,
 )
-from kscli.statistics import distinct_tokens, off_diagonal
 
 # Beyond the scale by less than this is rounding of a p of 1.
 _ROUNDING = 1e-9

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from kscli.analysis.statistics import STATISTICS, Entries, distinct_tokens, off_diagonal
 from kscli.errors import UsageError
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import (
@@ -47,7 +48,6 @@ from kscli.figures.style import (
     title,
     wrapped,
 )
-from kscli.statistics import STATISTICS, Entries, distinct_tokens, off_diagonal
 
 _AXES_HEIGHT = 2.1
 _PANEL_HEIGHT = 1.05

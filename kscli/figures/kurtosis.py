@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from kscli.analysis.resampling import Interval, Resampling, bootstrap_moments, interval
+from kscli.analysis.statistics import STATISTICS, off_diagonal
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import no_pairs, note
 from kscli.figures.style import (
@@ -35,8 +37,6 @@ from kscli.figures.style import (
     title,
 )
 from kscli.models.families import family
-from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
-from kscli.statistics import STATISTICS, off_diagonal
 
 _AXES_HEIGHT = 2.2
 # Layers that a column of the page has room for, and lines whose bands can be told apart, and

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from kscli.analysis.relations import find_relations, relation_matrix
 from kscli.errors import UsageError
 from kscli.figures import Source
 from kscli.figures.style import (
@@ -28,7 +29,6 @@ from kscli.figures.style import (
     text_width,
     title,
 )
-from kscli.relations import find_relations, relation_matrix
 
 _MAX_COLUMNS = 3
 _MOST_PANELS = 12
@@ -70,10 +70,10 @@ class _Grid:
 def draw(sources: Sequence[Source]) -> Figure:
     """One panel a model and layer, all on one scale from 0; relations by name.
 
-    The mean is over the pairs of `kscli.relations.relation_matrix`; where there is none the cell
-    is grey. The cells within a relation are framed. The sources' matrices must have facts. Raises
-    UsageError for more panels than a page holds, and FactsError as
-    `kscli.relations.find_relations` does.
+    The mean is over the pairs of `kscli.analysis.relations.relation_matrix`; where there is none
+    the cell is grey. The cells within a relation are framed. The sources' matrices must have facts.
+    Raises UsageError for more panels than a page holds, and FactsError as
+    `kscli.analysis.relations.find_relations` does.
     """
     wanted = sum(len(source.layers) for source in sources)
     if wanted > _MOST_PANELS:

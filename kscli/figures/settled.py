@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.resampling import Interval, Resampling, bootstrap_moments, interval
+from kscli.analysis.statistics import STATISTICS, Entries, off_diagonal
 from kscli.errors import UsageError
-from kscli.resampling import Interval, Resampling, bootstrap_moments, interval
-from kscli.statistics import STATISTICS, Entries, off_diagonal
 
 _COUNTS = 8
 # An interval that reaches further to either side than this share of the kurtosis is wide; of

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from kscli.analysis.fixed_points import FixedPoints, fixed_points
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.scaling import Measured, scaling_rows
 from kscli.figures import FigureOptions, Source
-from kscli.fixed_points import FixedPoints, fixed_points
 from kscli.report.examined import Examined
 from kscli.report.findings import Finding
 from kscli.report.html import Html, join
@@ -13,8 +15,6 @@ from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import PAIRS, Section, finding_list
 from kscli.report.tables import Row, intervals, numbers, shares, table, words
 from kscli.report.words import fact_sentence, number, share, with_interval
-from kscli.resampling import Resampling
-from kscli.scaling import Measured, scaling_rows
 
 KEY = "models"
 _IMAGE = 600_000

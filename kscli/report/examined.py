@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.relations import Permutations, RelationStatistics, relation_statistics
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.statistics import Statistics
+from kscli.analysis.stats_file import statistics_of
 from kscli.artifacts import CovarianceFile, PMatrixFile
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.predictors import Prediction, predict_behaviour
+from kscli.editing.risk import layer_rows, sequence_risk
 from kscli.editing.run_arrays import read_arrays
 from kscli.editing.verification import Verification, verify
 from kscli.errors import ArtifactError, FactsError
@@ -21,13 +26,8 @@ from kscli.figures.angles import angles, mode
 from kscli.figures.curves import make_curve
 from kscli.figures.edit_runs import is_sequence, run_names
 from kscli.figures.settled import Settling, settle
-from kscli.relations import Permutations, RelationStatistics, relation_statistics
 from kscli.report.words import layers_text, spread
 from kscli.reporter import SILENT, Reporter
-from kscli.resampling import Resampling
-from kscli.risk import layer_rows, sequence_risk
-from kscli.statistics import Statistics
-from kscli.stats_file import statistics_of
 
 _SHOWN = 4
 _BOUNDS = (0.0, 180.0)
@@ -80,8 +80,8 @@ class Examined:
     `modes[l]` are the most frequent angles at the l-th layer, in degrees, in the whitening and
     in the activation space, NaN where there is none. `settlings` are of `ends`. `relations` is
     None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
-    the cov.h5 that P was made with is not beside it. `risk_rows` are `kscli.risk.layer_rows` of
-    edits of all facts, with what the order norm `saved`.
+    the cov.h5 that P was made with is not beside it. `risk_rows` are `layer_rows` of edits of all
+    facts (`kscli.editing.risk`), with what the order norm `saved`.
     """
 
     key: str

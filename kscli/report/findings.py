@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.pairs import strongest_rows
-from kscli.relations import RelationStatistics
+from kscli.analysis.pairs import strongest_rows
+from kscli.analysis.relations import RelationStatistics
+from kscli.analysis.statistics import DISTINCT, TAILS, caution
 from kscli.report.edit_findings import edits, risk
 from kscli.report.examined import Examined
 from kscli.report.words import (
@@ -25,7 +26,6 @@ from kscli.report.words import (
     share,
     with_interval,
 )
-from kscli.statistics import DISTINCT, TAILS, caution
 from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION
 
 # A correlation of layer and kurtosis is called a trend where it is of at least this size and

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from kscli.analysis.pairs import strongest_rows
+from kscli.analysis.relations import RelationStatistics
+from kscli.analysis.statistics import DISTINCT
 from kscli.figures import FigureOptions
 from kscli.layers import format_layers
-from kscli.pairs import strongest_rows
-from kscli.relations import RelationStatistics
 from kscli.report.examined import Examined
 from kscli.report.findings import Finding, findings
 from kscli.report.html import Html, join, tag
@@ -27,7 +28,6 @@ from kscli.report.tables import (
     words,
 )
 from kscli.report.words import fact_sentence, layers_text
-from kscli.statistics import DISTINCT
 
 PAIRS = 20
 _MARKED = FigureOptions(mark_same_token=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.resampling import interval, resample_counts
+from kscli.analysis.statistics import MatrixName, describe
 from kscli.artifacts import PMatrixFile
 from kscli.figures.angles import angles, mode
 from kscli.figures.curves import make_curve
-from kscli.resampling import interval, resample_counts
-from kscli.statistics import MatrixName, describe
 
 BOUNDS = (0.0, 180.0)
 

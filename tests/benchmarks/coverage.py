@@ -27,9 +27,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.resampling import bootstrap_moments, interval, off_diagonal_pairs, resample_counts
-from kscli.statistics import STATISTICS, off_diagonal
-from kscli.tails import FEW_PAIRS, carriers
+from kscli.analysis.resampling import (
+    bootstrap_moments,
+    interval,
+    off_diagonal_pairs,
+    resample_counts,
+)
+from kscli.analysis.statistics import STATISTICS, off_diagonal
+from kscli.analysis.tails import FEW_PAIRS, carriers
 
 Array = NDArray[np.float64]
 Ends = dict[tuple[str, str], tuple[float, float]]

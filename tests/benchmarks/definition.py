@@ -20,12 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import naive
 
+from kscli.analysis.pairs import top_pairs
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.covariance import CovarianceOptions, second_moments
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
 from kscli.models.loading import ModelOptions, load_model
-from kscli.pairs import top_pairs
+from kscli.second_moment.covariance import CovarianceOptions, second_moments
 from kscli.superposition import superposition
 
 MAX_LENGTH = 512

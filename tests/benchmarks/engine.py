@@ -30,11 +30,11 @@ from torch import Tensor
 
 from kscli.batching import TokenBatch, make_batches
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.corpus_run import WINDOW_BATCHES, CovarianceOptions
-from kscli.covariance import BATCH_TOKENS, second_moments
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
-from kscli.settling import Settling
-from kscli.token_stream import Reading, TokenStream, WindowSizes
+from kscli.second_moment.corpus_run import WINDOW_BATCHES, CovarianceOptions
+from kscli.second_moment.covariance import BATCH_TOKENS, second_moments
+from kscli.second_moment.settling import Settling
+from kscli.second_moment.token_stream import Reading, TokenStream, WindowSizes
 
 MAX_LENGTH = 512
 REPEATS = 3

@@ -22,16 +22,16 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from kscli.batching import make_batches
-from kscli.corpus_run import WINDOW_BATCHES, CovarianceOptions, RunPlan
-from kscli.covariance import second_moments
 from kscli.models.decoder import Decoder
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.models.shape import ModelShape
-from kscli.plan import PlanRequest, plan_memory
-from kscli.products import lower_products
 from kscli.resources import format_size, matmul_rate, measure_resources
-from kscli.settling import Settling
-from kscli.token_stream import TokenStream, WindowSizes
+from kscli.second_moment.corpus_run import WINDOW_BATCHES, CovarianceOptions, RunPlan
+from kscli.second_moment.covariance import second_moments
+from kscli.second_moment.plan import PlanRequest, plan_memory
+from kscli.second_moment.products import lower_products
+from kscli.second_moment.settling import Settling
+from kscli.second_moment.token_stream import TokenStream, WindowSizes
 
 ARTICLE_TOKENS = 800
 ARTICLES = 100_000

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 
 from kscli.batching import make_batches
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.corpus_run import CovarianceOptions
-from kscli.covariance import second_moments
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
-from kscli.layer_sums import LayerSums, SumsPlan
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
-from kscli.settling import watched_layers
-from kscli.shards import Shard
+from kscli.second_moment.corpus_run import CovarianceOptions
+from kscli.second_moment.covariance import second_moments
+from kscli.second_moment.layer_sums import LayerSums, SumsPlan
+from kscli.second_moment.settling import watched_layers
+from kscli.second_moment.shards import Shard
+from kscli.second_moment.token_stream import Reading, TokenStream, WindowSizes
 from kscli.superposition import superposition
-from kscli.token_stream import Reading, TokenStream, WindowSizes
 
 MAX_LENGTH = 2048
 BATCH_TOKENS = 4096

@@ -19,7 +19,7 @@ from typing import Any
 from kscli.batching import TokenSequence, encode
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
-from kscli.shards import WHOLE, Shard
+from kscli.second_moment.shards import WHOLE, Shard
 
 # How many documents an expectation is taken from.
 LOOKED_AT = 256

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kscli.analysis.resampling import Resampling
+from kscli.analysis.statistics import Statistics, compute_statistics, field_names
 from kscli.artifacts import Artifact, PMatrixFile, Recipe, difference, write_artifact
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
-from kscli.resampling import Resampling
-from kscli.statistics import Statistics, compute_statistics, field_names
 
 
 class StatisticsFile(Artifact):

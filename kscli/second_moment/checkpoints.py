@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from kscli.artifacts import Recipe, open_for_writing
 from kscli.errors import ArtifactError
 from kscli.files import replace_file
-from kscli.token_stream import Cursor
+from kscli.second_moment.token_stream import Cursor
 
 FORMAT = 1
 EVERY_SECONDS = 300.0

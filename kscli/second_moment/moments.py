@@ -1,8 +1,8 @@
 """The second moment C = (1/N) sum k k^T of one layer, summed over batches of keys.
 
 Only rows of blocks of the lower triangle are held. A batch's products are summed in float32
-(`kscli.products`), and what was summed over at most b tokens in float32 is then added in
-float64, so the error does not grow with the corpus: every entry of C is within
+(`products`), and what was summed over at most b tokens in float32 is then added in float64, so
+the error does not grow with the corpus: every entry of C is within
 b 2^-24 sqrt(C_ii C_jj) of the exact mean of products of the keys (float32 rounding of b
 products and sums, to first order; Higham, Accuracy and Stability, 3.1), plus one float32
 rounding of the result. Where nothing is kept in float32 between batches, b is a batch's tokens;
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli.products import BlockRow, lower_products
-from kscli.transfers import HostSums
+from kscli.second_moment.products import BlockRow, lower_products
+from kscli.second_moment.transfers import HostSums
 
 ROWS = 256
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from kscli.batching import TokenBatch
 from kscli.errors import ModelError, NumericsError
 from kscli.models.decoder import Decoder, is_out_of_memory
-from kscli.moments import SecondMoment
-from kscli.transfers import HostSums
+from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.transfers import HostSums
 
 Placement = Literal["device", "split", "host"]
 # Called with a layer, the keys (batch x length, d_m) of a batch, those of padding 0, and the batch.

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.pair_facts import pair_facts
+from kscli.analysis.pairs import Pair, pair_record
 from kscli.editing.order import Order, edit_order, sequence_interference
-from kscli.pair_facts import pair_facts
-from kscli.pairs import Pair, pair_record
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -43,8 +43,8 @@ def moved_rows(
 ) -> list[dict[str, Any]]:
     """For each edited fact the `k` (None: all) others of largest |p|, as flat records.
 
-    The records are those of `kscli.pairs.pair_rows`, i edited and j moved, with `damage`, which is
-    |p|; rank 1 is the largest, and equals are in the order of the facts.
+    The records are those of `kscli.analysis.pairs.pair_rows`, i edited and j moved, with `damage`,
+    which is |p|; rank 1 is the largest, and equals are in the order of the facts.
     """
     P, others = pm.matrix("P", layer), other_facts(pm)
     rows = []

@@ -20,11 +20,11 @@ from itertools import pairwise
 from typing import Any
 
 from kscli.errors import ModelError
-from kscli.layer_sums import Placement
 from kscli.layers import format_layers
 from kscli.models.shape import ModelShape
-from kscli.moments import lower_entries
 from kscli.resources import MemorySplit, Resources, format_size
+from kscli.second_moment.layer_sums import Placement
+from kscli.second_moment.moments import lower_entries
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_BATCH = 4096

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.pair_facts import pair_facts
+from kscli.analysis.pairs import FactMatrices, Pair, top_pairs
+from kscli.analysis.statistics import off_diagonal
 from kscli.artifacts import UNKNOWN, PMatrixFile, require_same_identity
 from kscli.errors import ArtifactError
-from kscli.pair_facts import pair_facts
-from kscli.pairs import FactMatrices, Pair, top_pairs
-from kscli.shards import parse_shard
-from kscli.statistics import off_diagonal
+from kscli.second_moment.shards import parse_shard
 
 # Beyond three times the rms difference, with one sign, in both: were P Gaussian noise alone,
 # one pair in 10^9 would be.

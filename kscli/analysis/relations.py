@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.pairs import FactMatrices
+from kscli.analysis.statistics import distinct_tokens
 from kscli.errors import FactsError, UsageError
-from kscli.pairs import FactMatrices
 from kscli.reporter import SILENT, Reporter
-from kscli.statistics import distinct_tokens
 
 if TYPE_CHECKING:
     from kscli.facts import Fact

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.statistics import TokenMatrices, distinct_tokens
 from kscli.errors import UsageError
-from kscli.statistics import TokenMatrices, distinct_tokens
 
 if TYPE_CHECKING:
     from kscli.facts import Fact

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kscli.models.families import family_of
-from kscli.pairs import FactMatrices
-from kscli.resampling import (
+from kscli.analysis.pairs import FactMatrices
+from kscli.analysis.resampling import (
     Array,
     Counts,
     PairMask,
@@ -23,7 +22,8 @@ from kscli.resampling import (
     interval,
     off_diagonal_pairs,
 )
-from kscli.statistics import DISTINCT, STATISTICS, distinct_tokens
+from kscli.analysis.statistics import DISTINCT, STATISTICS, distinct_tokens
+from kscli.models.families import family_of
 
 DEPTHS = np.linspace(0, 1, 101)  # where two models' layers are compared, 0 the first, 1 the last
 

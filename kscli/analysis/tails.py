@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.resampling import ROUNDING, Array, PairMask
+from kscli.analysis.resampling import ROUNDING, Array, PairMask
 
 # Where this few pairs hold half of the fourth moment, kurtosis is a statement about them. In
 # tests/benchmarks/coverage.py such sets come from populations whose bound pairs a draw of 128

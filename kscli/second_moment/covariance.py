@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 
 from kscli.artifacts import ArtifactWriter, Provenance, Recipe, write_artifact
-from kscli.checkpoints import Checkpoints
 from kscli.corpus import Corpus
-from kscli.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, Totals
 from kscli.errors import CorpusError
 from kscli.files import require_writable
 from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel, ModelIdentity
-from kscli.moments import SecondMoment
-from kscli.ranks import Ranks
 from kscli.reporter import SILENT, Reporter
-from kscli.settling import Settled, watched_layers
-from kscli.shards import WHOLE, Shard
+from kscli.second_moment.checkpoints import Checkpoints
+from kscli.second_moment.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, Totals
+from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.ranks import Ranks
+from kscli.second_moment.settling import Settled, watched_layers
+from kscli.second_moment.shards import WHOLE, Shard
 
 BATCH_TOKENS = 4096
 

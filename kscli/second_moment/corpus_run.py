@@ -1,9 +1,8 @@
 """The corpus through the model, summed: from any batch on, to the end or to a signal.
 
-A run reads the corpus as windows of documents, each window as batches, and sums every batch
-at every layer (`kscli.layer_sums`). It goes once over the corpus where all sums fit in memory,
-else once for each group of layers. After any batch it can be saved and gone on with
-(`kscli.checkpoints`).
+A run reads the corpus as windows of documents, each window as batches, and sums every batch at
+every layer (`layer_sums`). It goes once over the corpus where all sums fit in memory, else once for
+each group of layers. After any batch it can be saved and gone on with (`checkpoints`).
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kscli.batching import TokenBatch, make_batches
-from kscli.checkpoints import Checkpoint, Checkpoints, Position
 from kscli.corpus import Corpus
 from kscli.errors import ArtifactError, UsageError
 from kscli.interrupts import HeldSignals, InterruptedRunError, held_signals
-from kscli.layer_sums import FLUSH_BATCHES, LayerSums, Placement, SumsPlan
 from kscli.models.loading import LoadedModel
-from kscli.moments import SecondMoment
-from kscli.prefetch import ahead
-from kscli.ranks import RankError, Ranks
 from kscli.reporter import SILENT, Reporter, Task
-from kscli.settling import Settled, Settling, watched_layers
-from kscli.shards import WHOLE, Shard
-from kscli.token_stream import Reading, TokenStream, WindowSizes
+from kscli.second_moment.checkpoints import Checkpoint, Checkpoints, Position
+from kscli.second_moment.layer_sums import FLUSH_BATCHES, LayerSums, Placement, SumsPlan
+from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.prefetch import ahead
+from kscli.second_moment.ranks import RankError, Ranks
+from kscli.second_moment.settling import Settled, Settling, watched_layers
+from kscli.second_moment.shards import WHOLE, Shard
+from kscli.second_moment.token_stream import Reading, TokenStream, WindowSizes
 
 WINDOW_BATCHES = 64
 WINDOWS_AHEAD = 2
@@ -41,8 +40,8 @@ class CovarianceOptions:
 
     `samples` documents at most and `tokens` tokens at most (None: no limit), each document
     cut at `max_length` tokens (None: the model's positions, 2048 at most). `until_settled` stops
-    as soon as p is settled to so much (rms; see `kscli.settling`). A `shard` is every Nth of
-    these documents.
+    as soon as p is settled to so much (rms; see `settling`). A `shard` is every Nth of these
+    documents.
     """
 
     samples: int | None = 100_000

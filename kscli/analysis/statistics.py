@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.layers import format_layers
-from kscli.reporter import SILENT, Reporter
-from kscli.resampling import (
+from kscli.analysis.resampling import (
     ROUNDING,
     Counts,
     PairMask,
@@ -28,7 +26,9 @@ from kscli.resampling import (
     off_diagonal_pairs,
     resample_counts,
 )
-from kscli.tails import FEW_PAIRS, carriers, hill, share_within
+from kscli.analysis.tails import FEW_PAIRS, carriers, hill, share_within
+from kscli.layers import format_layers
+from kscli.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from kscli.facts import Fact

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.pair_facts import pair_facts
+from kscli.analysis.pairs import FactMatrices, top_pairs
+from kscli.analysis.statistics import distinct_tokens
 from kscli.errors import UsageError
-from kscli.pair_facts import pair_facts
-from kscli.pairs import FactMatrices, top_pairs
-from kscli.statistics import distinct_tokens
 
 if TYPE_CHECKING:
     from kscli.facts import Fact

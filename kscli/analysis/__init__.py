@@ -1,0 +1,1 @@
+"""What P says: its statistics with error bars, its pairs, its relations, several models."""
