@@ -51,7 +51,7 @@ def _leave(number: int) -> None:
     word = "interrupted" if number == INTERRUPTED else "terminated"
     try:
         if sys.stderr:
-            sys.stderr.write(f"error: {word}; nothing half-made was left behind.\n")
+            sys.stderr.write(f"error: {word}; no half-made file was left behind.\n")
             sys.stderr.flush()
     except OSError:
         pass

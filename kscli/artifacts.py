@@ -335,9 +335,7 @@ class Artifact:
                 "Upgrade kscli."
             )
         if kind is not None and found != kind:
-            raise ArtifactError(
-                f"{self.path} holds {KIND_NAMES[found]}, where {KIND_NAMES[kind]} are needed."
-            )
+            raise ArtifactError(f"{self.path} holds {KIND_NAMES[found]}, not {KIND_NAMES[kind]}.")
 
     def _check_type(self, name: str, wanted: type) -> None:
         if not isinstance(self.attributes[name], wanted):

@@ -88,6 +88,7 @@ class Run:
             **dict.fromkeys(("p", "whitened_cosine", "cosine", "gradient_cosine"), p),
             "predicted": predicted if theory else nothing,
             "measured": measured,
+            "measured_live": measured if live and theory else nothing,
             "difference": off if theory else nothing,
         }
 

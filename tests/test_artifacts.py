@@ -175,7 +175,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"holds keys of facts.*where second moments"):
+    with pytest.raises(ArtifactError, match=r"holds keys of facts.*, not second moments"):
         CovarianceFile(write_keys(tmp_path / "keys.h5"))
 
 

@@ -408,3 +408,15 @@ def test_a_figure_of_a_named_file_lies_beside_it(toy: Path) -> None:
     result = kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5")
     assert result.stdout.strip() == str(toy / "toy" / "figures" / "kurtosis.png")
     assert kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5").exit_code == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+@pytest.mark.parametrize(
+    "command",
+    ["edit", "facts select x", "plot kde", "relations", "report", "risk", "stats", "verify"],
+)
+def test_seeds_out_of_range_are_refused(command: str, seed: int) -> None:
+    result = kscli(*command.split(), "--seed", seed)
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+    assert "is not in the range from 0 to" in " ".join(result.stderr.replace("│", " ").split())

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from cli_kit import ROOT, kscli, one_sentence
 from families import save_family
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -716,14 +716,14 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         (("--protocol", "single", "--save-model", "x"), 2, "takes every edit back"),
         (("--held-out", "tiny"), 2, "is the text that .* was measured on"),
         (("--fact", "0", "--target-new", "text:Paris"), 1, "no edit was made"),
-        (("--fact", "0", "--edits", "1"), 2, "give one of the two"),
-        (("--value-norm", "2"), 2, "is the length of --value random"),
-        (("--weight", "2"), 2, "is memit's; add --method memit"),
-        (
-            ("--dtype", "float16", "--edits", "1", "--value", "random", "--value-norm", "1e9"),
-            1,
-            "is not finite in torch.float16; .* Use --dtype float32",
-        ),
+        (("--fact", "0", "--edits", "1"), 2, "--edits has no effect with --fact"),
+        (("--value-norm", "2"), 2, "--value-norm has no effect without --value random"),
+        (("--value", "random", "--steps", "2"), 2, "--steps has no effect with --value random"),
+        (("--weight", "2"), 2, "--weight has no effect without --method memit"),
+        (("--text-field", "x"), 2, "--text-field has no effect without --held-out"),
+        (("--target-new", "text:x", "--facts", "y"), 2, "--facts has no effect with"),
+        (("--method", "memit", "--weight", "inf"), 2, "--weight inf must be a finite number"),
+        (("--learning-rate", "0"), 2, "finds no value; name one above 0"),
     ],
 )
 def test_bad_requests(
@@ -733,6 +733,61 @@ def test_bad_requests(
     assert found.exit_code == code, found.stderr
     assert re.search(sentence, one_sentence(found.stderr)), found.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "norm", "reason"),
+    [
+        ("float16", "1e9", "edited so, an edit of layer 0 is not finite in torch.float16"),
+        ("float32", "1e30", "edited so, .* infinite"),
+    ],
+)
+def test_an_edit_that_leaves_nothing_to_measure_is_kept_out(
+    folder: Path, tmp_path: Path, dtype: str, norm: str, reason: str
+) -> None:
+    options = ("--dtype", dtype, "--value", "random", "--value-norm", norm, "--fact", 0)
+    found = kscli("edit", "--dir", folder.parent, *options, "-o", tmp_path / "a.h5")
+    assert found.exit_code == 1
+    said = " ".join(found.stderr.split())
+    assert re.search(f"'France' was not edited to '.*': {reason}", said), said
+    assert "no edit was made" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_after_an_edit_that_was_kept_out(
+    tiny: LoadedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model has of it is gone: the others are those of a run without it."""
+    original = run_module.random_value
+
+    def huge_third(d: int, norm: float, seed: int, number: int) -> Array:
+        return original(d, 1e30 if number == 2 else norm, seed, number)
+
+    monkeypatch.setattr(run_module, "random_value", huge_third)
+    run_on_tiny(tiny, folder, tmp_path / "all.h5", 0, random_norm=2.0)
+    with EditsFile(tmp_path / "all.h5") as file:
+        log = file.log()
+        edited, deltas = file.values("edited"), file.values("delta")
+        measured = file.values("measured")[-1]
+        assert [number for number, *_ in log.kept_out] == [2]
+    assert edited.tolist() == [fact for at, fact in enumerate(EDITED) if at != 2]
+    with PMatrixFile(folder / "pmatrix.h5") as pm:
+        P = pm.matrix("P", 0)
+    shifts = P[edited].T @ deltas[:, 0]
+    for at, fact in enumerate(edited):
+        shifts[fact] = P[edited[at + 1 :], fact] @ deltas[at + 1 :, 0]
+    np.testing.assert_allclose(measured, np.linalg.norm(shifts, axis=1), atol=1e-9)
+
+
+def test_equal_keys_cannot_be_given_two_values() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((6, 6))
+    white = whitening(root @ root.T, 100)
+    keys = rng.standard_normal((3, 6))
+    keys[2] = keys[0]
+    with pytest.raises(NumericsError, match="3 keys are not independent"):
+        edit_directions(white, keys)
+    assert np.isfinite(edit_directions(white, keys, 1.0)).all()
 
 
 def test_held_out_text_that_c_may_have_seen_is_told(folder: Path, tmp_path: Path) -> None:
@@ -774,11 +829,25 @@ def test_a_killed_process_loses_no_finished_edit(folder: Path, tmp_path: Path) -
     )
     assert killed.returncode == -9
     assert not path.exists()
-    done = kscli_process(*command)
-    assert done.returncode == 0
-    assert "1 of 3 edits; going on" in done.stderr
     whole = tmp_path / "whole.h5"
-    assert kscli_process(*command[:-1], str(whole)).returncode == 0
+    twice = tmp_path / "twice.py"
+    twice.write_text(
+        "import sys\n"
+        "from kscli.cli.app import main\n"
+        "for path in (sys.argv.pop(), sys.argv.pop()):\n"
+        "    sys.argv.append(path)\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    sys.argv.pop()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(twice), *command, str(whole)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert "1 of 3 edits; going on" in done.stderr
     expected = arrays(whole)
     for name, values in arrays(path).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)

@@ -21,9 +21,12 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from kscli.editing.edits_file import EditsFile
+from kscli.editing.run_arrays import read_arrays
+from kscli.editing.verification import measure_outcomes
 from kscli.errors import UsageError
 from kscli.facts import Fact
 from kscli.figures import KINDS, Source
+from kscli.figures.edit_runs import run_names
 from kscli.figures.forgetting import course_of
 from kscli.figures.interference import points_of
 from kscli.figures.risk import cluster_order, panel_of, spread
@@ -198,6 +201,30 @@ def test_forgetting_is_of_sequences(opened: Any) -> None:
     assert "no sequence" in texts(fig)
 
 
+def test_copies_of_edited_facts_are_not_kept_facts(opened: Any) -> None:
+    """As for `kscli verify`: facts of the same text are one fact."""
+    run = Run(3, 8)
+    edited = int(run.log.of_edit["edited"][0])
+    copy = next(j for j in range(8) if j not in run.log.of_edit["edited"])
+    facts = [Fact("{} is in", f"Subject {at}", f"target {at}") for at in range(8)]
+    facts[copy] = facts[edited]
+    run.facts = tuple(facts)
+    run.log.known[:] = True
+    run.log.of_pass["answer_changed"][-1][:] = False
+    run.log.of_pass["answer_changed"][-1][copy] = True
+    (file,) = opened(run)
+    assert course_of(file).kept[-1] == 1
+    assert measure_outcomes(read_arrays(file)).kept == 1
+
+
+def test_runs_that_look_alike_are_told_apart_by_model_and_file(tmp_path: Path) -> None:
+    runs = [Run(model="a"), Run(model="a"), Run(model="b")]
+    paths = [run.write(tmp_path / f"rome-0-{at}.h5") for at, run in enumerate(runs)]
+    found = run_names([EditsFile(path) for path in paths])
+    assert found.own == (("a", "rome-0-0"), ("a", "rome-0-1"), ("b", "rome-0-2"))
+    assert "rome" in found.shared
+
+
 def test_edits_that_were_kept_out_are_not_forgotten() -> None:
     # Of four planned edits the second was not made.
     values = {
@@ -209,7 +236,8 @@ def test_edits_that_were_kept_out_are_not_forgotten() -> None:
         "answer_changed": np.array([[False] * 3, [True, False, True], [False, True, False]]),
         "perplexity": np.full(3, np.nan),
     }
-    run: Any = SimpleNamespace(values=values.__getitem__, facts=[None] * 3, edits=3)
+    facts = [Fact("{} is in", f"Subject {at}", "x") for at in range(3)]
+    run: Any = SimpleNamespace(values=values.__getitem__, facts=facts, edits=3)
     course = course_of(run)
     assert course.retained.tolist()[1:] == pytest.approx([1, 2 / 3])
     assert course.kept.tolist() == [1, 1, 0]

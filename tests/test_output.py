@@ -219,6 +219,6 @@ def test_a_signal_at_any_time_is_one_line(number: signal.Signals, word: str, toy
             timeout=60,
             env=environment,
         )
-        assert done.stderr == f"error: {word}; nothing half-made was left behind.\n", count
+        assert done.stderr == f"error: {word}; no half-made file was left behind.\n", count
         assert done.returncode == 128 + number, count
         assert done.stdout == ""

@@ -527,8 +527,8 @@ def test_outcomes_of_edits_are_the_definitions(tmp_path: Path, matrices: list[Re
         edits = page.table(f"The probability of each edit's new target, layer {run.layer}")
         assert edits.sorted_by("at the end") == pytest.approx(np.exp(last["logprob_new"]).tolist())
     sentences = said(file, *paths)["Edits"]
-    assert "Layer 0: 12 edits;" in sentences
-    assert "Layer 3: 12 edits;" in sentences
+    assert "“layer 0”: 12 edits;" in sentences
+    assert "“layer 3”: 12 edits;" in sentences
     assert "grows as n to the power" in sentences
 
 
@@ -549,8 +549,7 @@ def test_what_foretold_the_damage_follows_the_runs(tmp_path: Path, matrices: lis
     assert "The largest is that of" not in foretold
     few = sentences("few", Run(3, M))
     assert "fewer than 10, so nothing is said of what foretold which" in few
-    assert "Layer" not in few
-    assert few.startswith("Rome, layer 0: 3 edits;")
+    assert few.startswith("“rome, layer 0”: 3 edits;")
     memit = sentences("memit", Run(5, M, method="memit"))
     assert "predicted from P" not in memit
     single = sentences("single", Run(12, M, protocol="single"))
@@ -572,6 +571,22 @@ def test_runs_that_another_p_predicted_are_left_out(tmp_path: Path) -> None:
     )
     page = Page((place / "report.html").read_text())
     assert page.table("What became of the edits").column("run") == ["rome, layer 0"]
+
+
+def test_a_damaged_run_is_left_out(tmp_path: Path) -> None:
+    place = write_toy(tmp_path)
+    (place / "edits").mkdir()
+    (place / "edits" / "rome-0-0.h5").write_bytes(b"not HDF5")
+    result = kscli("report", "-m", "toy", "--dir", tmp_path)
+    assert result.exit_code == 0
+    assert "warning: left out:" in result.stderr
+    assert "Edits that were made" not in (place / "report.html").read_text()
+
+
+def test_risk_of_copies_is_not_a_number(tmp_path: Path) -> None:
+    facts = [Fact("{} is in", "Rome", "Italy")] * 4
+    file = write_p(tmp_path / "a.h5", [np.ones((4, 4))] * 2, facts)
+    assert said(file)["Risk"] == "All facts are copies of one, so an edit has no other to move."
 
 
 # Few facts, and several models

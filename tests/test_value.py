@@ -231,7 +231,8 @@ def test_same_search_gives_the_same_shift(tiny: LoadedModel) -> None:
     ("options", "words"),
     [
         (ValueOptions(kl_weight=math.inf), "the loss is nan at step 0"),
-        (ValueOptions(learning_rate=math.inf), "the loss is nan at step 1"),
+        (ValueOptions(learning_rate=math.inf), "the shift is inf long after step 1"),
+        (ValueOptions(learning_rate=1e30), "the shift is inf long after step 1"),
         (ValueOptions(steps=1, learning_rate=1e3, norm_limit=1e3), "its probability is .* was"),
     ],
 )

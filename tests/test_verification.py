@@ -451,7 +451,7 @@ def test_the_command_on_real_runs(tmp_path: Path) -> None:
     assert all((r["auc"] is None) == (r["flips"] < FEWEST_FLIPS) for r in rows)
     assert all(r["spearman_low"] < r["spearman"] < r["spearman_high"] for r in rows[5:])
     for output in ("table", "csv", "tsv", "markdown", "latex"):
-        for more in ((), ("--predictors",)):
+        for more in ((), ("--predictors", "--repeats", 100)):
             found = kscli("verify", "--dir", tmp_path, "-f", output, *more)
             assert found.exit_code == 0
             assert "rome" in found.stdout

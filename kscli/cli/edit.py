@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def edit(
+    context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     layer: Annotated[
         str,
@@ -44,14 +45,9 @@ def edit(
         ),
     ] = None,
     edits: Annotated[
-        str | None,
-        typer.Option(
-            "--edits",
-            metavar="N|all",
-            help="How many facts to draw with --seed.",
-            show_default="10",
-        ),
-    ] = None,
+        str,
+        typer.Option("--edits", metavar="N|all", help="How many facts to draw with --seed."),
+    ] = "10",
     order: Annotated[
         Literal["given", "random", "norm"],
         typer.Option(
@@ -89,14 +85,17 @@ def edit(
         ),
     ] = "optimised",
     value_norm: Annotated[
-        float | None,
+        float, typer.Option("--value-norm", min=0.0, help="The length of random values.")
+    ] = 1.0,
+    steps: Annotated[
+        int | None,
         typer.Option(
-            "--value-norm", min=0.0, help="The length of random values.", show_default="1"
+            "--steps",
+            min=1,
+            help="Steps of the optimisation of a value.",
+            show_default="20; memit 25",
         ),
     ] = None,
-    steps: Annotated[
-        int, typer.Option("--steps", min=1, help="Steps of the optimisation of a value.")
-    ] = 20,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", min=0.0, help="Of that optimisation.")
     ] = 0.5,
@@ -125,14 +124,9 @@ def edit(
         ),
     ] = 0,
     weight: Annotated[
-        float | None,
-        typer.Option(
-            "--weight",
-            min=0.0,
-            help="(memit) Its lambda: what the known weighs.",
-            show_default="15000",
-        ),
-    ] = None,
+        float,
+        typer.Option("--weight", min=0.0, help="(memit) Its lambda: what the known weighs."),
+    ] = 15000.0,
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="(memit) How many edits are made at once.")
     ] = 1,
@@ -170,7 +164,10 @@ def edit(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of the draw, the order and random values.")
+        int,
+        options.seed(
+            "Of the draw, the order and random values.",
+        ),
     ] = 0,
     cov: Annotated[
         Path | None,
@@ -224,7 +221,7 @@ def edit(
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all
+    from kscli.cli.requests import number_or_all, refuse_given, require_finite
     from kscli.corpus import CorpusSpec, open_corpus
     from kscli.editing.edits_file import EditsFile
     from kscli.editing.fact_choice import find_facts
@@ -253,24 +250,36 @@ def edit(
     places = Places(directory, model)
     if save_model:
         require_new_folder(save_model)
-    if fact and edits is not None:
-        raise UsageError("--fact names the edits and --edits draws them; give one of the two.")
-    if value_norm is not None and value != "random":
-        raise UsageError("--value-norm is the length of --value random; add that, or leave it out.")
-    if weight is not None and method != "memit":
-        raise UsageError("--weight is memit's; add --method memit, or leave it out.")
+    of_values = ("steps", "learning_rate", "kl_weight", "norm_limit", "prefixes")
+    for idle, names, reason in (
+        (fact, ("edits",), "with --fact"),
+        (value != "random", ("value_norm",), "without --value random"),
+        (value == "random", of_values, "with --value random"),
+        (method != "memit", ("weight",), "without --method memit"),
+        (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
+        (target_new.startswith("text:"), ("facts",), "with --target-new text:..."),
+    ):
+        if idle:
+            refuse_given(context, names, reason)
+    if learning_rate == 0:
+        raise UsageError("--learning-rate 0 finds no value; name one above 0.")
+    require_finite(
+        {"--value-norm": value_norm, "--learning-rate": learning_rate, "--kl-weight": kl_weight}
+        | {"--norm-limit": norm_limit, "--weight": weight}
+    )
+    most_steps, longest = (20, 4.0) if method == "rome" else (25, 0.75)
     find = ValueOptions(
-        steps=steps,
+        steps=most_steps if steps is None else steps,
         learning_rate=learning_rate,
         kl_weight=kl_weight,
-        norm_limit=(4.0 if method == "rome" else 0.75) if norm_limit is None else norm_limit,
+        norm_limit=longest if norm_limit is None else norm_limit,
     )
     edit_options = EditOptions(
         method=method,
         protocol=protocol,
         find=find,
-        random_norm=(1.0 if value_norm is None else value_norm) if value == "random" else None,
-        weight=(15000.0 if weight is None else weight) if method == "memit" else 0.0,
+        random_norm=value_norm if value == "random" else None,
+        weight=weight if method == "memit" else 0.0,
         batch=batch,
         prefixes=prefixes,
         measure_every=measure_every,
@@ -283,7 +292,7 @@ def edit(
         chosen = (
             find_facts(sources.pm, fact)
             if fact
-            else choose_facts(sources, number_or_all("--edits", edits or "10"), seed)
+            else choose_facts(sources, number_or_all("--edits", edits), seed)
         )
         chosen = edit_order(order, sources.pm.leverage(sources.layers[0]), chosen, seed)
         targets = new_targets(sources.pm, chosen, target_new, facts)
@@ -325,9 +334,12 @@ def edit(
 
 def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
     """Print edits: all that is known of them for JSON, one line each for people."""
+    from kscli.layers import format_layers
+
     if output_format in (Format.csv, Format.tsv):
         # One line has no room for a list of facts.
         rows = [{name: of for name, of in row.items() if name != "moved"} for row in rows]
+        rows = [row | {"layers": format_layers(row["layers"])} for row in rows]
     columns = [
         field("edit", spec="d"),
         field("subject"),

@@ -100,7 +100,10 @@ def select(
         ),
     ],
     count: Selected = "128",
-    seed: Annotated[int, typer.Option("--seed", help="The draw; the same seed, the same.")] = 0,
+    seed: Annotated[
+        int,
+        options.seed("The draw; the same seed, the same."),
+    ] = 0,
     unknown: Annotated[
         bool, typer.Option("--unknown", help="Facts that no model knows, not that all know.")
     ] = False,

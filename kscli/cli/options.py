@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,19 @@ from kscli.cli.complete import (
 from kscli.cli.output import Format
 
 DEFAULT_MODEL = "tiny"
+_LARGEST_SEED = 2**63 - 1  # what a file has room for
+
+
+def seed(what: str) -> Any:
+    """The option --seed, of `what`."""
+    return typer.Option("--seed", metavar="N", callback=_check_seed, help=what)
+
+
+def _check_seed(value: int) -> int:
+    if 0 <= value <= _LARGEST_SEED:
+        return value
+    raise typer.BadParameter(f"{value} is not in the range from 0 to {_LARGEST_SEED}.")
+
 
 Model = Annotated[
     str,

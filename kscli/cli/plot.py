@@ -101,8 +101,8 @@ def plot(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(
-            "--seed", min=0, help=f"{of_kinds('seed')}Of the facts resampled for intervals."
+        options.seed(
+            f"{of_kinds('seed')}Of the facts resampled for intervals.",
         ),
     ] = 0,
     directory: options.Dir = Path("artifacts"),

@@ -33,7 +33,10 @@ def relations(
             "--permutations", metavar="N", min=1, help="How often relations are dealt out anew."
         ),
     ] = 1000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of the permutations.")] = 0,
+    seed: Annotated[
+        int,
+        options.seed("The seed of the permutations."),
+    ] = 0,
     pmatrix: Annotated[
         list[Path] | None,
         typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),

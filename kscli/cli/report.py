@@ -39,7 +39,8 @@ def report(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of the facts and relations drawn for intervals.")
+        int,
+        options.seed("Of the facts and relations drawn for intervals."),
     ] = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -89,9 +90,15 @@ def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> lis
     import json
 
     from kscli.cli.requests import open_runs, runs_in
+    from kscli.errors import ArtifactError
 
     made_with = []
-    for run in open_runs(runs_in(file.path.parent), stack):
+    for path in runs_in(file.path.parent):
+        try:
+            (run,) = open_runs([path], stack)
+        except ArtifactError as error:
+            reporter.warn(f"left out: {error}")
+            continue
         if json.loads(run.attributes["inputs"]).get("pmatrix") == file.fingerprint:
             made_with.append(run)
         else:

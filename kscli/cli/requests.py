@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from kscli.errors import UsageError
 from kscli.models.aliases import classify
@@ -57,6 +60,22 @@ def number_or_all(option: str, value: str) -> int | None:
     if value.isascii() and value.isdecimal() and int(value) > 0:
         return int(value)
     raise UsageError(f"{option} {value!r} must be a positive number, or all.")
+
+
+def refuse_given(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Raise UsageError for an option, by its parameter's name, that was given without effect."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} has no effect {reason}; leave it out.")
+
+
+def require_finite(given: Mapping[str, float | None]) -> None:
+    """Raise UsageError for an option whose number is infinite or none."""
+    for option, number in given.items():
+        if number is not None and not math.isfinite(number):
+            raise UsageError(f"{option} {number} must be a finite number.")
 
 
 def pmatrix_paths(

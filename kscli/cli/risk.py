@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def risk(
+    context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     layer: Annotated[
         str | None,
@@ -65,7 +66,10 @@ def risk(
         Literal["given", "random", "norm"],
         typer.Option("--order", help="Of a sequence. norm: ascending leverage."),
     ] = "given",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw and the order.")] = 0,
+    seed: Annotated[
+        int,
+        options.seed("Of the draw and the order."),
+    ] = 0,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare the layers, instead of the facts.")
     ] = False,
@@ -121,7 +125,7 @@ def risk(
       --fact 17
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all, open_pmatrices
+    from kscli.cli.requests import number_or_all, open_pmatrices, refuse_given
     from kscli.editing.fact_choice import find_facts
     from kscli.editing.order import draw_edits
     from kscli.editing.risk import other_facts
@@ -138,6 +142,7 @@ def risk(
         layers = select_layers(layer or ("all" if by_layer else "0"), file.layers, str(file.path))
         m = len(file.facts)
         if fact:
+            refuse_given(context, ("edits",), "with --fact")
             edited = find_facts(file, fact)
         elif (drawn or 0) > m:
             raise FactsError(f"{drawn} edits were asked for, but {file.path} holds {m} facts.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +67,10 @@ def stats(
         int,
         typer.Option("--repeats", metavar="N", min=100, help="How often facts are drawn again."),
     ] = 1000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed of these draws.")] = 0,
+    seed: Annotated[
+        int,
+        options.seed("The seed of these draws."),
+    ] = 0,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -159,21 +163,23 @@ def _make(
     resampling: Resampling,
     reporter: Reporter,
 ) -> Statistics:
-    """The statistics, stored at `path` unless it is None."""
+    """The statistics, stored at `path` unless it is None; if need be not, where nobody named it."""
     from kscli.analysis.stats_file import statistics_of, statistics_recipe, write_statistics
-    from kscli.pipeline import make
+    from kscli.errors import ArtifactError
+    from kscli.pipeline import Existing, make
+
+    def write(to: Path) -> None:
+        write_statistics(file, layers, to, resampling=resampling, force=True, reporter=reporter)
 
     if path is not None:
-        make(
-            path,
-            "stats",
-            statistics_recipe(file, layers, resampling),
-            lambda: write_statistics(
-                file, layers, path, resampling=resampling, force=True, reporter=reporter
-            ),
-            existing,
-            reporter,
-        )
+        recipe = statistics_recipe(file, layers, resampling)
+        try:
+            make(path, "stats", recipe, partial(write, path), existing, reporter)
+        except ArtifactError as error:
+            if existing is not Existing.KEEP:
+                raise
+            reporter.warn(f"the statistics are not stored: {error}")
+            path = None
     return statistics_of(file, layers, path, resampling, reporter)
 
 

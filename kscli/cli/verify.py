@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +53,10 @@ def verify(
         typer.Option("--repeats", metavar="N", min=100, help="How often intervals draw again."),
     ] = 1000,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of these draws, and of the permuted facts.")
+        int,
+        options.seed(
+            "Of these draws, and of the permuted facts.",
+        ),
     ] = 0,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
@@ -60,14 +64,14 @@ def verify(
 ) -> None:
     """Test the theory on the edits that were made: what was predicted against what came of it.
 
-    What became of the edits: the share whose new target was the model's first choice at once, and
-    still is after the last edit; the share of the facts that the model knew, and that were not
-    edited, with the same answer; perplexity. Of the theory: the worst error of the predicted shifts
-    of values, by the largest one, in float64 and in the live model; the exponents with which the
-    mean shifts of original and of edited facts grow with the number of edits (1: they accumulate
-    linearly; a random walk is near 0.5, and what it would be with these very p is beside it); and
-    the rank correlation of an edit's number and the shift of its fact (below 0: earlier edits
-    are changed more).
+    What became of the edits: the share whose new target's first token was the model's first choice
+    at once, and still is after the last edit; the share of the facts that the model knew, and that
+    were not edited, with the same answer; perplexity. Of the theory: the worst error of the
+    predicted shifts of values, by the largest one, in float64 and in the live model; the exponents
+    with which the mean shifts of original and of edited facts grow with the number of edits (1:
+    they accumulate linearly; a random walk is near 0.5, and what it would be with these very p is
+    beside it); and the rank correlation of an edit's number and the shift of its fact (below 0:
+    earlier edits are changed more).
 
     With --predictors: how the predicted damage orders the known facts, against other similarities
     of the same facts, by Spearman's correlation with the fall of the true target's log-probability,
@@ -152,8 +156,8 @@ def outcome_columns() -> list[Column]:
     """What became of the edits."""
     return [
         field("edits", spec="d"),
-        field("efficacy", "at once", spec=".0%"),
-        field("retention", "at the end", spec=".0%"),
+        Column("at once", lambda row: _percent(row["efficacy"]), right=True),
+        Column("at the end", lambda row: _percent(row["retention"]), right=True),
         Column("known facts kept", _kept, right=True),
         Column("perplexity", _perplexity, right=True),
         field("weight_change", "|W_n - W_0|", spec=".3g"),
@@ -200,7 +204,14 @@ def estimate_column(name: str, title: str) -> Column:
 
 def _kept(row: Row) -> str:
     kept = row["kept"]
-    return "-" if kept is None else f"{kept:.0%} of {row['known']}"
+    return "-" if kept is None else f"{_percent(kept)} of {row['known']}"
+
+
+def _percent(value: float | None) -> str:
+    """A share; only all of it is 100 %."""
+    if value is None:
+        return "-"
+    return f"{value:.0%}" if value == 1 or value < 0.995 else f"{math.floor(1000 * value) / 10}%"
 
 
 def _perplexity(row: Row) -> str:

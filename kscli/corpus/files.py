@@ -69,7 +69,7 @@ def _known_kinds() -> str:
     *compressible, last = READERS
     return (
         f"known are {', '.join(compressible)} (also with .gz or .zst) and {last}. "
-        "Other text can be sent to standard input with --corpus -."
+        "Other text can be sent to standard input, which is the corpus `-`."
     )
 
 

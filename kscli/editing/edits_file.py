@@ -39,7 +39,7 @@ _OF_EDIT: Schema = {
         for when in ("before", "previous", "after")
     },
     **dict.fromkeys(("p", "whitened_cosine", "cosine", "gradient_cosine"), (REAL, "m")),
-    **dict.fromkeys(("predicted", "measured", "difference"), (REAL, "m")),
+    **dict.fromkeys(("predicted", "measured", "measured_live", "difference"), (REAL, "m")),
     "moved_index": (INTEGER, "moved"),
     **{
         f"moved_logprob_{target}_{when}": (REAL, "moved")
@@ -109,8 +109,9 @@ class EditsFile(FactsFile):
     `predicted` and `measured` (n, m) are |Delta_j| after each edit, `difference` the length of
     what parts the two; Delta is since the fact's own edit for those edited already (equation
     15), else since the clean model (equation 11). `linear_error` (n,) is the largest difference by
-    the largest prediction, `live_error` the same for the live model's MLP output, NaN where no
-    pass was made. Predictions are NaN for memit, which equations 11 and 15 do not describe.
+    the largest prediction. `measured_live` (n, m) and `live_error` (n,) are the same of the live
+    model's MLP output, NaN where no pass was made. Predictions are NaN for memit, which equations
+    11 and 15 do not describe.
 
     `logprob_`, `rank_` + `true_`, `new_` + `before`, `previous`, `after` (n,): the edited fact's
     own targets in the clean model, before this edit, and after it. `moved_...` (n, k): the same
@@ -181,7 +182,8 @@ class EditsFile(FactsFile):
     def _object(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         index = int(row["edited"])
         fact = self.facts[index]
-        others = np.delete(row["p"], index)
+        # Facts of the same text are one fact.
+        others = row["p"][[other.text != fact.text for other in self.facts]]
         return {
             "edit": number,
             "method": self.attributes["method"],

@@ -30,7 +30,7 @@ from kscli.editing.value import (
     random_value,
 )
 from kscli.editing.weights import EditableWeight
-from kscli.errors import UsageError
+from kscli.errors import NumericsError, UsageError
 from kscli.interrupts import HeldSignals
 from kscli.models.loading import LoadedModel
 from kscli.positions import locate_keys
@@ -254,18 +254,37 @@ class EditRun:
                 log.kept_out.append((number, edit.fact, edit.target_new, str(error)))
         if not batch:
             return
+        try:
+            records, found = self._make(batch, np.stack(values), log.made)
+        except NumericsError as error:
+            if len(batch) > 1:
+                raise
+            # Nothing that follows could be measured.
+            edit = self.edits[batch[0]]
+            log.kept_out.append((batch[0], edit.fact, edit.target_new, f"edited so, {error}"))
+            self._fresh()
+            self._replay(log)
+            return
+        for record in records:
+            log.add_edit(record)
+        if found:
+            log.add_pass(found)
+
+    def _make(
+        self, batch: Sequence[int], values: Array, made: int
+    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """Make a batch of edits after `made` others; what is known of each, and the pass if due."""
+        previous = [self._ask_previous(number, made) for number in batch]
         edited = [self.edits[number].fact for number in batch]
-        previous = [self._ask_previous(number, log.made) for number in batch]
-        deltas, directions = self._apply(edited, np.stack(values))
-        made = log.made + len(batch)
-        found = self._pass_if_due(log.made, made, batch)
+        deltas, directions = self._apply(edited, values)
+        found = self._pass_if_due(made, made + len(batch), batch)
+        records = []
         for place, number in enumerate(batch):
             record = self._record(number, previous[place], found)
             record |= {"delta": deltas[:, place], "direction": directions[:, place]}
             record["delta_norm"] = float(np.linalg.norm(deltas[:, place]))
-            log.add_edit(record)
-        if found:
-            log.add_pass(found)
+            records.append(record)
+        return records, found
 
     def _value(self, number: int, edit: Edit) -> Array:
         """The value to write, as what to add: to the MLP's output, or, memit, to reach in the end.
@@ -385,6 +404,7 @@ class EditRun:
         found: dict[str, Any] = {
             "predicted": nothing,
             "measured": measured,
+            "measured_live": nothing,
             "difference": nothing,
             "linear_error": np.nan,
             "live_error": np.nan,
@@ -399,5 +419,6 @@ class EditRun:
         if live:
             outputs = mlp_outputs(self.model, self.sources.layers[0], self._prompts)
             shifts = only.since_own_edit(outputs - self._clean_outputs)
+            found["measured_live"] = np.linalg.norm(shifts, axis=1)
             found["live_error"] = largest_error(only.predicted, shifts)
         return found

@@ -111,7 +111,8 @@ def new_targets(
         targets = [found.get(_key(fact), "") for fact in facts]
     for fact, target in zip(facts, targets, strict=True):
         if not target.strip():
-            where = "--target-new is" if kind == "text" else f"{value} of {fact.text!r} is"
+            of_fact = f"{value} of {fact.text!r} is missing or"
+            where = "--target-new is" if kind == "text" else of_fact
             raise FactsError(
                 f"{where} empty; say what to write with --target-new text:TARGET, or name another "
                 "field or facts file."

@@ -23,6 +23,8 @@ from scipy.linalg import cho_factor, cho_solve
 from kscli.errors import NumericsError
 from kscli.whitening import Whitening
 
+_DEPENDENT = 1e-12
+
 
 def edit_directions(
     white: Whitening, keys: NDArray[np.float64], weight: float = 0.0
@@ -35,11 +37,15 @@ def edit_directions(
     """
     whitened = white.whiten(keys)
     gram = whitened.T @ whitened + weight * np.eye(len(keys))
+    dependent = NumericsError(
+        f"{len(keys)} keys are not independent, so they cannot be given values at once; edit them "
+        "one after the other, or with a --weight above 0."
+    )
     try:
         factor = cho_factor(gram)
     except np.linalg.LinAlgError:
-        raise NumericsError(
-            f"{len(keys)} keys are not independent, so they cannot be given values at once; "
-            "edit them one after the other, or with a --weight above 0."
-        ) from None
+        raise dependent from None
+    # What a key has that those before it lack; rounding alone leaves about 1e-16.
+    if (factor[0].diagonal() ** 2 < _DEPENDENT * gram.diagonal()).any():
+        raise dependent
     return np.asarray(cho_solve(factor, white.solve(whitened)))

@@ -123,7 +123,13 @@ def find_value(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             with torch.no_grad():
-                shift *= (limit / shift.norm()).clamp(max=1)
+                length = shift.norm()
+                if not math.isfinite(length.item()):
+                    raise DivergedError(
+                        f"{where}: the shift is {length.item()} long after step {step + 1}. Lower "
+                        "--learning-rate."
+                    )
+                shift *= (limit / length).clamp(max=1)
     if logprob < before:
         raise DivergedError(
             f"{where}: its probability is {math.exp(logprob):.2g} at step {step}, and was "

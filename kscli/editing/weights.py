@@ -52,9 +52,11 @@ class EditableWeight:
         original = self._oriented(self._original).to("cpu", torch.float64)
         changed = (original + delta).to(self._parameter.dtype)
         if not changed.isfinite().all():
+            widest = changed.dtype in (torch.float32, torch.float64)
             raise NumericsError(
                 f"an edit of layer {self.layer} is not finite in {changed.dtype}; the change has "
-                f"entries up to {abs(change).max():.2g}. Use --dtype float32."
+                f"entries up to {abs(change).max():.2g}."
+                + ("" if widest else " Use --dtype float32.")
             )
         with torch.no_grad():
             self._oriented(self._parameter).copy_(changed)

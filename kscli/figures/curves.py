@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,8 @@ def no_pairs(ax: Axes, text: str = "no pairs of facts") -> None:
 
 
 def percent(share: float) -> str:
-    """A share as a figure shows it."""
+    """A share as a figure shows it; only all of it is 100 %."""
     value = 100 * share
+    if 99.5 <= value < 100:
+        return f"{math.floor(10 * value) / 10:.1f} %"
     return f"{value:.2g} %" if value < 10 else f"{value:.0f} %"

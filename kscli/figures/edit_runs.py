@@ -15,12 +15,12 @@ _ALWAYS = 4
 
 
 def run_names(runs: Sequence[EditsFile]) -> Names:
-    """What all runs have in common, and what tells each apart: their files where nothing does."""
+    """What all runs have in common, and what tells each apart, their files where nothing else."""
     parts = [_parts(run) for run in runs]
     shared = names([part[:_ALWAYS] for part in parts]).shared
     own = names(parts).own
     if len(runs) > 1 and len(set(own)) < len(runs):
-        own = tuple((run.path.stem,) for run in runs)
+        own = tuple((*each, run.path.stem) for each, run in zip(own, runs, strict=True))
     return Names(shared, own)
 
 
@@ -34,6 +34,12 @@ def is_edited(run: EditsFile) -> NDArray[np.bool_]:
     edited = np.zeros(len(run.facts), dtype=bool)
     edited[run.values("edited")] = True
     return edited
+
+
+def is_about(run: EditsFile) -> NDArray[np.bool_]:
+    """Which facts an edit is about, (m,): those edited and their copies, facts of the same text."""
+    edited = {run.facts[int(fact)].text for fact in run.values("edited")}
+    return np.array([fact.text in edited for fact in run.facts], dtype=bool)
 
 
 def _parts(run: EditsFile) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kscli.editing.edits_file import EditsFile
 from kscli.errors import UsageError
-from kscli.figures.edit_runs import is_edited, is_sequence, run_names
+from kscli.figures.edit_runs import is_about, is_sequence, run_names
 from kscli.figures.style import (
     COLUMN,
     MARKERS,
@@ -58,7 +58,7 @@ def course_of(run: EditsFile) -> Course:
     """The course of a sequence of edits."""
     step = run.values("step").astype(np.int64)
     first = run.values("rank_new")[:, _made(run)] == 1
-    known = run.values("known") & ~is_edited(run)
+    known = run.values("known") & ~is_about(run)
     return Course(
         step,
         np.array([_share(row[:n]) for row, n in zip(first, step.tolist(), strict=True)]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from kscli.editing.estimates import Estimate
 from kscli.editing.predictors import FEWEST_FLIPS, NULL
 from kscli.report.examined import Examined, ExaminedRun
-from kscli.report.words import counted, magnitude, number, share, with_interval
+from kscli.report.words import counted, magnitude, number, quoted, share, with_interval
 
 SIMILARITY_NAMES = {
     "p": "p",
@@ -22,6 +24,8 @@ def risk(examined: Examined) -> list[str]:
     able = [row for row in examined.risk_rows if row["reaches"]]
     if not able:
         return ["No layer that there is can change these facts' answers."]
+    if any(math.isnan(row["rms"]) for row in able):
+        return ["All facts are copies of one, so an edit has no other to move."]
     least = min(able, key=lambda row: row["rms"])
     most = max(able, key=lambda row: row["rms"])
     sentences = [
@@ -29,7 +33,7 @@ def risk(examined: Examined) -> list[str]:
         f"{number(least['rms'], 3)} in root mean square at layer {least['layer']}"
         + (
             f", where it does the least, and by {number(most['rms'], 3)} at layer {most['layer']}, "
-            "where it does the most."
+            "where it does the most of the layers that reach the answer."
             if least is not most
             else "."
         )
@@ -55,10 +59,10 @@ def edits(examined: Examined) -> list[str]:
 
 def _outcome(run: ExaminedRun) -> list[str]:
     found = run.verification.outcomes
-    made = f"{run.name[:1].upper()}{run.name[1:]}: {counted(found.edits, 'edit')}"
+    made = f"{quoted(run.name)}: {counted(found.edits, 'edit')}"
     if run.is_single:
         made += ", each made in the clean model"
-    at_once = "the new target is the first choice right after "
+    at_once = "the new target's first token is the first choice right after "
     at_once += "none of them" if found.efficacy is None else f"{share(found.efficacy)} of them"
     end = found.retention
     at_the_end = "" if end is None else f", and at the end of {share(end)}"
