@@ -46,16 +46,12 @@ from kscli.whitening import whitening
 Array = NDArray[np.float64]
 HOOK = "transformer.h.{}.mlp.c_proj"
 EDITED = (3, 40, 17, 77, 5)
-M = 96
+M = 96  # as many facts as `measured_tiny` has
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's artifacts in float32."""
-    root = tmp_path_factory.mktemp("artifacts")
-    made = kscli("run", "--dir", root, "--dtype", "float32", "--count", M, "-q")
-    assert made.exit_code == 0, made.stderr
-    return root / "tiny"
+@pytest.fixture
+def folder(measured_tiny: Path) -> Path:
+    return measured_tiny
 
 
 def fresh_tiny() -> LoadedModel:
@@ -829,25 +825,11 @@ def test_a_killed_process_loses_no_finished_edit(folder: Path, tmp_path: Path) -
     )
     assert killed.returncode == -9
     assert not path.exists()
+    gone_on = kscli(*command)
+    assert gone_on.exit_code == 0
+    assert "1 of 3 edits; going on" in gone_on.stderr
     whole = tmp_path / "whole.h5"
-    twice = tmp_path / "twice.py"
-    twice.write_text(
-        "import sys\n"
-        "from kscli.cli.app import main\n"
-        "for path in (sys.argv.pop(), sys.argv.pop()):\n"
-        "    sys.argv.append(path)\n"
-        "    try: main()\n"
-        "    except SystemExit as end: assert not end.code\n"
-        "    sys.argv.pop()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(twice), *command, str(whole)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert "1 of 3 edits; going on" in done.stderr
+    assert kscli(*command[:-1], whole).exit_code == 0
     expected = arrays(whole)
     for name, values in arrays(path).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)

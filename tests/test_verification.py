@@ -422,11 +422,8 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
     ]
 
 
-def test_the_command_on_real_runs(tmp_path: Path) -> None:
-    for stage in (("cache-cov",), ("extract", "--count", 24), ("pmatrix",)):
-        options = () if stage[0] == "pmatrix" else ("--dtype", "float32")
-        model = ("-m", "tiny", "--dir", tmp_path, "-q")
-        assert kscli(*stage, *model, *options).exit_code == 0
+def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured_tiny, tmp_path / "tiny")
     none = kscli("verify", "--dir", tmp_path)
     assert none.exit_code == 1
     assert "`kscli edit --model tiny --layer 0` makes one" in one_sentence(none.stderr)
