@@ -21,12 +21,23 @@ from kscli.reporter import Reporter
 
 @dataclass(frozen=True)
 class EditSources:
-    """C, the facts' keys and P, open for reading, and the layers that are edited, ascending."""
+    """C, the facts' keys and P, open for reading, and the layers that are edited, ascending.
+
+    Raises ArtifactError unless they are about one another and have the layers, and the keys are at
+    the subjects' last tokens.
+    """
 
     cov: CovarianceFile
     keys: KeysFile
     pm: PMatrixFile
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for file in (self.cov, self.keys, self.pm):
+            file.require_layers(self.layers)
+        require_same_identity(self.cov, self.keys)
+        _require_made_from(self.pm, {"cov": self.cov, "keys": self.keys})
+        _require_subject_last(self.pm)
 
     @property
     def ridge(self) -> float:
@@ -34,16 +45,9 @@ class EditSources:
         return float(self.pm.attributes["ridge"])
 
     def check(self, model: LoadedModel, reporter: Reporter) -> None:
-        """Raise ArtifactError unless all are about `model` and one another, and have the layers.
-
-        So too where the keys are not at the subjects' last tokens.
-        """
-        for file in (self.cov, self.keys, self.pm):
-            file.require_layers(self.layers)
+        """Raise ArtifactError unless all are about `model`; warn where that is not known."""
         for warning in require_same_identity(self.cov, self.keys):
             reporter.warn(warning)
-        _require_made_from(self.pm, {"cov": self.cov, "keys": self.keys})
-        _require_subject_last(self.pm)
         require_about(self.keys, model, reporter)
 
 
