@@ -367,3 +367,20 @@ def test_relations_of_facts_do_not_matter(tmp_path: Path) -> None:
     facts = [replace(fact, target=f"other {at}") for at, fact in enumerate([FACTS[0]] * 2)]
     path = write_pmatrix(tmp_path / "p.h5", [*facts, FACTS[1]])
     assert [row["j"] for row in objects("--pmatrix", path, "--fact", "0")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (("--fact", "Bo", "--order", "norm"), "--order"),
+        (("--fact", "Bo", "--seed", "4"), "--seed"),
+        (("--fact", "Bo", "--edits", "4"), "--edits"),
+        (("--by-layer", "--order", "norm"), "--order"),
+    ],
+)
+def test_options_without_effect(
+    place: tuple[str, Path], options: tuple[str, ...], idle: str
+) -> None:
+    found = kscli("risk", *place, *options)
+    assert found.exit_code == 2
+    assert f"{idle} has no effect" in one_sentence(found.stderr)

@@ -13,6 +13,7 @@ from kscli.cli.complete import complete_layers
 from kscli.cli.output import Column, Format, Row, field, print_rows
 
 if TYPE_CHECKING:
+    from kscli.cli.console import ConsoleReporter
     from kscli.editing.sources import EditSources
     from kscli.pipeline import Places
 
@@ -235,6 +236,7 @@ def edit(
         check_held_out,
         check_request,
         choose_facts,
+        discard_checkpoint,
         edits_recipe,
         make_edits,
         new_targets,
@@ -258,11 +260,17 @@ def edit(
         (method != "memit", ("weight",), "without --method memit"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
         (target_new.startswith("text:"), ("facts",), "with --target-new text:..."),
+        (protocol == "single", ("measure_every",), "with --protocol single, which always does"),
     ):
         if idle:
             refuse_given(context, names, reason)
-    if learning_rate == 0:
-        raise UsageError("--learning-rate 0 finds no value; name one above 0.")
+    for option, given in (
+        ("--learning-rate", learning_rate),
+        ("--norm-limit", norm_limit),
+        ("--value-norm", value_norm),
+    ):
+        if given == 0:
+            raise UsageError(f"{option} 0 writes nothing; name one above 0.")
     require_finite(
         {"--value-norm": value_norm, "--learning-rate": learning_rate, "--kl-weight": kl_weight}
         | {"--norm-limit": norm_limit, "--weight": weight}
@@ -312,16 +320,19 @@ def edit(
             Existing.FORCE if force else Existing.REFUSE,
             reporter,
         )
+        recipe = edits_recipe(sources, plan, session.dtype)
         made = make(
             path,
             "edits",
-            edits_recipe(sources, plan, session.dtype),
+            recipe,
             lambda: make_edits(session.model, sources, plan, path, reporter=reporter, force=force),
             session.existing,
             reporter,
         )
     if made:
         reporter.note(f"wrote {path}")
+    else:
+        discard_checkpoint(path, recipe)
     with EditsFile(path) as file:
         rows = file.objects()
         if save_model:
@@ -330,6 +341,16 @@ def edit(
             save_edited(session.model, save_model, rows)
             reporter.note(f"wrote {save_model}")
     print_edits(rows, output_format)
+    if value == "optimised":
+        note_how_many_took(rows, reporter)
+
+
+def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) -> None:
+    """Say after how many edits the model says the new target, and what may help the others."""
+    took = sum(row["rank_new_after"] == 1 for row in rows)
+    said = f"the new target's first token is the first choice right after {took} of {len(rows)}"
+    if took < len(rows):
+        reporter.note(f"{said} edits; more --steps, or another --layer, may write the others.")
 
 
 def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:

@@ -141,6 +141,10 @@ def risk(
         (file,) = open_pmatrices([pmatrix or Places(directory, model).path("pmatrix")], stack)
         layers = select_layers(layer or ("all" if by_layer else "0"), file.layers, str(file.path))
         m = len(file.facts)
+        if by_layer or (fact and not sequence):
+            refuse_given(context, ("order",), "without a sequence")
+        if fact and order != "random":
+            refuse_given(context, ("seed",), "with --fact")
         if fact:
             refuse_given(context, ("edits",), "with --fact")
             edited = find_facts(file, fact)

@@ -110,8 +110,9 @@ class EditsFile(FactsFile):
     what parts the two; Delta is since the fact's own edit for those edited already (equation
     15), else since the clean model (equation 11). `linear_error` (n,) is the largest difference by
     the largest prediction. `measured_live` (n, m) and `live_error` (n,) are the same of the live
-    model's MLP output, NaN where no pass was made. Predictions are NaN for memit, which equations
-    11 and 15 do not describe.
+    model's MLP output: of a whole forward pass where a pass was made, else of the edited
+    down-projection at the live keys, which no edit of its own layer changes. Predictions and live
+    outputs are NaN for memit, which equations 11 and 15 do not describe.
 
     `logprob_`, `rank_` + `true_`, `new_` + `before`, `previous`, `after` (n,): the edited fact's
     own targets in the clean model, before this edit, and after it. `moved_...` (n, k): the same
@@ -200,8 +201,11 @@ class EditsFile(FactsFile):
                 for target in ("true", "new")
                 for when in ("before", "previous", "after")
             },
-            "rank_new_before": row["rank_new_before"],
-            "rank_new_after": row["rank_new_after"],
+            **{
+                f"rank_{target}_{when}": row[f"rank_{target}_{when}"]
+                for target in ("true", "new")
+                for when in ("before", "previous", "after")
+            },
             "linear_error": row["linear_error"],
             "live_error": row["live_error"],
             "weight_change": row["weight_change"],

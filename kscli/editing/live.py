@@ -28,6 +28,17 @@ def mlp_outputs(
     return _at_keys(model, model.decoder.projections[layer].module, "output", prompts)
 
 
+def outputs_of_keys(
+    model: LoadedModel, layer: int, keys: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What a layer's down-projection gives for (m, d_m) keys of the live model: (m, d)."""
+    module = model.decoder.projections[layer].module
+    weight = next(module.parameters())
+    with torch.no_grad():
+        outputs = module(torch.as_tensor(keys).to(weight.device, weight.dtype))
+    return np.asarray(outputs.double().cpu().numpy())
+
+
 def mlp_keys(
     model: LoadedModel, layer: int, prompts: Sequence[LocatedPrompt]
 ) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.interference import Interference, largest_error
-from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs
+from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs, outputs_of_keys
 from kscli.editing.sources import EditSources
 from kscli.editing.updates import edit_directions
 from kscli.editing.value import (
@@ -176,6 +176,8 @@ class EditRun:
         self._already = [
             said == cloze.target_ids for said, cloze in zip(scores.likeliest, new, strict=True)
         ]
+        # An edit changes nothing below its own layer, and so not these.
+        self._live_keys = mlp_keys(self.model, layers[0], self._prompts)
         self._clean_outputs = mlp_outputs(self.model, layers[0], self._prompts)
         self._clean_pass = self._measure(0)
         rows = [edit.fact for edit in self.edits]
@@ -396,8 +398,12 @@ class EditRun:
             "gradient_cosine": self._gradient_cosine[number],
         }
 
-    def _linear(self, live: bool) -> dict[str, Any]:
-        """The theory's prediction for every fact after the last edit, and what came of it."""
+    def _linear(self, in_full: bool) -> dict[str, Any]:
+        """The theory's prediction for every fact after the last edit, and what came of it.
+
+        The live model's outputs are of whole passes where asked for `in_full`, else of its edited
+        down-projection alone.
+        """
         measured = np.sqrt(sum(np.square(each.measured).sum(axis=1) for each in self._interference))
         change = np.sqrt(sum(np.square(each.change).sum() for each in self._interference))
         nothing = np.full(len(self._facts), np.nan)
@@ -416,9 +422,13 @@ class EditRun:
         found["predicted"] = np.linalg.norm(only.predicted, axis=1)
         found["difference"] = np.linalg.norm(only.predicted - only.measured, axis=1)
         found["linear_error"] = largest_error(only.predicted, only.measured)
-        if live:
-            outputs = mlp_outputs(self.model, self.sources.layers[0], self._prompts)
-            shifts = only.since_own_edit(outputs - self._clean_outputs)
-            found["measured_live"] = np.linalg.norm(shifts, axis=1)
-            found["live_error"] = largest_error(only.predicted, shifts)
+        layer = self.sources.layers[0]
+        outputs = (
+            mlp_outputs(self.model, layer, self._prompts)
+            if in_full
+            else outputs_of_keys(self.model, layer, self._live_keys)
+        )
+        shifts = only.since_own_edit(outputs - self._clean_outputs)
+        found["measured_live"] = np.linalg.norm(shifts, axis=1)
+        found["live_error"] = largest_error(only.predicted, shifts)
         return found

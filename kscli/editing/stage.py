@@ -149,6 +149,13 @@ def checkpoint_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.checkpoint")
 
 
+def discard_checkpoint(path: Path, recipe: Recipe) -> None:
+    """Remove what a run left beside its finished `path`, if it is this run's."""
+    checkpoint = checkpoint_of(path)
+    if difference(checkpoint, "edits", recipe) is None:
+        checkpoint.unlink()
+
+
 def make_edits(
     model: LoadedModel,
     sources: EditSources,
@@ -233,7 +240,7 @@ def _log_so_far(checkpoint: Path, recipe: Recipe, force: bool) -> EditLog | None
     if checkpoint.exists():
         if not force:
             raise ArtifactError(
-                f"{checkpoint} is of another run of edits ({reason}); finish that one, or begin "
+                f"{checkpoint} is in the way ({reason}); finish the run that it is of, or begin "
                 "this one with --force, which removes it."
             )
         checkpoint.unlink()
