@@ -65,6 +65,7 @@ def commands(model: str, facts: str, corpus: str) -> list[tuple[str, list[str]]]
     text = ["--corpus", corpus, "--tokens", "3000", "--max-length", "256"]
     fp32 = ["--dtype", "float32"]
     m = ["-m", model]
+    parts = Path("artifacts") / Path(model).stem
     stages = [
         ("models", ["models", "-f", "json"]),
         ("cache-cov", ["cache-cov", *m, *text, *fp32]),
@@ -92,8 +93,20 @@ def commands(model: str, facts: str, corpus: str) -> list[tuple[str, list[str]]]
             ],
         ),
         ("pmatrix", ["pmatrix", *m]),
-        ("half", ["cache-cov", *m, *text, *fp32, "--shard", "0/2", "-o", "half.h5"]),
-        ("other", ["pmatrix", *m, "--cov", "half.h5", "-o", "other.h5"]),
+        *(
+            (
+                f"half {i}",
+                [
+                    "pmatrix",
+                    *m,
+                    "--cov",
+                    str(parts / f"cov.shard-{i}-of-2.h5"),
+                    "-o",
+                    f"half{i}.h5",
+                ],
+            )
+            for i in (0, 1)
+        ),
         ("ridge", ["pmatrix", *m, "--ridge", "0.01", "-o", "ridge.h5"]),
         (
             "facts check",
@@ -105,7 +118,7 @@ def commands(model: str, facts: str, corpus: str) -> list[tuple[str, list[str]]]
     ]
     reading: list[list[str]] = [
         ["stats", *m],
-        ["stats", *m, "--against", "other.h5"],
+        ["stats", "--pmatrix", "half0.h5", "--against", "half1.h5"],
         ["topk", *m, "--layer", "0"],
         ["topk", *m, "--layer", "all", "-k", "4", "--abs"],
         ["topk", *m, "--strongest", "--distinct-token"],
