@@ -65,7 +65,7 @@ def commands(model: str, facts: str, corpus: str) -> list[tuple[str, list[str]]]
     text = ["--corpus", corpus, "--tokens", "3000", "--max-length", "256"]
     fp32 = ["--dtype", "float32"]
     m = ["-m", model]
-    parts = Path("artifacts") / Path(model).stem
+    parts = Path("artifacts") / Path(model).name
     stages = [
         ("models", ["models", "-f", "json"]),
         ("cache-cov", ["cache-cov", *m, *text, *fp32]),
