@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -314,23 +315,37 @@ def test_help_imports_no_numpy_either() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_command_has_examples_in_its_help() -> None:
-    for command in (
-        "run",
-        "cache-cov",
-        "extract",
-        "pmatrix",
-        "stats",
-        "topk",
-        "plot",
-        "models",
-        "show",
-        "export-cov",
-        "import-cov",
-    ):
-        result = kscli(command, "--help")
-        assert result.exit_code == 0
-        assert f"kscli {command}" in result.stdout.split("Examples")[1]
+def commands() -> list[str]:
+    """Every command, those of a group with the group's name in front."""
+    from kscli.cli.app import COMMANDS, FACTS_COMMANDS
+
+    named = [function.__name__.replace("_", "-") for function in COMMANDS]
+    return [*named, *(f"facts {function.__name__}" for function in FACTS_COMMANDS)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_help_page_is_whole(command: str) -> None:
+    page = kscli(*command.split(), "--help").stdout
+    summary, _, _ = page.split("\n\n", 1)[1].partition("\n\n")
+    assert " ".join(summary.split()) in " ".join(kscli("--help").stdout.split()) or " " in command
+    examples = page.split("Examples:")[1].split("\n\n")[0]
+    assert f"kscli {command} " in f"{examples} ".replace("\n", " ")
+    # Nothing is cut, no type is Python's, nothing is markup, and no option breaks at a hyphen.
+    for wrong in ("\N{HORIZONTAL ELLIPSIS}", "<bool>", "<path>", "list[", "[bold]", "\\["):
+        assert wrong not in page
+    assert not [line for line in page.splitlines() if line.endswith("-") or len(line) > 100]
+
+
+def test_an_option_of_one_meaning_is_declared_once() -> None:
+    """An option that two commands have is declared in `options`, which both use."""
+    declared: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "kscli" / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "typer.Option":
+                names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+                if path.stem != "options":
+                    declared.setdefault(str(names[0]), []).append(path.stem)
+    assert not {name: files for name, files in declared.items() if len(files) > 1}
 
 
 def test_no_color_is_honoured(toy: Path) -> None:

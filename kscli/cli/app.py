@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
 import sys
+import textwrap
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup
 
 from kscli import __version__
 from kscli.cli import (
@@ -71,35 +74,61 @@ def _fail(text: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+COMMANDS = (
+    run.run,
+    cache_cov.cache_cov,
+    extract.extract,
+    pmatrix.pmatrix,
+    stats.stats,
+    topk.topk,
+    relations.relations,
+    plot.plot,
+    report.report,
+    edit.edit,
+    verify.verify,
+    risk.risk,
+    models.models,
+    show.show,
+    merge_cov.merge_cov,
+    export_cov.export_cov,
+    import_cov.import_cov,
+)
+FACTS_COMMANDS = (facts.check, facts.select)
+
+
+def _add(commands: Iterable[Callable[..., None]], to: typer.Typer) -> None:
+    """Add each function as the command of its name; its docstring is the help page.
+
+    Lines of the docstring are wrapped anew, but not those of its `Examples:`.
+    """
+    for function in commands:
+        text = inspect.cleandoc(function.__doc__ or "")
+        to.command(
+            help=text.replace("\n\nExamples:\n", "\n\n\b\nExamples:\n"),
+            short_help=text.partition("\n\n")[0],
+        )(function)
+
+
+# An option's name is not broken at its hyphens.
+textwrap.TextWrapper.wordsep_re = textwrap.TextWrapper.wordsep_simple_re
+# The type of an argument, such as <list[Path]>, says nothing that its name does not.
+TyperArgument.display_type_rich = lambda self, ctx: None  # type: ignore[method-assign]
 app = typer.Typer(
     name="kscli",
     cls=_Group,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (
-    run,
-    cache_cov,
-    extract,
-    facts,
-    pmatrix,
-    stats,
-    topk,
-    relations,
-    plot,
-    report,
-    edit,
-    verify,
-    risk,
-    models,
-    show,
-    merge_cov,
-    export_cov,
-    import_cov,
-):
-    command.register(app)
+_facts = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Find the facts that models know, and choose among them.",
+)
+_add(COMMANDS, app)
+_add(FACTS_COMMANDS, _facts)
+app.add_typer(_facts, name="facts")
 
 
 def _print_version(value: bool) -> None:
@@ -117,12 +146,18 @@ def _main(
 ) -> None:
     """Measure knowledge superposition in language models.
 
-    How far two facts share directions in an MLP's key space, and so what an edit of one does to
-    the other: p(i, j) = k_i' C^-1 k_j / k_i' C^-1 k_i.
+    p(i, j) = k_i' C^-1 k_j / k_i' C^-1 k_i says how far two facts share directions in the key
+    space of an MLP, and so what an edit of fact i does to fact j.
 
-    [bold]kscli run[/bold] does everything at once on the embedded model; the stages are
-    cache-cov, extract, pmatrix, stats, topk and plot, each of which reads and writes HDF5 files
-    in DIR/MODEL/.
+    `kscli run` does everything at once, on the embedded model or on yours. The stages are
+    cache-cov, extract, pmatrix, stats, topk and plot. Each stage reads and writes HDF5 files in
+    DIR/MODEL/.
+
+    \b
+    Examples:
+      kscli run
+      kscli run -m gpt2-small --samples 20000
+      kscli topk -m gpt2-small --layer 0
     """
 
 

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from kscli.cli import options
 from kscli.cli.output import Format, field, print_json, print_rows
 
@@ -15,11 +13,6 @@ if TYPE_CHECKING:
     from kscli.corpus import Corpus
     from kscli.pipeline import Execution, Session
     from kscli.second_moment.corpus_run import CovarianceOptions
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("cache-cov")(cache_cov)
 
 
 def cache_cov(
@@ -47,23 +40,17 @@ def cache_cov(
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
-    """Measure C = E\\[k k'], the second moment of every layer's keys, over a corpus.
+    """Measure C = E[k k'], the second moment of every layer's keys, over a corpus.
 
     One pass of the model for all layers, if memory allows. Writes cov.h5. Stopped at any moment,
     the same command goes on from its last checkpoint.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli cache-cov -m gpt2-small --samples 20000
-
       kscli cache-cov -m ./my-llama --corpus texts/ --max-length 512 --layers 0,5-8
-
       kscli cache-cov -m gpt-j --until-settled 0.02
-
       kscli cache-cov -m llama2-13b --max-memory 40GiB --dry-run
-
       zcat dump.jsonl.gz | kscli cache-cov -m pythia-1b --corpus - --samples all
-
       torchrun --nproc-per-node 8 -m kscli cache-cov -m llama2-13b
     """
     from kscli.cli.console import ConsoleReporter

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kscli.cli import options
-from kscli.cli.complete import complete_layers
 from kscli.cli.output import Column, Format, Row, field, print_rows
 
 if TYPE_CHECKING:
@@ -18,43 +17,13 @@ if TYPE_CHECKING:
     from kscli.pipeline import Places
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("edit")(edit)
-
-
 def edit(
     context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
-    layer: Annotated[
-        str,
-        typer.Option(
-            "--layer",
-            "--layers",
-            metavar="LAYERS",
-            help="The layer to edit; for memit one or several, as in 3-7.",
-            autocompletion=complete_layers,
-        ),
-    ] = "0",
-    fact: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fact",
-            metavar="SUBJECT|INDEX",
-            help="Edit this fact of pmatrix.h5; give it again for several.",
-            show_default="--edits of them, drawn",
-        ),
-    ] = None,
-    edits: Annotated[
-        str,
-        typer.Option("--edits", metavar="N|all", help="How many facts to draw with --seed."),
-    ] = "10",
-    order: Annotated[
-        Literal["given", "random", "norm"],
-        typer.Option(
-            "--order", help="Of the edits. norm: ascending leverage, which interferes least."
-        ),
-    ] = "given",
+    layer: options.EditedLayer = "0",
+    fact: options.EditedFacts = None,
+    edits: options.EditCount = "10",
+    order: options.Order = "given",
     target_new: Annotated[
         str,
         typer.Option(
@@ -164,42 +133,17 @@ def edit(
             "--save-model", metavar="DIR", help="Write the edited model, a Hugging Face folder."
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        options.seed(
-            "Of the draw, the order and random values.",
-        ),
-    ] = 0,
-    cov: Annotated[
-        Path | None,
-        typer.Option("--cov", metavar="FILE", show_default="DIR/MODEL/cov.h5", help="C."),
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option("--keys", metavar="FILE", show_default="DIR/MODEL/keys.h5", help="The keys."),
-    ] = None,
-    pmatrix: Annotated[
-        Path | None,
-        typer.Option(
-            "--pmatrix", metavar="FILE", show_default="DIR/MODEL/pmatrix.h5", help="P of the facts."
-        ),
-    ] = None,
+    seed: options.Seed = 0,
+    cov: options.Cov = None,
+    keys: options.Keys = None,
+    pmatrix: options.PMatrix = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
     directory: options.Dir = Path("artifacts"),
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="The file to write.",
-            show_default="DIR/MODEL/edits/METHOD-LAYERS-SEED.h5",
-        ),
-    ] = None,
+    output: options.EditsOutput = None,
     force: options.Force = False,
     output_format: options.OutputFormat = Format.table,
     quiet: options.Quiet = False,
@@ -209,16 +153,11 @@ def edit(
     Every edit's damage is predicted from pmatrix.h5 before it is made, and measured after it. The
     model's own files are never changed; a run that was stopped goes on from its last edit.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli edit -m gpt2-small --layer 0 --fact "Patrick Rambaud" --target-new text:Italian
-
       kscli edit -m gpt-j --layer 5 --edits 100 --seed 1 --held-out other.jsonl -f json > edits.json
-
       kscli edit -m gpt-j --method memit --layers 3-8 --edits 100 --batch 100
-
       kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
-
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
     from kscli.cli.console import ConsoleReporter

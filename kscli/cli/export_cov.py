@@ -10,11 +10,6 @@ import typer
 from kscli.cli import options
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("export-cov")(export_cov)
-
-
 def export_cov(
     editor: Annotated[
         Literal["rome", "memit", "easyedit", "alphaedit"],
@@ -27,12 +22,7 @@ def export_cov(
         ),
     ],
     model: options.ModelOrNone = None,
-    cov: Annotated[
-        Path | None,
-        typer.Option(
-            "--cov", metavar="FILE", help="A cov.h5.", show_default="the model's, in DIR/MODEL/"
-        ),
-    ] = None,
+    cov: options.Cov = None,
     layers: options.Layers = "all",
     known_as: Annotated[
         str | None,
@@ -43,10 +33,7 @@ def export_cov(
             show_default="the model's Hub id",
         ),
     ] = None,
-    note: Annotated[
-        str | None,
-        typer.Option("--note", metavar="TEXT", help="Kept in the files; no editor reads it."),
-    ] = None,
+    note: options.Note = None,
     directory: options.Dir = Path("artifacts"),
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -55,12 +42,9 @@ def export_cov(
 
     One file a layer, under the names that the editor's default hyper-parameters give.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli export-cov -m gpt-j --for memit -o memit/data/stats
-
       kscli export-cov -m llama3-8b --for easyedit --as ./hugging_cache/llama-3-8b -o data/stats
-
       kscli export-cov --cov other/cov.h5 --for rome --layers 17 -o rome/data/stats
     """
     from kscli.cli.console import ConsoleReporter

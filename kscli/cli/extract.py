@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from kscli.cli import options
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("extract")(extract)
 
 
 def extract(
@@ -34,12 +27,9 @@ def extract(
 
     Writes keys.h5.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli extract -m gpt2-small
-
       kscli extract -m pythia-1b --facts counterfact.json --count 512
-
       kscli extract -m ./my-llama --facts my-facts.csv --count all --layers 0,-1
     """
     from kscli.cli.console import ConsoleReporter

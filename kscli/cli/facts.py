@@ -12,27 +12,11 @@ from kscli.cli.output import Format, field, print_rows
 
 FILE_NAME = "facts.jsonl"
 
-app = typer.Typer(
-    no_args_is_help=True, help="Find the facts that models know, and choose among them."
-)
 
-
-def register(parent: typer.Typer) -> None:
-    """Add the commands to the app, under `facts`."""
-    parent.add_typer(app, name="facts")
-
-
-Count = Annotated[str, typer.Option("--count", metavar="N|all", help="Check the first N facts.")]
-Selected = Annotated[
-    str, typer.Option("--count", metavar="N|all", help="How many facts to draw at random.")
-]
-
-
-@app.command("check")
 def check(
     model: options.Model = options.DEFAULT_MODEL,
     facts: options.Facts = None,
-    count: Count = "all",
+    count: options.HowMany = "all",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -49,12 +33,9 @@ def check(
     Writes facts.jsonl, a facts file that says of every fact whether the model knows it (known),
     the probability of the target, the rank of its first token, and the continuation.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli facts check -m gpt2-small
-
       kscli facts check -m pythia-1b --facts counterfact.json --count 512
-
       jq -r 'select(.known | not) | .prompt + " ->" + .continuation' artifacts/tiny/facts.jsonl
     """
     from kscli.cli.console import ConsoleReporter
@@ -90,39 +71,30 @@ def check(
     print_rows([row], columns, output_format)
 
 
-@app.command("select")
 def select(
     results: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE|MODEL...",
+            metavar="FILE|MODEL",
             help="What `facts check` wrote, or the models that it checked.",
         ),
     ],
-    count: Selected = "128",
-    seed: Annotated[
-        int,
-        options.seed("The draw; the same seed, the same."),
-    ] = 0,
+    count: options.HowMany = "128",
+    seed: options.Seed = 0,
     unknown: Annotated[
         bool, typer.Option("--unknown", help="Facts that no model knows, not that all know.")
     ] = False,
     directory: options.Dir = Path("artifacts"),
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The .jsonl file to write.")
-    ] = Path("facts.jsonl"),
+    output: options.FactsOutput = Path("facts.jsonl"),
     force: options.Force = False,
     output_format: options.OutputFormat = Format.table,
     quiet: options.Quiet = False,
 ) -> None:
     """Draw facts that all of several models know, into a facts file that extract reads.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli facts select gpt2-medium gpt-j pythia-1b -o known.jsonl
-
       kscli facts select gpt2-small --unknown --count all -o unknown.jsonl
-
       kscli extract -m gpt-j --facts known.jsonl
     """
     from kscli.cli.console import ConsoleReporter

@@ -10,11 +10,6 @@ import typer
 from kscli.cli import options
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("import-cov")(import_cov)
-
-
 def import_cov(
     stats_dir: Annotated[
         Path,
@@ -23,15 +18,7 @@ def import_cov(
         ),
     ],
     model: options.Model,
-    note: Annotated[
-        str | None,
-        typer.Option(
-            "--note",
-            metavar="TEXT",
-            help="What the files do not tell: the corpus, its date, the length limit.",
-            show_default="unknown",
-        ),
-    ] = None,
+    note: options.Note = None,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -42,12 +29,9 @@ def import_cov(
     Then extract and pmatrix work without cache-cov. The files do not name their model:
     --model does.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli import-cov rome/data/stats -m gpt2-xl
-
       kscli import-cov data/stats/llama-3-8b -m llama3-8b --note "Wikipedia 20220301, 8192 tokens"
-
       kscli import-cov transformer.h.17.mlp.c_proj_float32_mom2_100000.npz -m gpt2-xl -o cov.h5
     """
     from kscli.cli.console import ConsoleReporter

@@ -10,18 +10,13 @@ import typer
 from kscli.cli import options
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("merge-cov")(merge_cov)
-
-
 def merge_cov(
     parts: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PART]...",
-            help="The files that cache-cov --shard wrote.  [default: those in DIR/MODEL/]",
-            show_default=False,
+            metavar="PART",
+            help="The files that cache-cov --shard wrote.",
+            show_default="those in DIR/MODEL/",
         ),
     ] = None,
     model: options.ModelOrNone = None,
@@ -35,10 +30,8 @@ def merge_cov(
     The result is what one cache-cov over the whole corpus would have written. Parts that
     overlap, that are missing, or that differ in anything but their documents are refused.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli merge-cov -m gpt2-xl
-
       kscli merge-cov node*/cov.shard-*-of-4.h5 -o cov.h5
     """
     from kscli.cli.console import ConsoleReporter

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import typer
-
 from kscli.cli import options
 from kscli.cli.output import Column, Format, field, print_rows
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("models")(models)
 
 
 def models(output_format: options.OutputFormat = Format.table) -> None:
     """List the aliases. Any other causal decoder goes by its Hub id, folder or .gguf file.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli models
-
-      kscli models -f json | jq -r '.\\[] | select(.parameters < 2e9) | .name'
+      kscli models -f json | jq -r '.[] | select(.parameters < 2e9) | .name'
     """
     from kscli.models.aliases import ALIASES
 

@@ -7,19 +7,41 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kscli.cli.complete import (
-    complete_layers,
-    complete_model,
-)
+from kscli.cli.complete import complete_layers, complete_model
 from kscli.cli.output import Format
 
 DEFAULT_MODEL = "tiny"
 _LARGEST_SEED = 2**63 - 1  # what a file has room for
 
 
-def seed(what: str) -> Any:
-    """The option --seed, of `what`."""
-    return typer.Option("--seed", metavar="N", callback=_check_seed, help=what)
+def _model(help_: str, default: str | bool = True) -> Any:
+    return typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help=help_,
+        show_default=default,
+        autocompletion=complete_model,
+    )
+
+
+def _layer(help_: str, default: str | bool = True) -> Any:
+    return typer.Option(
+        "--layer",
+        "--layers",
+        metavar="LAYERS",
+        help=help_,
+        show_default=default,
+        autocompletion=complete_layers,
+    )
+
+
+def _file(name: str, help_: str, default: str | bool = True) -> Any:
+    return typer.Option(name, metavar="FILE", help=help_, show_default=default)
+
+
+def _output(help_: str, default: str | bool = True) -> Any:
+    return typer.Option("--output", "-o", metavar="FILE", help=help_, show_default=default)
 
 
 def _check_seed(value: int) -> int:
@@ -28,51 +50,62 @@ def _check_seed(value: int) -> int:
     raise typer.BadParameter(f"{value} is not in the range from 0 to {_LARGEST_SEED}.")
 
 
+# Models and artifacts
+
 Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help="An alias (see `kscli models`), Hub id, local folder or .gguf file.",
-        autocompletion=complete_model,
-    ),
+    str, _model("An alias (see `kscli models`), a Hub id, a local folder or a .gguf file.")
 ]
 Models = Annotated[
     list[str] | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help="A model whose artifacts are read; give it again for several.",
-        show_default="tiny",
-        autocompletion=complete_model,
-    ),
+    _model("The model whose artifacts are read. Give it again for several models.", "tiny"),
 ]
 ModelOrNone = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help="The model whose artifacts are read and written.",
-        show_default="tiny",
-        autocompletion=complete_model,
-    ),
+    str | None, _model("The model whose artifacts are read and written.", "tiny")
 ]
 Dir = Annotated[
     Path,
-    typer.Option("--dir", envvar="KSCLI_DIR", help="The folder of all models' artifacts."),
-]
-Layers = Annotated[
-    str,
     typer.Option(
-        "--layers",
-        metavar="LAYERS",
-        help="all, 0, 0,3,5-8 or -1 (the last).",
-        autocompletion=complete_layers,
+        "--dir",
+        metavar="DIR",
+        envvar="KSCLI_DIR",
+        help="The folder that holds the artifacts of all models.",
     ),
 ]
+Cov = Annotated[Path | None, _file("--cov", "The cov.h5 to read.", "DIR/MODEL/cov.h5")]
+Keys = Annotated[Path | None, _file("--keys", "The keys.h5 to read.", "DIR/MODEL/keys.h5")]
+PMatrix = Annotated[
+    Path | None, _file("--pmatrix", "The pmatrix.h5 to read.", "DIR/MODEL/pmatrix.h5")
+]
+PMatrices = Annotated[
+    list[Path] | None,
+    _file("--pmatrix", "A pmatrix.h5 to read instead of --model. Give it again for several files."),
+]
+Output = Annotated[Path | None, _output("The file to write.", "in DIR/MODEL/")]
+PageOutput = Annotated[
+    Path | None,
+    _output("The page to write.", "DIR/MODEL/report.html; of several models DIR/report.html"),
+]
+FigureOutput = Annotated[
+    Path | None,
+    _output("The .png, .svg or .pdf file to write.", "DIR/MODEL/figures/KIND.png"),
+]
+EditsOutput = Annotated[
+    Path | None, _output("The file to write.", "DIR/MODEL/edits/METHOD-LAYERS-SEED.h5")
+]
+FactsOutput = Annotated[Path, _output("The .jsonl file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+Note = Annotated[
+    str | None,
+    typer.Option(
+        "--note",
+        metavar="TEXT",
+        help="A text that is kept in the file. Say what the files themselves do not tell: the "
+        "corpus, its date, the length limit.",
+    ),
+]
+
+# How the model is loaded and run
+
 Device = Annotated[
     str,
     typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
@@ -82,37 +115,65 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="auto, float32, bfloat16 or float16. auto: bfloat16 where the hardware multiplies it "
-        "fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), else float32.",
+        help="auto, float32, bfloat16 or float16. auto is bfloat16 where the hardware multiplies "
+        "it fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), and float32 elsewhere.",
     ),
 ]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", help="A Hub model's branch, tag or commit."),
+    typer.Option("--revision", metavar="REV", help="The branch, tag or commit of a Hub model."),
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run code that the model's repository brings."),
+    typer.Option("--trust-remote-code", help="Run the code in the model's repository."),
 ]
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read pickled weights, which can run code."),
 ]
-Output = Annotated[
-    Path | None,
+BatchTokens = Annotated[
+    int | None,
     typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="The file to write.",
-        show_default="in DIR/MODEL/",
+        "--batch-tokens",
+        metavar="N",
+        min=1,
+        help="The most tokens in a batch, padding included.",
+        show_default="by model, dtype and device",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="The most memory to use on the device (on a CPU: by this process), for example 24GiB.",
+        show_default="what is free",
+    ),
+]
+CheckpointEvery = Annotated[
+    float,
+    typer.Option(
+        "--checkpoint-every",
+        metavar="SECONDS",
+        min=0.0,
+        help="The time between two checkpoints. It is at least 20 times the time that saving one "
+        "takes.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only print the plan: what memory holds, the number of passes, the time.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes.")]
 OutputFormat = Annotated[
     Format, typer.Option("--format", "-f", help="How results are printed on stdout.")
 ]
+
+# The corpus
+
 Corpus = Annotated[
     str | None,
     typer.Option(
@@ -128,13 +189,12 @@ TextField = Annotated[
     typer.Option(
         "--text-field",
         metavar="FIELD",
-        help="The field that holds the text.",
+        help="The field of a document that holds its text.",
         show_default="text",
     ),
 ]
 Samples = Annotated[
-    str,
-    typer.Option("--samples", metavar="N|all", help="How many documents are read at most."),
+    str, typer.Option("--samples", metavar="N|all", help="The most documents to read.")
 ]
 Tokens = Annotated[
     int | None, typer.Option("--tokens", metavar="N", min=1, help="Stop after N tokens.")
@@ -145,7 +205,7 @@ MaxLength = Annotated[
         "--max-length",
         metavar="N",
         min=1,
-        help="Documents are cut at N tokens.",
+        help="Cut every document at N tokens.",
         show_default="the model's positions, 2048 at most",
     ),
 ]
@@ -154,7 +214,8 @@ UntilSettled = Annotated[
     typer.Option(
         "--until-settled",
         metavar="TOL",
-        help="Stop as soon as p is settled to TOL (rms), looked at as the tokens double.",
+        help="Stop when the estimated error of p (root mean square) is at most TOL. It is "
+        "estimated each time the number of tokens has doubled.",
     ),
 ]
 ShardOption = Annotated[
@@ -162,41 +223,12 @@ ShardOption = Annotated[
     typer.Option(
         "--shard",
         metavar="I/N",
-        help="Take documents I, I+N, I+2N, ...; `kscli merge-cov` adds the parts up.",
+        help="Read only the documents I, I+N, I+2N, ...; `kscli merge-cov` adds the parts up.",
     ),
 ]
-BatchTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-tokens",
-        metavar="N",
-        min=1,
-        help="Tokens in a batch at most, padding included.",
-        show_default="by model, dtype and device",
-    ),
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        metavar="SIZE",
-        help="Bound the device's memory (on a CPU: this process's), as in 24GiB.",
-        show_default="what is free",
-    ),
-]
-CheckpointEvery = Annotated[
-    float,
-    typer.Option(
-        "--checkpoint-every",
-        metavar="SECONDS",
-        min=0.0,
-        help="Save what is summed so often, or 20 times as long as saving takes.",
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print what goes where, the passes and the time, and stop."),
-]
+
+# Facts, keys and P
+
 Facts = Annotated[
     str | None,
     typer.Option(
@@ -216,18 +248,93 @@ Count = Annotated[
         show_default="128, or all if there are fewer",
     ),
 ]
+HowMany = Annotated[
+    str, typer.Option("--count", metavar="N|all", help="The number of facts to take.")
+]
 Token = Annotated[
     Literal["subject-last", "subject-first", "last"],
     typer.Option(
-        "--token", metavar="TOKEN", help="The key's token: subject-last, subject-first or last."
+        "--token",
+        metavar="TOKEN",
+        help="The token at which keys are read: subject-last, subject-first or last (of the "
+        "prompt).",
     ),
 ]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        metavar="LAYERS",
+        help="all, 0, 0,3,5-8 or -1 (the last).",
+        autocompletion=complete_layers,
+    ),
+]
+_LAYER = "0, -1 (the last), 0,3,5-8 or all."
+LayerOfPairs = Annotated[str | None, _layer(_LAYER, "0; all with --strongest")]
+LayerOfRisk = Annotated[
+    str | None, _layer(f"The layer to edit: {_LAYER}", "0; all with --by-layer")
+]
+LayerOfFigure = Annotated[str | None, _layer(_LAYER, "what shows the kind best")]
+EditedLayer = Annotated[str, _layer("The layer to edit; for memit one or several, as in 3-7.")]
 Ridge = Annotated[
     float,
     typer.Option(
         "--ridge",
         metavar="LAMBDA",
         min=0.0,
-        help="Use C + LAMBDA (tr C / d_m) I. 0: C as it was measured.",
+        help="Add LAMBDA (tr C / d_m) I to C. 0 leaves C as it was measured.",
+    ),
+]
+TopPairs = Annotated[
+    int,
+    typer.Option(
+        "-k", metavar="K", min=1, help="The number of pairs to take, the strongest first."
+    ),
+]
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        metavar="N",
+        min=100,
+        help="The number of bootstrap samples that give an interval.",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        callback=_check_seed,
+        help="The seed of all that is drawn at random. The same seed gives the same result.",
+    ),
+]
+
+# Edits
+
+EditedFacts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fact",
+        metavar="SUBJECT|INDEX",
+        help="A fact of pmatrix.h5 to edit. A subject stands for all its facts. Give it again for "
+        "several facts.",
+        show_default="those that --edits draws",
+    ),
+]
+EditCount = Annotated[
+    str,
+    typer.Option(
+        "--edits",
+        metavar="N|all",
+        help="Without --fact: edit this many facts, drawn with --seed. `kscli edit` and "
+        "`kscli risk` draw the same facts.",
+    ),
+]
+Order = Annotated[
+    Literal["given", "random", "norm"],
+    typer.Option(
+        "--order",
+        help="The order of the edits. norm: by ascending leverage, which interferes least.",
     ),
 ]

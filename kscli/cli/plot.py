@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kscli.cli import options
-from kscli.cli.complete import complete_layers
 from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, flag, takers
 
 if TYPE_CHECKING:
@@ -19,15 +18,10 @@ if TYPE_CHECKING:
 PLAIN = FigureOptions()
 KIND_SOURCES = {"pmatrix": "pmatrix.h5", "edits": "runs of edits (--edits)"}
 KIND_HELP = "\n\n".join(
-    f"[bold]{kind.name}[/bold]: {kind.help}"
+    f"{kind.name}: {kind.help}"
     + (f" Takes {', '.join(map(flag, kind.options))}." if kind.options else "")
     for kind in KINDS.values()
 )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("plot")(plot)
 
 
 def complete_kind(incomplete: str) -> list[str]:
@@ -50,10 +44,7 @@ def plot(
         str, typer.Argument(metavar="KIND", help=KIND_HELP, autocompletion=complete_kind)
     ],
     model: options.Models = None,
-    pmatrix: Annotated[
-        list[Path] | None,
-        typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to draw, instead of -m."),
-    ] = None,
+    pmatrix: options.PMatrices = None,
     edits: Annotated[
         list[Path] | None,
         typer.Option(
@@ -63,17 +54,7 @@ def plot(
             show_default="all of DIR/MODEL/edits/",
         ),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layer",
-            "--layers",
-            metavar="LAYERS",
-            help="0, -1 (the last), 0,3,5-8 or all.",
-            show_default="what shows the kind best",
-            autocompletion=complete_layers,
-        ),
-    ] = None,
+    layers: options.LayerOfFigure = None,
     grid: Annotated[
         bool,
         typer.Option(
@@ -99,43 +80,22 @@ def plot(
             show_default="eight, up to all",
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        options.seed(
-            f"{of_kinds('seed')}Of the facts resampled for intervals.",
-        ),
-    ] = 0,
+    seed: options.Seed = 0,
     directory: options.Dir = Path("artifacts"),
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="A .png, .svg or .pdf.",
-            show_default="DIR/MODEL/figures/KIND.png",
-        ),
-    ] = None,
+    output: options.FigureOutput = None,
     force: options.Force = False,
 ) -> None:
     """Draw a figure of P or of edits; prints the path of the file, or files, that it writes.
 
     Several models are drawn in one figure, the smallest first.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli plot heatmap -m gpt2-small -m gpt2-large -m gpt-j --layer 0 -o heatmap.pdf
-
       kscli plot heatmap -m gpt2-medium --grid -o layers.pdf
-
       kscli plot kde -m gpt2-small --layers 0,5,11 --mark-same-token
-
       kscli plot kurtosis -m gpt2-small -m gpt2-medium -m gpt2-large -o scaling.svg
-
       kscli plot forgetting --edits artifacts/gpt-j/edits/rome-5-0.h5
-
       kscli plot angles -m llama3-8b -m llama3.1-8b
-
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
     from kscli.cli.output import print_line

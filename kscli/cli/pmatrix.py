@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from kscli.cli import options
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("pmatrix")(pmatrix)
-
-
 def pmatrix(
     model: options.ModelOrNone = None,
-    cov: Annotated[
-        Path | None,
-        typer.Option(
-            "--cov", metavar="FILE", help="A cov.h5.", show_default="the model's, in DIR/MODEL/"
-        ),
-    ] = None,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--keys", metavar="FILE", help="A keys.h5.", show_default="the model's, in DIR/MODEL/"
-        ),
-    ] = None,
+    cov: options.Cov = None,
+    keys: options.Keys = None,
     layers: options.Layers = "all",
     ridge: options.Ridge = 0.0,
     directory: options.Dir = Path("artifacts"),
@@ -36,14 +18,12 @@ def pmatrix(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compute P\\[i, j] = k_i' C^-1 k_j / k_i' C^-1 k_i for all pairs of facts, and the cosines.
+    """Compute P[i, j] = k_i' C^-1 k_j / k_i' C^-1 k_i for all pairs of facts, and the cosines.
 
     Reads cov.h5 and keys.h5, loads no model, writes pmatrix.h5.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli pmatrix -m gpt2-small
-
       kscli pmatrix --cov other/cov.h5 --keys artifacts/gpt2-small/keys.h5 -o other/pmatrix.h5
     """
     from kscli.artifacts import KeysFile

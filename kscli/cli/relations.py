@@ -19,11 +19,6 @@ SHOWN_LAYERS = 8
 SHOWN_RELATIONS = 3
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("relations")(relations)
-
-
 def relations(
     model: options.Models = None,
     layers: options.Layers = "all",
@@ -33,14 +28,8 @@ def relations(
             "--permutations", metavar="N", min=1, help="How often relations are dealt out anew."
         ),
     ] = 1000,
-    seed: Annotated[
-        int,
-        options.seed("The seed of the permutations."),
-    ] = 0,
-    pmatrix: Annotated[
-        list[Path] | None,
-        typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),
-    ] = None,
+    seed: options.Seed = 0,
+    pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
@@ -52,13 +41,10 @@ def relations(
     about the other ones. The null is the same mean with relations dealt out to the facts at
     random. Reads pmatrix.h5; loads no model.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli relations -m gpt2-small
-
       kscli relations -m gpt-j --layers 0,14,27 -f markdown
-
-      kscli relations -m gpt-j -f json | jq '.\\[] | select(.relation == "P103") | .within'
+      kscli relations -m gpt-j -f json | jq '.[] | select(.relation == "P103") | .within'
     """
     from kscli.analysis.relations import Permutations, relation_statistics
     from kscli.cli.console import ConsoleReporter

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from kscli.cli import options
 
@@ -16,32 +14,12 @@ if TYPE_CHECKING:
     from kscli.reporter import Reporter
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("report")(report)
-
-
 def report(
     model: options.Models = None,
-    pmatrix: Annotated[
-        list[Path] | None,
-        typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),
-    ] = None,
+    pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="The page to write.",
-            show_default="DIR/MODEL/report.html, or DIR/report.html of several models",
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        options.seed("Of the facts and relations drawn for intervals."),
-    ] = 0,
+    output: options.PageOutput = None,
+    seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -52,12 +30,9 @@ def report(
     cov.h5 and the runs of edits where they belong to it; loads no model. Several models are
     compared first.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli report -m gpt2-small
-
       kscli report -m gpt2-small -m gpt2-medium -m gpt2-large -o scaling.html
-
       kscli report --pmatrix other-text/pmatrix.h5 -o other-text.html
     """
     import shlex

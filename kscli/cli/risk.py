@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kscli.cli import options
-from kscli.cli.complete import complete_layers
 from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
 
 if TYPE_CHECKING:
@@ -22,54 +21,18 @@ PASSED = 3
 """The exit code where --fail-above was passed."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("risk")(risk)
-
-
 def risk(
     context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
-    layer: Annotated[
-        str | None,
-        typer.Option(
-            "--layer",
-            "--layers",
-            metavar="LAYERS",
-            help="The layer to edit: 0, -1 (the last), 0,3,5-8 or all.",
-            show_default="0; all with --by-layer",
-            autocompletion=complete_layers,
-        ),
-    ] = None,
-    fact: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fact",
-            metavar="SUBJECT|INDEX",
-            help="A fact to edit; a subject stands for all its facts. Give it again for several.",
-            show_default="a sequence of --edits",
-        ),
-    ] = None,
+    layer: options.LayerOfRisk = None,
+    fact: options.EditedFacts = None,
     sequence: Annotated[
         bool,
         typer.Option("--sequence", help="Take the facts as edits made one after the other."),
     ] = False,
-    edits: Annotated[
-        str,
-        typer.Option(
-            "--edits",
-            metavar="N|all",
-            help="Without --fact: that many, drawn with --seed as `kscli edit` draws them.",
-        ),
-    ] = "all",
-    order: Annotated[
-        Literal["given", "random", "norm"],
-        typer.Option("--order", help="Of a sequence. norm: ascending leverage."),
-    ] = "given",
-    seed: Annotated[
-        int,
-        options.seed("Of the draw and the order."),
-    ] = 0,
+    edits: options.EditCount = "all",
+    order: options.Order = "given",
+    seed: options.Seed = 0,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare the layers, instead of the facts.")
     ] = False,
@@ -87,12 +50,7 @@ def risk(
             "in a sequence the expected shift of a fact.",
         ),
     ] = None,
-    pmatrix: Annotated[
-        Path | None,
-        typer.Option(
-            "--pmatrix", metavar="FILE", show_default="DIR/MODEL/pmatrix.h5", help="P of the facts."
-        ),
-    ] = None,
+    pmatrix: options.PMatrix = None,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
@@ -110,19 +68,13 @@ def risk(
     to carry what it writes from the subject to the answer. At the last layer nothing does, unless
     the subject ends the prompt.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli risk -m gpt2-small --layer 5 --fact "Patrick Rambaud"
-
       kscli risk -m gpt2-small --fact "Patrick Rambaud" --fact 17 --by-layer
-
       kscli risk -m gpt-j --layer 5 --edits 100 --seed 1
-
       kscli risk -m gpt-j --edits 100 -k all -f json | jq -r 'map(select(.edit)) |
-      sort_by(.edit_norm)\\[].subject'
-
-      kscli risk -m gpt-j --layer 5 --fact 17 --fail-above 0.5 -q && kscli edit -m gpt-j --layer 5
-      --fact 17
+      sort_by(.edit_norm)[].subject'
+      kscli risk -m gpt-j --fact 17 --fail-above 0.5 -q && kscli edit -m gpt-j --fact 17
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import number_or_all, open_pmatrices, refuse_given

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from kscli.cli import options
 from kscli.cli.output import Format, print_json, print_line, print_rows
 from kscli.cli.stats import statistic_columns
@@ -15,11 +13,6 @@ from kscli.cli.topk import print_pairs
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.reporter import Reporter
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("run")(run)
 
 
 def run(
@@ -50,12 +43,9 @@ def run(
     changed is made again, and so is what depends on it. Prints the statistics, the top pairs of
     the first layer, and where the figures are (as csv and tsv, the statistics alone).
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli run
-
       kscli run -m gpt2-small --samples 20000
-
       kscli run -m SmolLM2.gguf --corpus wikitext.jsonl --facts counterfact.json -f json
     """
     from kscli.analysis.pairs import pair_rows

@@ -13,18 +13,13 @@ from kscli.cli import options
 from kscli.cli.output import Format, field, print_json, print_rows
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("show")(show)
-
-
 def show(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE|MODEL]...",
-            help="Artifacts, or models whose artifacts are shown.  [default: tiny]",
-            show_default=False,
+            metavar="FILE|MODEL",
+            help="Artifacts, or models whose artifacts are shown.",
+            show_default="tiny",
         ),
     ] = None,
     directory: options.Dir = Path("artifacts"),
@@ -34,11 +29,9 @@ def show(
 
     Where it has one number a layer, such as a residual, the least and the largest are named.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli show artifacts/gpt2-small/cov.h5
-
-      kscli show gpt2-small -f json | jq '.\\[] | {path, corpus, documents}'
+      kscli show gpt2-small -f json | jq '.[] | {path, corpus, documents}'
     """
     from kscli.artifacts import KIND_NAMES
     from kscli.layer_values import LayerValues

@@ -27,17 +27,9 @@ if TYPE_CHECKING:
 FOR_MACHINES = (Format.json, Format.csv, Format.tsv)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("stats")(stats)
-
-
 def stats(
     model: options.Models = None,
-    pmatrix: Annotated[
-        list[Path] | None,
-        typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),
-    ] = None,
+    pmatrix: options.PMatrices = None,
     layers: options.Layers = "all",
     scaling: Annotated[
         bool,
@@ -60,17 +52,9 @@ def stats(
     above: Annotated[
         bool, typer.Option("--above", help="With --against: the pairs that stand above the noise.")
     ] = False,
-    k: Annotated[
-        int, typer.Option("-k", metavar="K", min=1, help="How many pairs are a model's top pairs.")
-    ] = 20,
-    repeats: Annotated[
-        int,
-        typer.Option("--repeats", metavar="N", min=100, help="How often facts are drawn again."),
-    ] = 1000,
-    seed: Annotated[
-        int,
-        options.seed("The seed of these draws."),
-    ] = 0,
+    k: options.TopPairs = 20,
+    repeats: options.Repeats = 1000,
+    seed: options.Seed = 0,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -90,16 +74,11 @@ def stats(
     --against print alone, in any format; families and sizes are known from a model's alias or
     name.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli stats -m gpt2-small
-
       kscli stats -m gpt2-small -m gpt2-medium -m gpt2-large -f csv > kurtosis.csv
-
-      kscli stats -m gpt2-small -m gpt2-medium --scaling -f json | jq '.\\[].difference'
-
-      kscli stats -m gpt-j --layers 0,-1 -f json | jq '.\\[] | {layer, kurtosis, kurtosis_low}'
-
+      kscli stats -m gpt2-small -m gpt2-medium --scaling -f json | jq '.[].difference'
+      kscli stats -m gpt-j --layers 0,-1 -f json | jq '.[] | {layer, kurtosis, kurtosis_low}'
       kscli stats -m gpt2-small --against other-text/pmatrix.h5
     """
     from kscli.analysis.resampling import Resampling

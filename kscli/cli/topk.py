@@ -11,32 +11,13 @@ from typing import Annotated
 import typer
 
 from kscli.cli import options
-from kscli.cli.complete import complete_layers
 from kscli.cli.output import Column, Format, Row, field, print_rows
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("topk")(topk)
 
 
 def topk(
     model: options.Models = None,
-    layer: Annotated[
-        str | None,
-        typer.Option(
-            "--layer",
-            "--layers",
-            metavar="LAYERS",
-            help="0, -1 (the last), 0,3,5-8 or all.",
-            show_default="0; all with --strongest",
-            autocompletion=complete_layers,
-        ),
-    ] = None,
-    k: Annotated[
-        int,
-        typer.Option("-k", metavar="K", min=1, help="How many pairs a layer, or in all."),
-    ] = 20,
+    layer: options.LayerOfPairs = None,
+    k: options.TopPairs = 20,
     absolute: Annotated[bool, typer.Option("--abs", help="Order by |p| instead of p.")] = False,
     strongest: Annotated[
         bool,
@@ -48,10 +29,7 @@ def topk(
             "--distinct-token", help="Leave out pairs whose subjects end in the same token."
         ),
     ] = False,
-    pmatrix: Annotated[
-        list[Path] | None,
-        typer.Option("--pmatrix", metavar="FILE", help="A pmatrix.h5 to read, instead of -m."),
-    ] = None,
+    pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
     output_format: options.OutputFormat = Format.table,
 ) -> None:
@@ -60,12 +38,9 @@ def topk(
     Reads pmatrix.h5; loads no model. Two subjects that end in the same token have like keys
     whatever the facts say; such pairs are marked.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli topk -m gpt-j --layer 0
-
       kscli topk -m gpt2-small --layer -1 -k 5 --abs
-
       kscli topk -m gpt2-small --strongest --distinct-token -f latex > table.tex
     """
     from kscli.analysis.pairs import pair_rows, strongest_rows

@@ -27,16 +27,11 @@ NAMES = {
 _TELLING = ("model", "protocol", "value", "order", "seed")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command("verify")(verify)
-
-
 def verify(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FILE]...",
+            metavar="FILE",
             help="Files of `kscli edit`.",
             show_default="DIR/MODEL/edits/*.h5",
         ),
@@ -48,16 +43,8 @@ def verify(
             "--predictors", help="What foretells the answers that edits break: p, or another?"
         ),
     ] = False,
-    repeats: Annotated[
-        int,
-        typer.Option("--repeats", metavar="N", min=100, help="How often intervals draw again."),
-    ] = 1000,
-    seed: Annotated[
-        int,
-        options.seed(
-            "Of these draws, and of the permuted facts.",
-        ),
-    ] = 0,
+    repeats: options.Repeats = 1000,
+    seed: options.Seed = 0,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
@@ -78,15 +65,11 @@ def verify(
     and by ROC-AUC for the answers that flipped (none below 10). 95 % intervals draw facts again, or
     with --predictors edits (of a sequence: measured passes). Reads edits/*.h5; loads no model.
 
-    [bold]Examples[/bold]
-
+    Examples:
       kscli verify -m gpt2-small
-
       kscli verify -m gpt2-small --predictors
-
       kscli verify artifacts/gpt-j/edits/rome-5-0.h5 artifacts/gpt-j/edits/memit-3-8-0.h5 -f csv
-
-      kscli verify -m gpt-j --predictors -f json | jq '.\\[] | {layers, predictor, auc, flips}'
+      kscli verify -m gpt-j --predictors -f json | jq '.[] | {layers, predictor, auc, flips}'
     """
     from kscli.analysis.resampling import Resampling
     from kscli.cli.console import ConsoleReporter
