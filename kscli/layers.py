@@ -53,3 +53,11 @@ def format_layers(layers: Sequence[int]) -> str:
 
 def _no_layer(what: str, layer: int, available: Sequence[int]) -> UsageError:
     return UsageError(f"{what} has no layer {layer}; it has {format_layers(available)}.")
+
+
+def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """At most `count` of the layers, evenly over the depth, the first and the last among them."""
+    if len(layers) <= count:
+        return tuple(layers)
+    step = (len(layers) - 1) / (count - 1)
+    return tuple(layers[round(step * at)] for at in range(count))

@@ -104,7 +104,8 @@ def test_every_format_prints_the_same_rows(toy: Path) -> None:
 
 
 def test_latex_and_markdown_escape_what_they_would_read(tmp_path: Path) -> None:
-    from kscli.cli.output import Format, field, print_rows
+    from kscli.cli.output import Format, print_rows
+    from kscli.tables import Column
 
     rows = [{"text": r"a|b & 50% \ _x_ {y} $1 #2 ~ ^"}]
     for output, expected in (
@@ -114,7 +115,7 @@ def test_latex_and_markdown_escape_what_they_would_read(tmp_path: Path) -> None:
         stream = io.StringIO()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            print_rows(rows, [field("text")], output)
+            print_rows(rows, [Column("text")], output)
         assert expected in stream.getvalue()
 
 

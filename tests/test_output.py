@@ -19,12 +19,13 @@ import pytest
 from artifact_kit import write_toy
 from cli_kit import ROOT, one_sentence
 
-from kscli.cli.output import Column, Format, Row, field, print_rows
+from kscli.cli.output import Format, print_rows
+from kscli.tables import Column, Row
 
 COLUMNS = [
-    field("layer", spec="d"),
-    field("fact"),
-    *(field(f"statistic {n}", f"statistic{n}", spec=".4f") for n in range(4)),
+    Column("layer", spec="d"),
+    Column("fact"),
+    *(Column(f"statistic {n}", f"statistic{n}", spec=".4f") for n in range(4)),
 ]
 ROWS: list[Row] = [
     {
@@ -102,7 +103,7 @@ def test_a_table_without_rows_is_its_headings(monkeypatch: pytest.MonkeyPatch) -
 def test_a_line_break_in_a_cell_does_not_end_its_row(
     output: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = [field("fact")]
+    columns = [Column("fact")]
     whole = printed([{"fact": "a b c"}], columns, output, monkeypatch)
     broken = printed([{"fact": "a\nb\r\n\tc\n"}], columns, output, monkeypatch)
     assert broken == whole
@@ -112,12 +113,12 @@ def test_a_line_break_in_a_cell_does_not_end_its_row(
 def test_a_latex_row_does_not_begin_with_an_argument(
     first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = printed([{"x": first}], [field("x")], Format.latex, monkeypatch)
+    text = printed([{"x": first}], [Column("x")], Format.latex, monkeypatch)
     assert f"  {{}}{first}" in text
 
 
 def test_latex_escapes_comparisons_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = [field("x", "|p|>0.1")]
+    columns = [Column("x", "|p|>0.1")]
     text = printed([{"x": "a<b"}], columns, Format.latex, monkeypatch)
     assert r"\textbar{}p\textbar{}\textgreater{}0.1 \\" in text
     assert r"a\textless{}b \\" in text

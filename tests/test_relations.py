@@ -31,8 +31,11 @@ from kscli.analysis.relations import (
     text_before,
 )
 from kscli.analysis.statistics import MatrixName
+from kscli.cli.relations import SHOWN_LAYERS
 from kscli.errors import FactsError, UsageError
 from kscli.facts import Fact
+from kscli.layers import spread
+from kscli.tables import relation_columns
 
 FEW = Permutations(20)
 
@@ -420,27 +423,24 @@ def test_several_models_are_told_apart(toy: Path) -> None:
 
 
 def test_many_layers_are_shown_from_over_the_depth() -> None:
-    from kscli.cli.relations import relation_columns, relation_rows
-
     pm = random_store(60, layers=tuple(range(30)))
-    rows = relation_statistics(pm, pm.layers, FEW).rows()
-    columns = relation_columns(relation_rows(rows))
+    found = relation_statistics(pm, pm.layers, FEW)
+    rows = found.rows()
+    columns = relation_columns(spread(found.layers, SHOWN_LAYERS))
     shown = [c.title.removeprefix("layer ") for c in columns if c.title[-1].isdigit()]
     assert shown == ["0", "4", "8", "12", "17", "21", "25", "29"]
-    first = relation_rows(rows)[0]
+    first = found.by_relation()[0]
     own = [row for row in rows if row["relation"] == first["relation"]]
     assert first["largest"] == max(row["within_other_text"] for row in own)
     assert own[first["hardest_at"]]["within_other_text"] == first["largest"]
 
 
 def test_the_hardest_of_a_layer_are_above_the_null() -> None:
-    from kscli.cli.relations import layer_rows
-
     rng = np.random.default_rng(2)
     P = 0.1 * rng.standard_normal((12, 12))
     P[4:8, 4:8] += 0.5
     pm = store(["A"] * 4 + ["B"] * 4 + ["C"] * 4, P)
-    (row,) = layer_rows(relation_statistics(pm, (0,)).rows())
+    (row,) = relation_statistics(pm, (0,)).by_layer()
     assert row["hardest"].startswith("B 0.")
     assert "," not in row["hardest"]
 

@@ -10,6 +10,7 @@ each is put beside the same mean under relations dealt out to the facts at rando
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,12 +23,14 @@ from numpy.typing import NDArray
 from kscli.analysis.pairs import FactMatrices
 from kscli.analysis.statistics import distinct_tokens
 from kscli.errors import FactsError, UsageError
+from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from kscli.facts import Fact
 
 FEWEST_FACTS = 3
+FEW_RELATIONS = 3  # that are named of a layer
 
 # The pairs that a mean is over: those within a relation, and those across, all of them and by
 # whether both prompts have the same text before the subject.
@@ -102,6 +105,59 @@ class RelationStatistics:
             for at, layer in enumerate(self.layers)
             for column in range(len(names) + 1)
         ]
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """The records of all relations together, a layer each, and which relations bind `hardest`.
+
+        These are the relations above 95 % of the permuted ones, with their mean |p|.
+        """
+        rows = self.rows()
+        found = []
+        for together in (row for row in rows if row["relation"] is None):
+            above = [
+                row
+                for row in rows
+                if row["layer"] == together["layer"] and row["relation"] and _above_null(row)
+            ]
+            above.sort(key=lambda row: -row["within_other_text"])
+            hardest = ", ".join(
+                f"{row['relation']} {row['within_other_text']:.2f}" for row in above[:FEW_RELATIONS]
+            )
+            found.append({**together, "hardest": hardest or None})
+        return found
+
+    def by_relation(self) -> list[dict[str, Any]]:
+        """A record a relation, the one that binds hardest first.
+
+        `by_layer` is its mean |p| at every layer, `largest` the largest of these, `null` what 95 %
+        of permuted relations have below at that layer, `hardest_at` the layer, and `above_at` the
+        layers where it is above the null.
+        """
+        found = []
+        rows = self.rows()
+        for name in (relation.name for relation in self.relations):
+            own = [row for row in rows if row["relation"] == name]
+            defined = [row for row in own if not math.isnan(row["within_other_text"])]
+            hardest = max(defined, key=lambda row: row["within_other_text"], default=None)
+            found.append(
+                {
+                    **own[0],
+                    "pairs": own[0]["pairs_within_other_text"],
+                    "by_layer": {row["layer"]: row["within_other_text"] for row in own},
+                    "largest": hardest["within_other_text"] if hardest else None,
+                    "null": hardest["null_95_within_other_text"] if hardest else None,
+                    "hardest_at": hardest["layer"] if hardest else None,
+                    "above_at": format_layers([r["layer"] for r in own if _above_null(r)]) or None,
+                }
+            )
+        return sorted(
+            found, key=lambda row: math.inf if row["largest"] is None else -row["largest"]
+        )
+
+
+def _above_null(row: dict[str, Any]) -> bool:
+    """Whether a relation binds harder than 95 % of permuted ones; not where undefined."""
+    return bool(row["within_other_text"] > row["null_95_within_other_text"])
 
 
 def relation_statistics(

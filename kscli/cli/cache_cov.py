@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kscli.cli import options
-from kscli.cli.output import Format, field, print_json, print_rows
+from kscli.cli.output import Format, print_json, print_rows
+from kscli.tables import Column
 
 if TYPE_CHECKING:
     from kscli.corpus import Corpus
@@ -127,7 +128,7 @@ def print_plan(
     }
     print_rows(
         [{"what": what, "plan": text} for what, text in rows.items()],
-        [field("what"), field("plan")],
+        [Column("what"), Column("plan")],
         output_format,
     )
 

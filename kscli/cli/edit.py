@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, Row, field, print_rows
+from kscli.cli.output import Format, print_rows
+from kscli.tables import EDITS
 
 if TYPE_CHECKING:
     from kscli.cli.console import ConsoleReporter
@@ -300,28 +301,7 @@ def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
         # One line has no room for a list of facts.
         rows = [{name: of for name, of in row.items() if name != "moved"} for row in rows]
         rows = [row | {"layers": format_layers(row["layers"])} for row in rows]
-    columns = [
-        field("edit", spec="d"),
-        field("subject"),
-        field("target_true", "true"),
-        field("target_new", "new"),
-        field("p_max_other", "largest p", spec=".2f"),
-        field("delta_norm", "|δ|", spec=".2f"),
-        field("prob_new_before", "P(new) before", spec=".3f"),
-        field("prob_new_after", "after", spec=".3f"),
-        Column("moved most", _moved_most),
-        field("linear_error", "error", spec=".0e"),
-    ]
-    print_rows(rows, columns, output_format)
-
-
-def _moved_most(row: Row) -> str:
-    """The first fact that answers otherwise than before, of those predicted to be moved most."""
-    for moved in row["moved"]:
-        if moved["answer_changed"]:
-            was, now = moved["answer_before"], moved["answer_after"]
-            return f"{moved['subject']}: {was} → {now}"
-    return ""
+    print_rows(rows, EDITS, output_format)
 
 
 def _open_sources(

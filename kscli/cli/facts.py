@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Format, field, print_rows
+from kscli.cli.output import Format, print_rows
+from kscli.tables import Column
 
 FILE_NAME = "facts.jsonl"
 
@@ -63,10 +64,10 @@ def check(
         "path": str(path),
     }
     columns = [
-        field("model"),
-        field("facts", spec=",d"),
-        field("known", spec=",d"),
-        field("share", spec=".1%"),
+        Column("model"),
+        Column("facts", spec=",d"),
+        Column("known", spec=",d"),
+        Column("share", spec=".1%"),
     ]
     print_rows([row], columns, output_format)
 
@@ -117,10 +118,10 @@ def select(
         "path": str(output),
     }
     columns = [
-        field("models"),
-        field("facts", spec=",d"),
-        field("candidates", "known to none" if unknown else "known to all", spec=",d"),
-        field("selected", spec=",d"),
+        Column("models"),
+        Column("facts", spec=",d"),
+        Column("candidates", "known to none" if unknown else "known to all", spec=",d"),
+        Column("selected", spec=",d"),
     ]
     print_rows([row], columns, output_format)
 

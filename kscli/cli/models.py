@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, field, print_rows
+from kscli.cli.output import Format, print_rows
+from kscli.tables import Column
 
 
 def models(output_format: options.OutputFormat = Format.table) -> None:
@@ -18,10 +19,10 @@ def models(output_format: options.OutputFormat = Format.table) -> None:
     from kscli.models.aliases import ALIASES
 
     columns = [
-        field("name"),
-        Column("Hub id", lambda row: row["hub_id"] or "(in the package)"),
-        field("layers", spec="d"),
-        field("d_m", spec=",d"),
-        Column("parameters", lambda row: f"{row['parameters'] / 1e6:,.1f} M", right=True),
+        Column("name"),
+        Column("hub_id", "Hub id", value=lambda row: row["hub_id"] or "(in the package)"),
+        Column("layers", spec="d"),
+        Column("d_m", spec=",d"),
+        Column("parameters", spec="f", value=lambda row: f"{row['parameters'] / 1e6:,.1f} M"),
     ]
     print_rows([asdict(alias) for alias in ALIASES], columns, output_format)

@@ -7,16 +7,14 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
 from kscli.errors import KscliError
+from kscli.tables import Column, Row, cell, shown
 
 NARROWEST_TEXT = 16  # columns of the terminal that a folded column keeps
-
-Row = Mapping[str, Any]
 
 
 class Format(StrEnum):
@@ -30,41 +28,43 @@ class Format(StrEnum):
     latex = "latex"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the formats for people: its title and how a row's cell is written."""
-
-    title: str
-    cell: Callable[[Row], str]
-    right: bool = False
-
-
-def field(name: str, title: str | None = None, spec: str = "") -> Column:
-    """A column that shows one field; `spec` formats a number, an undefined one shows as `-`."""
-
-    def cell(row: Row) -> str:
-        value = row[name]
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "-"
-        return format(value, spec)
-
-    return Column(title or name, cell, right=bool(spec))
+FOR_MACHINES = (Format.json, Format.csv, Format.tsv)
 
 
 def print_rows(
-    rows: Sequence[Row], columns: Sequence[Column], output: Format, title: str = ""
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    output: Format,
+    title: str = "",
+    *,
+    further: bool = False,
 ) -> None:
-    """Print records: every field for machines, `columns` for people."""
+    """Print records: every field for machines, `columns` for people.
+
+    A `further` table has its title in Markdown and LaTeX too, to part it from the one before.
+    """
     if output is Format.json:
         print_json(rows)
-    elif output in (Format.csv, Format.tsv):
+        return
+    if output in FOR_MACHINES:
         _write(_separated(rows, "," if output is Format.csv else "\t"))
-    elif output is Format.markdown:
-        _write(_markdown(rows, columns))
+        return
+    columns = shown(columns, rows)
+    cells = [[column.title for column in columns], *(_cells(row, columns) for row in rows)]
+    if output is Format.table:
+        _print_table(cells, columns, title)
+        return
+    if further:
+        print_head(title, output)
+    _write((_markdown if output is Format.markdown else _latex)(cells, columns))
+
+
+def print_head(title: str, output: Format) -> None:
+    """Part a further table from what was printed before it, where the format itself does not."""
+    if output is Format.markdown:
+        print_line(f"\n{title}\n")
     elif output is Format.latex:
-        _write(_latex(rows, columns))
-    else:
-        _print_table(rows, columns, title)
+        print_line(f"\n% {title}")
 
 
 def print_json(value: Any) -> None:
@@ -100,7 +100,7 @@ def _strict(value: Any) -> Any:
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
     """A row for people: a line break within a cell would end its row."""
-    return [" ".join(column.cell(row).split()) for column in columns]
+    return [" ".join(cell(column, row).split()) for column in columns]
 
 
 def _separated(rows: Sequence[Row], delimiter: str) -> str:
@@ -113,13 +113,12 @@ def _separated(rows: Sequence[Row], delimiter: str) -> str:
     return text.getvalue()
 
 
-def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
+def _markdown(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:
+    head, *lines = (
+        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in cells
+    )
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|\n"
-    head = line([column.title for column in columns])
-    return head + rule + "".join(line(_cells(row, columns)) for row in rows)
+    return head + rule + "".join(lines)
 
 
 LATEX_SPECIAL = {
@@ -133,34 +132,28 @@ LATEX_SPECIAL = {
 }
 
 
-def _latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    def line(cells: list[str]) -> str:
-        escaped = ["".join(LATEX_SPECIAL.get(c, c) for c in cell) for cell in cells]
+def _latex(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:
+    def line(texts: Sequence[str]) -> str:
+        escaped = ["".join(LATEX_SPECIAL.get(c, c) for c in text) for text in texts]
         # At the begin of a row these would be arguments of the `\\` before it.
         guard = "{}" if escaped and escaped[0][:1] in ("[", "*") else ""
         return f"  {guard}" + " & ".join(escaped) + r" \\" + "\n"
 
     alignment = "".join("r" if column.right else "l" for column in columns)
-    body = "".join(line(_cells(row, columns)) for row in rows)
-    return (
-        f"\\begin{{tabular}}{{{alignment}}}\n  \\hline\n"
-        + line([column.title for column in columns])
-        + "  \\hline\n"
-        + body
-        + "  \\hline\n\\end{tabular}\n"
-    )
+    head, *body = map(line, cells)
+    rule = "  \\hline\n"
+    begin, end = f"\\begin{{tabular}}{{{alignment}}}\n", "\\end{tabular}\n"
+    return "".join([begin, rule, head, rule, *body, rule, end])
 
 
-def _print_table(rows: Sequence[Row], columns: Sequence[Column], title: str) -> None:
+def _print_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], title: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    cells = [_cells(row, columns) for row in rows]
-    texts = zip([column.title for column in columns], *cells, strict=True)
-    natural = [max(map(cell_len, of_column)) for of_column in texts]
+    natural = [max(map(cell_len, of_column)) for of_column in zip(*cells, strict=True)]
     least = [
         width if column.right else min(width, NARROWEST_TEXT)
         for width, column in zip(natural, columns, strict=True)
@@ -179,8 +172,8 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column], title: str) -> 
             no_wrap=column.right,
             overflow="fold",
         )
-    for row_cells in cells:
-        table.add_row(*map(Text, row_cells))
+    for line in cells[1:]:
+        table.add_row(*map(Text, line))
     with console.capture() as capture:
         if title:
             console.print(Text(title, style="bold"))

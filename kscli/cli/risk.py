@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
+from kscli.cli.output import FOR_MACHINES, Format, print_line, print_rows
+from kscli.tables import FACTS_MOVED, RISK_BY_LAYER, Column, Row, sentence, written
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -146,7 +147,7 @@ def print_moved(
     ]
     one = len(edited) == 1
     title = f"What an edit of one fact moves: {sentence_of(file, edited[0])}" if one else ""
-    print_rows(rows, moved_columns(layers, edited), output_format, title)
+    print_rows(rows, FACTS_MOVED, output_format, title)
     by_number = {row["layer"]: row for row in of_layers}
     if output_format is Format.table and least is not None:
         here = ", ".join(f"{by_number[each]['rms']:.3f} at layer {each}" for each in layers[:3])
@@ -157,25 +158,9 @@ def print_moved(
     return largest_of(by_number[number]["largest"] for number in layers)
 
 
-def moved_columns(layers: Sequence[int], edited: Sequence[int]) -> list[Column]:
-    """The columns of moved facts; layer and edited fact only where they vary."""
-    from kscli.cli.topk import sentence
-
-    return [
-        *([field("layer", spec="d")] if len(layers) > 1 else []),
-        *([Column("edited", lambda row: sentence(row, "i"))] if len(edited) > 1 else []),
-        field("rank", spec="d"),
-        field("p", spec=".3f"),
-        field("j", "fact", spec="d"),
-        Column("moved", lambda row: sentence(row, "j")),
-        Column("same last token", lambda row: "yes" if row["same_last_token"] else ""),
-    ]
-
-
 def sentence_of(file: PMatrixFile, index: int) -> str:
     """A fact of the file as the paper writes it."""
     from kscli.analysis.pair_facts import pair_facts
-    from kscli.cli.topk import sentence
 
     return sentence(pair_facts(file.facts, index, index), "i")
 
@@ -192,28 +177,8 @@ def print_layers(
         if len(edited) == 1
         else f"What an edit of each of {len(edited)} facts moves, by its layer"
     )
-    columns = [
-        field("layer", spec="d"),
-        field("rms", "rms p", spec=".4f"),
-        field("largest", "largest |p|", spec=".3f"),
-        Column("of it" if len(edited) == 1 else "of them", _largest_pair),
-        field("harmful", "share of |p| > 0.25", spec=".1%"),
-        Column("", _verdict),
-    ]
-    print_rows(rows, columns, output_format, title)
+    print_rows(rows, RISK_BY_LAYER, output_format, title)
     return largest_of(row["largest"] for row in rows)
-
-
-def _largest_pair(row: Row) -> str:
-    if row["i"] is None:
-        return "-"
-    return row["subject_j"] if row["edits"] == 1 else f"{row['subject_i']} → {row['subject_j']}"
-
-
-def _verdict(row: Row) -> str:
-    if not row["reaches"]:
-        return "cannot reach the answer"
-    return "least" if row["least"] else ""
 
 
 def print_sequences(
@@ -223,7 +188,7 @@ def print_sequences(
     from kscli.editing.risk import sequence_rows
 
     rows = [row for each in risks for row in sequence_rows(file, each, k)]
-    if output_format in (Format.json, Format.csv, Format.tsv):
+    if output_format in FOR_MACHINES:
         print_rows(rows, [], output_format)
         return largest_of(each.largest for each in risks)
     n = len(risks[0].sequence)
@@ -245,19 +210,19 @@ def sequence_columns(risks: Sequence[SequenceRisk], state: str) -> list[Column]:
     """The columns of one state's rows; the layer only where it varies."""
     edited = state == "edited"
     return [
-        *([field("layer", spec="d")] if len(risks) > 1 else []),
-        field("rank", spec="d"),
-        field("expected", spec=".3f"),
-        field("worst", spec=".3f"),
-        field("fact", spec="d"),
-        Column("moved", _moved_sentence),
-        *([field("edit", spec="d")] if edited else []),
-        field("subject_i", "most by the edit of"),
-        field("p_i", "p", spec=".2f"),
+        *([Column("layer", spec="d")] if len(risks) > 1 else []),
+        Column("rank", spec="d"),
+        Column("expected", spec=".3f"),
+        Column("worst", spec=".3f"),
+        Column("fact", spec="d"),
+        Column("subject", "moved", value=_moved_sentence),
+        *([Column("edit", spec="d")] if edited else []),
+        Column("subject_i", "most by the edit of"),
+        Column("p_i", "p", spec=".2f"),
         *(
             [
-                field("edit_norm", "edit, by norm", spec="d"),
-                field("expected_norm", "expected", spec=".3f"),
+                Column("edit_norm", "edit, by norm", spec="d"),
+                Column("expected_norm", "expected", spec=".3f"),
             ]
             if edited and risks[0].order != "norm"
             else []
@@ -266,9 +231,7 @@ def sequence_columns(risks: Sequence[SequenceRisk], state: str) -> list[Column]:
 
 
 def _moved_sentence(row: Row) -> str:
-    from kscli.cli.topk import sentence
-
-    return sentence({f"{name}_j": row[name] for name in ("subject", "prompt", "target")}, "j")
+    return written(row["prompt"], row["subject"], row["target"])
 
 
 def saving(risk: SequenceRisk, *, at_layer: bool) -> str:

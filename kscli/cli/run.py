@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from kscli.cli import options
 from kscli.cli.output import Format, print_json, print_line, print_rows
-from kscli.cli.stats import statistic_columns
 from kscli.cli.topk import print_pairs
+from kscli.tables import STATISTICS
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -105,9 +105,7 @@ def run(
     if output_format in (Format.csv, Format.tsv):
         print_rows(statistics, [], output_format)
         return
-    print_rows(
-        statistics, statistic_columns(statistics), output_format, f"P of {model}, layer by layer"
-    )
+    print_rows(statistics, STATISTICS, output_format, f"P of {model}, layer by layer")
     title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
     print_pairs(pairs, output_format, title)
     for path in figures:

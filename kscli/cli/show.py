@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Format, field, print_json, print_rows
+from kscli.cli.output import Format, print_json, print_rows
+from kscli.tables import Column
 
 
 def show(
@@ -68,7 +69,7 @@ def show(
         return
     for description in descriptions:
         own = [row for row in rows if row["path"] == description["path"]]
-        print_rows(own, [field("attribute"), field("value")], output_format)
+        print_rows(own, [Column("attribute"), Column("value")], output_format)
 
 
 def _paths(name: str, directory: Path) -> list[Path]:

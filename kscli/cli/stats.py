@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, Row, field, print_line, print_rows
-from kscli.cli.topk import sentence
+from kscli.cli.output import FOR_MACHINES, Format, print_head, print_line, print_rows
+from kscli.tables import FIXED_POINTS, NOISE, PAIRS_ABOVE_NOISE, SCALING, STATISTICS, Row
 
 if TYPE_CHECKING:
     from kscli.analysis.resampling import Resampling
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from kscli.reporter import Reporter
 
     Chosen = list[tuple[PMatrixFile, tuple[int, ...]]]
-
-FOR_MACHINES = (Format.json, Format.csv, Format.tsv)
 
 
 def stats(
@@ -63,10 +60,11 @@ def stats(
 ) -> None:
     """Describe the distribution of P's off-diagonal entries, layer by layer.
 
-    Intervals are 95 % bootstrap intervals from resampled facts. `distinct tokens` is the kurtosis
-    without the pairs whose subjects share the last token; `half in` is the least number of pairs
-    of facts that hold half of the fourth moment. json, csv and tsv have more: quantiles, tails, a
-    Hill index, who carries the variance, and all of it without same-token pairs (NAME_distinct).
+    Intervals are 95 % bootstrap intervals from resampled facts. `different last token` is the
+    kurtosis without the pairs whose subjects end in the same token. `carry half` is the least
+    number of pairs of facts that carry half of the fourth moment. json, csv and tsv have more:
+    quantiles, tails, a Hill index, what carries the variance, and each of these without the pairs
+    of the same last token (NAME_distinct).
 
     Reads pmatrix.h5, loads no model; writes the statistics of all layers to stats.h5 beside each
     model's pmatrix.h5 (of chosen layers, or of a file named with --pmatrix, only where --output
@@ -126,11 +124,11 @@ def stats(
                 said = caution(statistics, file.facts)
                 if said:
                     reporter.warn(said)
-            print_rows(rows, statistic_columns(rows), output_format, _title(rows))
+            print_rows(rows, STATISTICS, output_format, _title(rows))
             if len(files) > 1 and output_format not in FOR_MACHINES:
                 _print_scaling(chosen, resampling, output_format, reporter)
                 if _comparable(files):
-                    head_table("Fixed interference points", output_format)
+                    print_head("Fixed interference points", output_format)
                     _print_fixed_points(files, k, output_format, reporter)
 
 
@@ -160,42 +158,6 @@ def _make(
             reporter.warn(f"the statistics are not stored: {error}")
             path = None
     return statistics_of(file, layers, path, resampling, reporter)
-
-
-def statistic_columns(rows: Sequence[Row]) -> list[Column]:
-    """The statistics that fit a screen; model and m only where they vary."""
-    varying = [name for name in ("model", "m") if len({row[name] for row in rows}) > 1]
-    return [
-        *(field(name, spec="d" if name == "m" else "") for name in varying),
-        field("layer", spec="d"),
-        with_interval("mean", spec=".3f"),
-        field("std", spec=".3f"),
-        with_interval("kurtosis"),
-        with_interval("kurtosis_distinct", "distinct tokens"),
-        field("tail_0_25", "|p|>0.25", spec=".1%"),
-        field("fourth_moment_pairs", "half in", spec="g"),
-    ]
-
-
-def with_interval(name: str, title: str | None = None, spec: str = ".1f") -> Column:
-    """A column of an estimate with its interval: `47.5 [29.3, 73.0]`."""
-
-    def cell(row: Row) -> str:
-        value, low, high = (row[name + end] for end in ("", "_low", "_high"))
-        if math.isnan(value):
-            return "-"
-        ends = "" if math.isnan(low) else f" [{low:z{spec}}, {high:z{spec}}]"
-        return f"{value:z{spec}}{ends}"
-
-    return Column(title or name, cell, right=True)
-
-
-def head_table(title: str, output_format: Format) -> None:
-    """Part a further table from what was printed before it, where the format itself does not."""
-    if output_format is Format.markdown:
-        print_line(f"\n{title}\n")
-    elif output_format is Format.latex:
-        print_line(f"\n% {title}")
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -239,19 +201,8 @@ def _print_scaling(
             )
     if not rows and output_format not in FOR_MACHINES:
         return
-    columns = [
-        field("smaller"),
-        field("larger"),
-        field("kurtosis_smaller", "kurtosis", spec=".1f"),
-        field("kurtosis_larger", "of larger", spec=".1f"),
-        with_interval("difference"),
-        field("share_higher", "higher at", spec=".0%"),
-        with_interval("difference_distinct", "distinct tokens"),
-    ]
     title = "Kurtosis against size: means over layers, and the share of depths where it is larger"
-    if not asked:
-        head_table(title, output_format)
-    print_rows(rows, columns, output_format, title)
+    print_rows(rows, SCALING, output_format, title, further=not asked)
 
 
 def _print_fixed_points(
@@ -268,12 +219,7 @@ def _print_fixed_points(
         if not rows:
             return
         print_line("")
-    columns = [
-        field("rank", spec="d"),
-        field("p_least", "least p", spec=".2f"),
-        *_pair_columns(),
-    ]
-    print_rows(rows, columns, output_format)
+    print_rows(rows, FIXED_POINTS, output_format)
 
 
 def _print_noise(
@@ -290,33 +236,9 @@ def _print_noise(
     for warning in require_disjoint(file, other, layers):
         reporter.warn(warning)
     if above:
-        rows = above_rows(file, other, layers)
-        columns = [
-            field("layer", spec="d"),
-            field("rank", spec="d"),
-            field("p", spec=".2f"),
-            field("p_other", "other p", spec=".2f"),
-            *_pair_columns(),
-        ]
+        rows, columns = above_rows(file, other, layers), PAIRS_ABOVE_NOISE
         title = "Pairs above the noise of the corpus"
     else:
-        rows = noise_rows(file, other, layers, k)
-        columns = [
-            field("layer", spec="d"),
-            field("rms_difference", "rms", spec=".4f"),
-            field("worst_difference", "worst", spec=".3f"),
-            field("correlation", spec=".3f"),
-            field("noise_share", "noise", spec=".1%"),
-            field("top_overlap", f"top {k} in both", spec=".0%"),
-            field("above_noise", "pairs above it", spec=".1%"),
-        ]
+        rows, columns = noise_rows(file, other, layers, k), NOISE
         title = "P against P on disjoint text"
     print_rows(rows, columns, output_format, title)
-
-
-def _pair_columns() -> list[Column]:
-    return [
-        Column("edited (i)", lambda row: sentence(row, "i")),
-        Column("moved (j)", lambda row: sentence(row, "j")),
-        Column("same last token", lambda row: "yes" if row["same_last_token"] else ""),
-    ]

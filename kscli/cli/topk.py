@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, Row, field, print_rows
+from kscli.cli.output import Format, print_rows
+from kscli.tables import PAIRS, PAIRS_OF_LAYERS, Column, Row, sentence
 
 
 def topk(
@@ -74,53 +76,22 @@ def print_pairs(
     rows: Sequence[Row], output_format: Format, title: str = "", *, show_layer: bool = False
 ) -> None:
     """Print a list of pairs; in LaTeX in two lines a pair, as the paper's Tables 1 to 4."""
+    columns = PAIRS_OF_LAYERS if show_layer else PAIRS
     if output_format is not Format.latex:
-        print_rows(rows, pair_columns(rows, show_layer=show_layer), output_format, title)
+        print_rows(rows, columns, output_format, title)
         return
     lines = [{**row, "line": line} for row in rows for line in ("i", "j")]
-    columns = [
-        *_varying(rows, show_layer=show_layer),
-        field("p", "p(i, j)", spec=".2f"),
-        _same_token("same token"),
-    ]
+    of_pair = [*columns[:2], Column("p", "p(i, j)", ".2f")]
+    same_token = Column("same_last_token", "same token")
     first_line = [
-        Column(column.title, partial(_first_line, column), column.right) for column in columns
+        replace(column, value=partial(_on_first_line, column.key))
+        for column in (*of_pair, same_token)
     ]
-    first_line.insert(-1, Column("item i & j", lambda row: sentence(row, row["line"])))
+    first_line.insert(
+        -1, Column("item", "item i & j", value=lambda row: sentence(row, row["line"]))
+    )
     print_rows(lines, first_line, output_format, title)
 
 
-def pair_columns(rows: Sequence[Row], *, show_layer: bool = False) -> list[Column]:
-    """The columns of a list of pairs; model and layer only where they vary."""
-    return [
-        *_varying(rows, show_layer=show_layer),
-        field("rank", spec="d"),
-        field("p", spec=".2f"),
-        Column("edited (i)", lambda row: sentence(row, "i")),
-        Column("moved (j)", lambda row: sentence(row, "j")),
-        _same_token("same last token"),
-    ]
-
-
-def sentence(row: Row, which: str) -> str:
-    """A fact as the paper writes it: `The capital of [France] is [Paris].`"""
-    filled = str(row[f"prompt_{which}"]).replace("{}", f"[{row[f'subject_{which}']}]")
-    return f"{filled} [{row[f'target_{which}']}]."
-
-
-def _varying(rows: Sequence[Row], *, show_layer: bool) -> list[Column]:
-    names = {name for name in ("model", "layer") if len({row[name] for row in rows}) > 1}
-    columns = {"model": field("model"), "layer": field("layer", spec="d")}
-    return [
-        column
-        for name, column in columns.items()
-        if name in names or (show_layer and name == "layer")
-    ]
-
-
-def _same_token(title: str) -> Column:
-    return Column(title, lambda row: "yes" if row["same_last_token"] else "")
-
-
-def _first_line(column: Column, row: Row) -> str:
-    return column.cell(row) if row["line"] == "i" else ""
+def _on_first_line(key: str, row: Row) -> Any:
+    return row[key] if row["line"] == "i" else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,21 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Column, Format, Row, field, print_rows
-from kscli.cli.stats import FOR_MACHINES, head_table
+from kscli.cli.output import FOR_MACHINES, Format, print_rows
+from kscli.tables import OUTCOMES, PREDICTORS, RUN, THEORY, Column, Row
 
 if TYPE_CHECKING:
     from kscli.editing.edits_file import EditsFile
-
-NAMES = {
-    "p": "p",
-    "whitened_cosine": "whitened cosine",
-    "cosine": "cosine of keys",
-    "gradient_cosine": "cosine of gradients",
-    "permuted_p": "p of permuted facts",
-}
-# What tells runs apart beside method and layers, shown where it varies.
-_TELLING = ("model", "protocol", "value", "order", "seed")
 
 
 def verify(
@@ -113,90 +102,15 @@ def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) 
     if output_format in FOR_MACHINES:
         print_rows(rows, [], output_format)
         return
-    names = name_columns(rows)
+    names = [*RUN]
+    told_apart = {tuple(row[column.key] for column in RUN) for row in rows}
+    if len(told_apart) < len({row["path"] for row in rows}):
+        names.append(Column("path"))
     if predictors:
         title = "What foretells the damage to known facts; 95 % intervals"
-        print_rows(rows, [*names, *predictor_columns()], output_format, title)
+        print_rows(rows, [*names, *PREDICTORS], output_format, title)
         return
     title = "What became of the edits"
-    print_rows(rows, [*names, *outcome_columns()], output_format, title)
+    print_rows(rows, [*names, *OUTCOMES], output_format, title)
     title = "The theory: errors of predicted shifts, and how they grow; 95 % intervals"
-    head_table(title, output_format)
-    print_rows(rows, [*names, *theory_columns()], output_format, title)
-
-
-def name_columns(rows: Sequence[Row]) -> list[Column]:
-    """What runs are called: method and layers, and what else varies."""
-    telling = [name for name in _TELLING if len({row[name] for row in rows}) > 1]
-    shown = ["method", "layers", *telling]
-    files = {row["path"] for row in rows}
-    if len({tuple(row[name] for name in shown) for row in rows}) < len(files):
-        shown.append("path")
-    return [field(name) for name in sorted(shown, key=["model", *shown].index)]
-
-
-def outcome_columns() -> list[Column]:
-    """What became of the edits."""
-    return [
-        field("edits", spec="d"),
-        Column("at once", lambda row: _percent(row["efficacy"]), right=True),
-        Column("at the end", lambda row: _percent(row["retention"]), right=True),
-        Column("known facts kept", _kept, right=True),
-        Column("perplexity", _perplexity, right=True),
-        field("weight_change", "|W_n - W_0|", spec=".3g"),
-    ]
-
-
-def theory_columns() -> list[Column]:
-    """How the linear theory fared."""
-    return [
-        field("linear_error", "error", spec=".0e"),
-        field("live_error", "live", spec=".0e"),
-        estimate_column("exponent_original", "exponent, original facts"),
-        estimate_column("walk_original", "of a random walk"),
-        estimate_column("exponent_edited", "edited facts"),
-        estimate_column("walk_edited", "of a random walk"),
-        estimate_column("by_age", "edit number and shift"),
-    ]
-
-
-def predictor_columns() -> list[Column]:
-    """How predictors fared on behaviour."""
-    return [
-        Column("predictor", lambda row: NAMES[row["predictor"]]),
-        estimate_column("spearman", "Spearman"),
-        estimate_column("auc", "AUC"),
-        field("flips", spec="d"),
-        estimate_column("spearman_distinct", "distinct tokens: Spearman"),
-        estimate_column("auc_distinct", "AUC"),
-        field("flips_distinct", "flips", spec="d"),
-    ]
-
-
-def estimate_column(name: str, title: str) -> Column:
-    """A column of a statistic with its interval: `0.61 [0.48, 0.70]`; `-` where undefined."""
-
-    def cell(row: Row) -> str:
-        value, low, high = (row[name + end] for end in ("", "_low", "_high"))
-        if value is None:
-            return "-"
-        return f"{value:z.2f}" + ("" if low is None else f" [{low:z.2f}, {high:z.2f}]")
-
-    return Column(title, cell, right=True)
-
-
-def _kept(row: Row) -> str:
-    kept = row["kept"]
-    return "-" if kept is None else f"{_percent(kept)} of {row['known']}"
-
-
-def _percent(value: float | None) -> str:
-    """A share; only all of it is 100 %."""
-    if value is None:
-        return "-"
-    return f"{value:.0%}" if value == 1 or value < 0.995 else f"{math.floor(1000 * value) / 10}%"
-
-
-def _perplexity(row: Row) -> str:
-    before, after = row["perplexity_before"], row["perplexity_after"]
-    return "-" if None in (before, after) else f"{before:.4g} → {after:.4g}"
+    print_rows(rows, [*names, *THEORY], output_format, title, further=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kscli.analysis.fixed_points import FixedPoints, fixed_points
+from kscli.analysis.fixed_points import fixed_points
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.scaling import Measured, scaling_rows
 from kscli.figures import FigureOptions, Source
@@ -13,8 +13,9 @@ from kscli.report.findings import Finding
 from kscli.report.html import Html, join
 from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import PAIRS, Section, finding_list
-from kscli.report.tables import Row, intervals, numbers, shares, table, words
-from kscli.report.words import fact_sentence, number, share, with_interval
+from kscli.report.tables import table
+from kscli.report.words import number, share, with_interval
+from kscli.tables import FIXED_POINTS, SCALING, Row
 
 KEY = "models"
 _IMAGE = 600_000
@@ -31,16 +32,7 @@ def scaling(models: Sequence[Examined]) -> Section:
     )
     body = [finding_list([Finding("Size", tuple(map(size_sentence, rows)) or (_NO_FAMILY,))])]
     if rows:
-        columns = [
-            words("smaller"),
-            words("larger"),
-            numbers("kurtosis_smaller", "kurtosis of smaller", 1),
-            numbers("kurtosis_larger", "of larger", 1),
-            intervals("difference"),
-            shares("share_higher", "larger is higher at", 0),
-            intervals("difference_distinct", "difference, other tokens"),
-        ]
-        body.append(table(rows, columns, "Mean kurtosis over layers against size, by family"))
+        body.append(table(rows, SCALING, "Mean kurtosis over layers against size, by family"))
     drawing = Drawing(
         "kurtosis",
         "kurtosis",
@@ -98,16 +90,8 @@ def points(models: Sequence[Examined]) -> Section:
         sentence = sentence.partition(";")[0] + "."
     body = [finding_list([Finding("Pairs", (sentence,))])]
     if len(found.pairs):
-        columns = [
-            numbers("rank", digits=0),
-            numbers("p_least", "least p"),
-            numbers("p_mean", "mean p"),
-            words("edited", "edited (i)", long=True),
-            words("moved", "moved (j)", long=True),
-            words("same", "same token"),
-        ]
         caption = f"Pairs in the top {PAIRS} of every model at layer 0"
-        body.append(table(_point_rows(found, models[0]), columns, caption))
+        body.append(table(found.rows(models[0].file.facts), FIXED_POINTS, caption))
     return Section("pairs", "Fixed points", join(body))
 
 
@@ -115,19 +99,6 @@ def comparable(models: Sequence[Examined]) -> bool:
     """Whether the models share what fixed points are made of: the facts, and layer 0."""
     first = models[0].file.facts
     return all(one.file.facts == first and 0 in one.layers for one in models)
-
-
-def _point_rows(found: FixedPoints, one: Examined) -> list[Row]:
-    facts = one.file.facts
-    return [
-        {
-            **row,
-            "edited": fact_sentence(facts[row["i"]]),
-            "moved": fact_sentence(facts[row["j"]]),
-            "same": "yes" if row["same_last_token"] else "no",
-        }
-        for row in found.rows(facts)
-    ]
 
 
 def side_by_side(models: Sequence[Examined]) -> Section:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from kscli.report.edit_findings import LEVERAGE, SIMILARITY_NAMES
+from kscli.report.edit_findings import LEVERAGE
 from kscli.report.examined import Examined, ExaminedRun
 from kscli.report.html import Html, join, tag
 from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import Section
-from kscli.report.tables import Row, exponents, intervals, numbers, shares, table, words
-from kscli.report.words import fact_sentence, layers_text
+from kscli.report.tables import table
+from kscli.report.words import layers_text
+from kscli.tables import EDITS, OUTCOMES, PREDICTORS, RISK_BY_LAYER, THEORY, Column, Row
 
 
 def risk(examined: Examined) -> Section:
@@ -23,23 +23,6 @@ def risk(examined: Examined) -> Section:
         f"at {layers_text(examined.layers[:1])}.",
         most_bytes=400_000,
     )
-    rows = [
-        {
-            **row,
-            "pair": None if row["i"] is None else f"{row['subject_i']} → {row['subject_j']}",
-            "verdict": _verdict(row),
-        }
-        for row in examined.risk_rows
-    ]
-    columns = [
-        numbers("layer", digits=0),
-        numbers("rms", "rms p", 3),
-        numbers("largest", "largest |p|"),
-        words("pair", "from → to", long=True),
-        shares("harmful", "|p| > 0.25", 2),
-        shares("saved", "the order saves"),
-        words("verdict", "note"),
-    ]
     caption = (
         "What edits of all facts would do to the others, by layer, per unit of |δ|. The order: "
         f"what that of ascending {LEVERAGE} saves of the sum of p² over later and earlier edits, "
@@ -47,15 +30,9 @@ def risk(examined: Examined) -> Section:
     )
     body = [
         picture(drawing, [examined.source(examined.layers[:1])], examined.key),
-        table(rows, columns, caption),
+        table(examined.risk_rows, RISK_BY_LAYER, caption),
     ]
     return Section("risk", "Risk of edits", join(body))
-
-
-def _verdict(row: Row) -> str | None:
-    if not row["reaches"]:
-        return "cannot reach the answer"
-    return "least" if row["least"] else None
 
 
 def edits(examined: Examined) -> Section | None:
@@ -85,87 +62,37 @@ def _figures(examined: Examined) -> list[Html]:
 
 
 def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
-    rows = [{"run": run.name} | _defined(run.verification.row()) for run in runs]
-    predictions = [
-        {"run": run.name, "by": SIMILARITY_NAMES[each.predictor]} | _defined(each.row())
-        for run in runs
-        for each in run.predictions
-    ]
+    rows = [{"run": run.name} | run.verification.row() for run in runs]
+    predictions = [{"run": run.name} | each.row() for run in runs for each in run.predictions]
     return [
-        table(rows, _OUTCOMES, "What became of the edits"),
+        table(rows, (_RUN, *OUTCOMES), "What became of the edits"),
         table(
             rows,
-            _THEORY,
+            (_RUN, *THEORY),
             "The theory: the worst errors of the predicted shifts, by the largest shift, and the "
             "exponents with which mean shifts grow with the number of edits",
         ),
         table(
             predictions,
-            _PREDICTORS,
+            (_RUN, *PREDICTORS),
             "What foretells the damage to known facts: Spearman's correlation with the fall of the "
             "true target's log-probability, and ROC-AUC for answers that flipped",
         ),
     ]
 
 
-_OUTCOMES = (
-    words("run"),
-    numbers("edits", digits=0),
-    shares("efficacy", "at once", 0),
-    shares("retention", "at the end", 0),
-    numbers("known", "known facts", 0),
-    shares("kept", "of them kept", 0),
-    numbers("perplexity_before", "perplexity before"),
-    numbers("perplexity_after", "after"),
-    numbers("weight_change", "|Wₙ \N{MINUS SIGN} W₀|", 1),
-)
-_THEORY = (
-    words("run"),
-    exponents("linear_error", "error"),
-    exponents("live_error", "in the live model"),
-    intervals("exponent_original", "exponent, original facts", 2),
-    intervals("walk_original", "of a random walk", 2),
-    intervals("exponent_edited", "edited facts", 2),
-    intervals("walk_edited", "of a random walk", 2),
-    intervals("by_age", "edit number and shift", 2),
-)
-_PREDICTORS = (
-    words("run"),
-    words("by"),
-    intervals("spearman", "Spearman", 2),
-    intervals("auc", "AUC", 2),
-    numbers("flips", digits=0),
-    intervals("spearman_distinct", "other tokens: Spearman", 2),
-    intervals("auc_distinct", "AUC", 2),
-    numbers("flips_distinct", "flips", 0),
-)
-_EDITS = (
-    numbers("edit", digits=0),
-    words("fact", long=True),
-    words("target_new", "new target"),
-    shares("prob_new_before", "before"),
-    shares("prob_new_after", "right after"),
-    shares("prob_new_end", "at the end"),
-    numbers("delta_norm", "|δ|", 1),
-    numbers("p_max_other", "largest p to another"),
-)
+_RUN = Column("run")
 
 
 def _edits_of(run: ExaminedRun) -> Html:
     """A run's edits, to unfold."""
     unfold = tag("summary", f"The edits of {run.name}")
     caption = f"The probability of each edit's new target, {run.name}"
-    return tag("details", unfold, table(_edit_rows(run), _EDITS, caption))
+    return tag("details", unfold, table(_edit_rows(run), EDITS, caption))
 
 
 def _edit_rows(run: ExaminedRun) -> list[Row]:
-    facts = run.file.facts
     return [
-        _defined({**edit, "fact": fact_sentence(facts[edit["fact"]]), "prob_new_end": at_end})
+        {**edit, "prob_new_end": at_end}
         for edit, at_end in zip(run.file.objects(), run.probability_at_end(), strict=True)
     ]
-
-
-def _defined(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose numbers are NaN where they were None."""
-    return {name: float("nan") if value is None else value for name, value in row.items()}

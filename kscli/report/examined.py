@@ -26,7 +26,8 @@ from kscli.figures.angles import angles, mode
 from kscli.figures.curves import make_curve
 from kscli.figures.edit_runs import is_sequence, run_names
 from kscli.figures.settled import Settling, settle
-from kscli.report.words import layers_text, spread
+from kscli.layers import spread
+from kscli.report.words import layers_text
 from kscli.reporter import SILENT, Reporter
 
 _SHOWN = 4

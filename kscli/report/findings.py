@@ -18,7 +18,6 @@ from kscli.report.examined import Examined
 from kscli.report.words import (
     at_layers,
     counted,
-    fact_sentence,
     layers_text,
     listed,
     number,
@@ -26,6 +25,7 @@ from kscli.report.words import (
     share,
     with_interval,
 )
+from kscli.tables import sentence
 from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION
 
 # A correlation of layer and kurtosis is called a trend where it is of at least this size and
@@ -199,7 +199,7 @@ def strongest(examined: Examined) -> list[str]:
 
 
 def _bond(examined: Examined, row: Mapping[str, Any]) -> str:
-    i, j = (quoted(fact_sentence(examined.file.facts[row[end]])) for end in ("i", "j"))
+    i, j = (quoted(sentence(row, end)) for end in ("i", "j"))
     return f"{number(row['p'], 2)} at layer {row['layer']}, from {i} to {j}"
 
 

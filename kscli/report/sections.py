@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from kscli.analysis.pairs import strongest_rows
-from kscli.analysis.relations import RelationStatistics
-from kscli.analysis.statistics import DISTINCT
 from kscli.figures import FigureOptions
 from kscli.layers import format_layers
 from kscli.report.examined import Examined
 from kscli.report.findings import Finding, findings
 from kscli.report.html import Html, join, tag
 from kscli.report.pictures import Drawing, picture
-from kscli.report.tables import (
-    Row,
-    intervals,
-    numbers,
-    plain_table,
-    shares,
-    table,
-    words,
+from kscli.report.tables import plain_table, table
+from kscli.report.words import layers_text
+from kscli.tables import (
+    ANGLES,
+    PAIRS_OF_LAYERS,
+    RELATIONS_BY_LAYER,
+    SAME_TOKEN,
+    STATISTICS,
+    relation_columns,
 )
-from kscli.report.words import fact_sentence, layers_text
 
 PAIRS = 20
 _MARKED = FigureOptions(mark_same_token=True)
@@ -72,29 +66,13 @@ def depth(examined: Examined) -> Section:
         ),
         examined.layers,
     )
-    columns = [
-        numbers("layer", digits=0),
-        intervals("mean", digits=3),
-        numbers("std", digits=3),
-        numbers("skewness", digits=1),
-        intervals("kurtosis"),
-        intervals(f"kurtosis{DISTINCT}", "kurtosis, other tokens"),
-        shares("tail_0_10", "|p| > 0.1"),
-        shares("tail_0_25", "|p| > 0.25"),
-        shares("tail_0_50", "|p| > 0.5", 2),
-        numbers("min", "least p"),
-        numbers("max", "largest p"),
-        numbers("hill", "Hill index", 1),
-        numbers("fourth_moment_pairs", "half in", 0),
-    ]
     caption = (
-        "Statistics of P off the diagonal by layer, with 95 % intervals of resampled facts. Half "
-        "in: the least number of pairs of facts that hold half of the fourth moment. "
-        f"Other tokens: without the "
-        f"pairs that share {examined.token}"
+        "Statistics of P off the diagonal by layer, with 95 % intervals of resampled facts. "
+        f"Different last token: kurtosis without the pairs that share {examined.token}. Carry "
+        "half: the least number of pairs of facts that carry half of the fourth moment"
     )
     rows = examined.statistics.rows()
-    return Section("depth", "Kurtosis over depth", join([figure, table(rows, columns, caption)]))
+    return Section("depth", "Kurtosis over depth", join([figure, table(rows, STATISTICS, caption)]))
 
 
 def distribution(examined: Examined) -> Section:
@@ -138,15 +116,6 @@ def same_token(examined: Examined) -> Section:
         _MARKED,
         _IMAGE,
     )
-    columns = [
-        numbers("layer", digits=0),
-        shares("same_token", "of all pairs", 2),
-        shares("same_token_tail_0_10", "of |p| > 0.1"),
-        shares("same_token_tail_0_25", "of |p| > 0.25"),
-        shares("same_token_tail_0_50", "of |p| > 0.5"),
-        numbers("kurtosis", "kurtosis", 1),
-        numbers(f"kurtosis{DISTINCT}", "kurtosis without them", 1),
-    ]
     caption = f"What share of P's entries are pairs that share {examined.token}, by layer"
     body = [
         tag(
@@ -155,7 +124,7 @@ def same_token(examined: Examined) -> Section:
             _picture(examined, image, first),
             class_="beside",
         ),
-        table(examined.statistics.rows(), columns, caption),
+        table(examined.statistics.rows(), SAME_TOKEN, caption),
     ]
     return Section("same-token", "Pairs of the same token", join(body))
 
@@ -172,31 +141,8 @@ def pairs(examined: Examined) -> Section:
             f"not share {examined.token}",
         ),
     ]
-    shown = [table(_pair_rows(examined, rows), _PAIR_COLUMNS, text) for rows, text in lists if rows]
-    return Section("pairs", "Tightest bonds", join(shown))
-
-
-_PAIR_COLUMNS = (
-    numbers("rank", digits=0),
-    numbers("layer", digits=0),
-    numbers("p"),
-    words("edited", "edited (i)", long=True),
-    words("moved", "moved (j)", long=True),
-    words("same", "same token"),
-)
-
-
-def _pair_rows(examined: Examined, rows: Sequence[dict[str, Any]]) -> list[Row]:
-    facts = examined.file.facts
-    return [
-        {
-            **row,
-            "edited": fact_sentence(facts[row["i"]]),
-            "moved": fact_sentence(facts[row["j"]]),
-            "same": "yes" if row["same_last_token"] else "no",
-        }
-        for row in rows
-    ]
+    tables = [table(rows, PAIRS_OF_LAYERS, text) for rows, text in lists if rows]
+    return Section("pairs", "Tightest bonds", join(tables))
 
 
 def right_angles(examined: Examined) -> Section:
@@ -220,15 +166,8 @@ def right_angles(examined: Examined) -> Section:
         }
         for layer, (white, raw) in zip(examined.layers, examined.modes, strict=True)
     ]
-    columns = [
-        numbers("layer", digits=0),
-        numbers("white", "whitening space", 1),
-        numbers("white_off", "from 90\N{DEGREE SIGN}", 1),
-        numbers("raw", "activation space", 1),
-        numbers("raw_off", "from 90\N{DEGREE SIGN}", 1),
-    ]
     caption = "The most frequent angle between two keys by layer, in degrees"
-    return Section("angles", "Angles between keys", join([figure, table(rows, columns, caption)]))
+    return Section("angles", "Angles between keys", join([figure, table(rows, ANGLES, caption)]))
 
 
 def convergence(examined: Examined) -> Section:
@@ -254,64 +193,22 @@ def relations(examined: Examined) -> Section | None:
         "Mean |p| from relation to relation, of pairs with different tokens and other text before "
         f"the subject, at {layers_text(examined.ends)}.",
     )
-    rows = found.rows()
     body = [
         _picture(examined, drawing, examined.ends),
         table(
-            [row for row in rows if row["relation"] is None],
-            _BY_LAYER,
+            found.by_layer(),
+            RELATIONS_BY_LAYER,
             "Mean |p| by layer, within relations by the text before the subject, and across; the "
-            "null is of relations dealt out at random",
+            "null is of relations dealt out at random. Hardest: the relations above the null with "
+            "the largest mean",
         ),
         table(
-            _by_relation(found), _BY_RELATION, "Relations, at the layer where each binds hardest"
+            found.by_relation(),
+            relation_columns(()),
+            "Relations, each at the layer where its mean |p| is largest",
         ),
     ]
     return Section("relations", "Relations", join(body))
-
-
-_BY_LAYER = (
-    numbers("layer", digits=0),
-    numbers("within_same_text", "within, same text", 3),
-    numbers("within_other_text", "within, other text", 3),
-    numbers("null_95_within_other_text", "95 % of the null", 3),
-    numbers("p_value_within_other_text", "p-value", 3),
-    numbers("across", "across", 3),
-)
-_BY_RELATION = (
-    words("relation"),
-    words("example", "for example", long=True),
-    numbers("facts", digits=0),
-    numbers("pairs", digits=0),
-    numbers("largest", "mean |p|", 3),
-    numbers("null", "95 % of the null", 3),
-    numbers("hardest_at", "at layer", 0),
-    words("above_at", "above the null at layers"),
-)
-
-
-def _by_relation(found: RelationStatistics) -> list[Row]:
-    """The relations, those that bind hardest first."""
-    rows = []
-    for column, relation in enumerate(found.relations):
-        means = found.means["within_other_text"][:, column]
-        null = found.null_95["within_other_text"][:, column]
-        defined = not np.isnan(means).all()
-        at = int(np.nanargmax(means)) if defined else 0
-        above = [layer for layer, holds in zip(found.layers, means > null, strict=True) if holds]
-        rows.append(
-            {
-                "relation": relation.name,
-                "example": relation.example,
-                "facts": len(relation.facts),
-                "pairs": int(found.pairs["within_other_text"][column]),
-                "largest": float(means[at]),
-                "null": float(null[at]),
-                "hardest_at": float(found.layers[at]) if defined else math.nan,
-                "above_at": format_layers(above) or None,
-            }
-        )
-    return sorted(rows, key=lambda row: -np.nan_to_num(row["largest"], nan=-1.0))
 
 
 def provenance(examined: Examined) -> Section:

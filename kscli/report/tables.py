@@ -3,80 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from kscli.report.html import Html, join, tag
-from kscli.report.words import magnitude, number
+from kscli.tables import Column, Row, cell, shown
 
-Row = Mapping[str, Any]
 UNDEFINED = "\N{EN DASH}"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its title, the text of a row's cell, and the number that it is sorted by.
-
-    Without `sort` a column is of text; a row whose number is NaN goes last in either order.
-    `kind` is the class of its cells.
-    """
-
-    title: str
-    text: Callable[[Row], str]
-    sort: Callable[[Row], float] | None = None
-    kind: str = "number"
-
-
-def words(name: str, title: str = "", *, long: bool = False) -> Column:
-    """A column of a field that is text; a long one keeps some width on a narrow screen."""
-
-    def text(row: Row) -> str:
-        return UNDEFINED if row[name] is None else str(row[name])
-
-    return Column(title or name, text, kind="long" if long else "short")
-
-
-def numbers(name: str, title: str = "", digits: int = 2) -> Column:
-    """A column of a field that is a number."""
-    return Column(title or name, lambda row: _shown(row[name], digits), lambda row: row[name])
-
-
-def exponents(name: str, title: str = "") -> Column:
-    """A column of a field that is a small number, to its order of magnitude."""
-
-    def text(row: Row) -> str:
-        return UNDEFINED if math.isnan(row[name]) else magnitude(row[name])
-
-    return Column(title or name, text, lambda row: row[name])
-
-
-def shares(name: str, title: str = "", digits: int = 1) -> Column:
-    """A column of a field that is a share, in per cent."""
-
-    def text(row: Row) -> str:
-        value = row[name]
-        return UNDEFINED if math.isnan(value) else f"{100 * value:.{digits}f} %"
-
-    return Column(title or name, text, lambda row: row[name])
-
-
-def intervals(name: str, title: str = "", digits: int = 1) -> Column:
-    """A column of an estimate with the interval of `NAME_low` and `NAME_high`."""
-
-    def text(row: Row) -> str:
-        value, low, high = (row[name + end] for end in ("", "_low", "_high"))
-        if math.isnan(value) or math.isnan(low):
-            return _shown(value, digits)
-        return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
-
-    return Column(title or name, text, lambda row: row[name])
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column], caption: str) -> Html:
     """Records as a table in a box that scrolls by itself; the first column heads its row."""
+    columns = shown(columns, rows, wide=True)
     head = [
-        tag("th", tag("button", column.title, type="button"), scope="col", class_=column.kind)
+        tag(
+            "th",
+            tag("button", column.title, type="button", title=column.meaning or None),
+            scope="col",
+            class_=_kind(column),
+        )
         for column in columns
     ]
     body = [tag("tr", *(_cell(column, row, not at) for at, column in enumerate(columns)))
@@ -99,12 +43,16 @@ def _boxed(inner: Html, caption: str) -> Html:
 
 def _cell(column: Column, row: Row, heads: bool) -> Html:
     sort = None
-    if column.sort is not None:
-        value = column.sort(row)
-        sort = "" if math.isnan(value) else repr(float(value))
+    if column.right:
+        value = row[column.key]
+        sort = "" if value is None or math.isnan(value) else repr(float(value))
     name, scope = ("th", "row") if heads else ("td", None)
-    return tag(name, column.text(row), scope=scope, class_=column.kind, data_sort=sort)
+    text = cell(column, row, UNDEFINED)
+    if column.right:
+        text = text.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}").replace("%", " %")
+    return tag(name, text, scope=scope, class_=_kind(column), data_sort=sort)
 
 
-def _shown(value: float, digits: int) -> str:
-    return UNDEFINED if math.isnan(value) else number(value, digits)
+def _kind(column: Column) -> str:
+    """The class of a column's cells."""
+    return "number" if column.right else "long" if column.long else "short"

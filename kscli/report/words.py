@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kscli.facts import Fact
 from kscli.figures.curves import percent
 from kscli.figures.style import layers_text, number
 
 __all__ = [
     "at_layers",
     "counted",
-    "fact_sentence",
     "layers_text",
     "listed",
     "magnitude",
     "number",
     "quoted",
     "share",
-    "spread",
     "with_interval",
 ]
 
@@ -61,18 +58,3 @@ def at_layers(some: Sequence[int], every: Sequence[int]) -> str:
     if len(some) == len(every) > 1:
         return f"at each of the {len(every)} layers"
     return f"at {layers_text(some)}" if some else "at no layer"
-
-
-def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """At most `count` of the layers, evenly over the depth, the first and the last among them."""
-    if len(layers) <= count:
-        return tuple(layers)
-    step = (len(layers) - 1) / (count - 1)
-    return tuple(layers[round(step * at)] for at in range(count))
-
-
-def fact_sentence(fact: Fact) -> str:
-    """A fact as the paper writes it: `The capital of [France] is [Paris].`"""
-    start, end = fact.subject_span
-    text = fact.text
-    return f"{text[:start]}[{text[start:end]}]{text[end:]} [{fact.target}]."

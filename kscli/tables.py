@@ -1,0 +1,343 @@
+"""The tables of results: a column is declared once, and so is what is written in its cells.
+
+`kscli.cli.output` prints these tables in every format, `kscli.report.tables` sets them on the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table for people.
+
+    `key` names the field of a row that it shows, `heading` what stands above it (default: `key`),
+    `meaning` what the heading does not say. `spec` formats a number as Python's `format` does; a
+    column without it is text. With `interval`, the fields `KEY_low` and `KEY_high` are shown too.
+    `value` gives the cell where the field itself is not what is shown. A `wide` column is on the
+    page only, a `varying` one only where not all rows have the same value; a `long` text keeps
+    some width on a narrow screen.
+    """
+
+    key: str
+    heading: str = ""
+    spec: str = ""
+    meaning: str = ""
+    interval: bool = False
+    value: Callable[[Row], Any] | None = None
+    wide: bool = False
+    varying: bool = False
+    long: bool = False
+
+    @property
+    def title(self) -> str:
+        """What stands above the column."""
+        return self.heading or self.key
+
+    @property
+    def right(self) -> bool:
+        """Whether the column is of numbers, which stand at its right edge."""
+        return bool(self.spec)
+
+
+def number(value: Any, spec: str) -> str:
+    """A number in a table: zero has no sign, and only all of something is 100 %."""
+    text = format(value, spec if spec.endswith("d") else f"z{spec}")
+    if spec.endswith("%") and value < 1 and text.startswith("100"):
+        return f"{math.floor(1000 * value) / 10}%"
+    return text
+
+
+def cell(column: Column, row: Row, undefined: str = "-") -> str:
+    """What a row has in a column."""
+    value = column.value(row) if column.value else row[column.key]
+    if value is None or value != value:
+        return undefined
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if not column.spec or isinstance(value, str):
+        return str(value)
+    text = number(value, column.spec)
+    if column.interval:
+        low, high = (row[f"{column.key}_{end}"] for end in ("low", "high"))
+        if low is not None and low == low:
+            return f"{text} [{number(low, column.spec)}, {number(high, column.spec)}]"
+    return text
+
+
+def shown(columns: Sequence[Column], rows: Sequence[Row], *, wide: bool = False) -> list[Column]:
+    """The columns that are shown of these rows; `wide` ones where there is room for them."""
+    return [
+        column
+        for column in columns
+        if (wide or not column.wide)
+        and not (column.varying and len({row[column.key] for row in rows}) < 2)
+    ]
+
+
+def written(prompt: str, subject: str, target: str) -> str:
+    """A fact as the paper writes it: `The capital of [France] is [Paris].`"""
+    return f"{prompt.replace('{}', f'[{subject}]')} [{target}]."
+
+
+def sentence(row: Row, which: str) -> str:
+    """Fact `i` or `j` of a pair, as `written`."""
+    prompt, subject, target = (row[f"{of}_{which}"] for of in ("prompt", "subject", "target"))
+    return written(prompt, subject, target)
+
+
+MODEL = Column("model", varying=True)
+LAYER = Column("layer", spec="d")
+RANK = Column("rank", spec="d")
+_DIFFERENT = "different last token"
+_PAIRS_LEFT_OUT = "Without the pairs of facts whose keys were read at the same token."
+
+FACTS_OF_PAIR = (
+    Column("edited", "edited (i)", value=partial(sentence, which="i"), long=True),
+    Column("moved", "moved (j)", value=partial(sentence, which="j"), long=True),
+    Column("same_last_token", "same last token"),
+)
+PAIRS = (MODEL, replace(LAYER, varying=True), RANK, Column("p", spec=".2f"), *FACTS_OF_PAIR)
+PAIRS_OF_LAYERS = (MODEL, LAYER, *PAIRS[2:])
+PAIRS_ABOVE_NOISE = (
+    LAYER,
+    RANK,
+    Column("p", spec=".2f"),
+    Column("p_other", "other p", ".2f", "p with C of the other text."),
+    *FACTS_OF_PAIR,
+)
+FIXED_POINTS = (
+    RANK,
+    Column("p_least", "least p", ".2f", "The smallest p of the pair in any of the models."),
+    Column("p_mean", "mean p", ".2f", wide=True),
+    *FACTS_OF_PAIR,
+)
+
+STATISTICS = (
+    MODEL,
+    Column("m", spec="d", varying=True),
+    LAYER,
+    Column("mean", spec=".3f", interval=True),
+    Column("std", spec=".3f"),
+    Column("skewness", spec=".1f", wide=True),
+    Column("kurtosis", spec=".1f", interval=True),
+    Column("kurtosis_distinct", _DIFFERENT, ".1f", f"Kurtosis. {_PAIRS_LEFT_OUT}", interval=True),
+    Column("tail_0_10", "|p|>0.1", ".1%", wide=True),
+    Column("tail_0_25", "|p|>0.25", ".1%"),
+    Column("tail_0_50", "|p|>0.5", ".2%", wide=True),
+    Column("min", "least p", ".2f", wide=True),
+    Column("max", "largest p", ".2f", wide=True),
+    Column("hill", "Hill index", ".1f", wide=True),
+    Column(
+        "fourth_moment_pairs",
+        "carry half",
+        ".0f",
+        "The least number of pairs of facts that carry half of the fourth moment of P.",
+    ),
+)
+SAME_TOKEN = (
+    LAYER,
+    Column("same_token", "of all pairs", ".2%"),
+    Column("same_token_tail_0_10", "of |p|>0.1", ".1%"),
+    Column("same_token_tail_0_25", "of |p|>0.25", ".1%"),
+    Column("same_token_tail_0_50", "of |p|>0.5", ".1%"),
+    Column("kurtosis", spec=".1f"),
+    Column("kurtosis_distinct", _DIFFERENT, ".1f", f"Kurtosis. {_PAIRS_LEFT_OUT}"),
+)
+ANGLES = (
+    LAYER,
+    Column("white", "whitening space", ".1f"),
+    Column("white_off", "from 90\N{DEGREE SIGN}", ".1f"),
+    Column("raw", "activation space", ".1f"),
+    Column("raw_off", "from 90\N{DEGREE SIGN}", ".1f"),
+)
+SCALING = (
+    Column("smaller"),
+    Column("larger"),
+    Column("kurtosis_smaller", "kurtosis", ".1f", "Mean kurtosis over layers, smaller model."),
+    Column("kurtosis_larger", "of larger", ".1f"),
+    Column("difference", spec=".1f", interval=True),
+    Column(
+        "share_higher",
+        "higher at",
+        ".0%",
+        "The share of relative depths where the larger model has the larger kurtosis.",
+    ),
+    Column(
+        "difference_distinct", _DIFFERENT, ".1f", f"Difference. {_PAIRS_LEFT_OUT}", interval=True
+    ),
+)
+NOISE = (
+    LAYER,
+    Column("rms_difference", "rms", ".4f"),
+    Column("worst_difference", "worst", ".3f"),
+    Column("correlation", spec=".3f"),
+    Column("noise_share", "noise", ".1%"),
+    Column("top_overlap", "top K in both", ".0%"),
+    Column("above_noise", "pairs above it", ".1%"),
+)
+
+_NULL = Column(
+    "null_95_within_other_text",
+    "null 95 %",
+    ".3f",
+    "95 % of relations dealt out at random have a smaller mean.",
+)
+RELATIONS_BY_LAYER = (
+    MODEL,
+    LAYER,
+    Column("within_same_text", "within, same text", ".3f"),
+    Column("within_other_text", "within, other text", ".3f"),
+    _NULL,
+    Column("p_value_within_other_text", "p-value", ".3f"),
+    Column("across", spec=".3f"),
+    Column("hardest", meaning="The relations above the null with the largest mean |p|."),
+)
+
+
+def relation_columns(layers: Sequence[int]) -> list[Column]:
+    """The columns of relations, with mean |p| at each of `layers`."""
+    return [
+        Column("relation"),
+        Column("example", "for example", long=True),
+        Column("facts", spec="d"),
+        Column("pairs", spec="d"),
+        *(
+            Column(
+                f"layer_{layer}",
+                str(layer) if at else f"layer {layer}",
+                ".2f",
+                value=partial(_at_layer, layer=layer),
+            )
+            for at, layer in enumerate(layers)
+        ),
+        Column("largest", "mean |p|", ".3f", "At the layer where it is largest.", wide=True),
+        replace(_NULL, key="null", wide=True),
+        Column("hardest_at", "hardest at", "d", "The layer where mean |p| is largest."),
+        Column("above_at", "above null at", meaning="Layers where mean |p| is above the null."),
+    ]
+
+
+def _at_layer(row: Row, layer: int) -> Any:
+    return row["by_layer"][layer]
+
+
+# Edits, before they are made and after
+
+
+def _largest_pair(row: Row) -> str | None:
+    if row["i"] is None:
+        return None
+    return row["subject_j"] if row["edits"] == 1 else f"{row['subject_i']} → {row['subject_j']}"
+
+
+def _verdict(row: Row) -> str:
+    if not row["reaches"]:
+        return "cannot reach the answer"
+    return "least" if row["least"] else ""
+
+
+def _edited_fact(row: Row) -> str:
+    return written(row["prompt"], row["subject"], row["target_true"])
+
+
+def _moved_most(row: Row) -> str:
+    """The first fact that answers otherwise than before, of those predicted to be moved most."""
+    for moved in row["moved"]:
+        if moved["answer_changed"]:
+            return f"{moved['subject']}: {moved['answer_before']} → {moved['answer_after']}"
+    return ""
+
+
+def _kept(row: Row) -> str | None:
+    kept = row["kept"]
+    return None if kept is None else f"{number(kept, '.0%')} of {row['known']}"
+
+
+def _perplexity(row: Row) -> str | None:
+    before, after = row["perplexity_before"], row["perplexity_after"]
+    return None if None in (before, after) else f"{before:.4g} → {after:.4g}"
+
+
+RISK_BY_LAYER = (
+    LAYER,
+    Column("rms", "rms p", ".4f"),
+    Column("largest", "largest |p|", ".3f"),
+    Column("pair", "moved most", value=_largest_pair, long=True),
+    Column("harmful", "|p|>0.25", ".1%"),
+    Column("saved", "the order saves", ".1%", wide=True),
+    Column("verdict", "note", value=_verdict),
+)
+FACTS_MOVED = (
+    replace(LAYER, varying=True),
+    Column("i", "edited", value=partial(sentence, which="i"), varying=True),
+    RANK,
+    Column("p", spec=".3f"),
+    Column("j", "fact", "d"),
+    *FACTS_OF_PAIR[1:],
+)
+EDITS = (
+    Column("edit", spec="d"),
+    Column("subject"),
+    Column("fact", value=_edited_fact, wide=True, long=True),
+    Column("target_true", "true"),
+    Column("target_new", "new"),
+    Column("p_max_other", "largest p", ".2f", "The largest p from the edited fact to another one."),
+    Column("delta_norm", "|δ|", ".2f"),
+    Column("prob_new_before", "P(new) before", ".3f"),
+    Column("prob_new_after", "after", ".3f"),
+    Column("prob_new_end", "at the end", ".3f", "P(new) after the last edit.", wide=True),
+    Column("moved", "moved most", value=_moved_most),
+    Column("linear_error", "error", ".0e", "Of the predicted shifts, by the largest one."),
+)
+RUN = (
+    MODEL,
+    Column("method"),
+    Column("layers"),
+    *(Column(name, varying=True) for name in ("protocol", "value", "order", "seed")),
+)
+OUTCOMES = (
+    Column("edits", spec="d"),
+    Column(
+        "efficacy",
+        "at once",
+        ".0%",
+        "The share of edits right after which the new target's first token is the first choice.",
+    ),
+    Column("retention", "at the end", ".0%", "The same share after the last edit."),
+    Column("kept", "known facts kept", ".0%", value=_kept),
+    Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
+    Column("weight_change", "|W_n - W_0|", ".3g"),
+)
+THEORY = (
+    Column("linear_error", "error", ".0e"),
+    Column("live_error", "live", ".0e", "The error in the live model."),
+    Column("exponent_original", "exponent, original facts", ".2f", interval=True),
+    Column("walk_original", "of a random walk", ".2f", interval=True),
+    Column("exponent_edited", "edited facts", ".2f", interval=True),
+    Column("walk_edited", "of a random walk", ".2f", interval=True),
+    Column("by_age", "edit number and shift", ".2f", interval=True),
+)
+PREDICTOR_NAMES = {
+    "p": "p",
+    "whitened_cosine": "whitened cosine",
+    "cosine": "cosine of keys",
+    "gradient_cosine": "cosine of gradients",
+    "permuted_p": "p of permuted facts",
+}
+PREDICTORS = (
+    Column("predictor", value=lambda row: PREDICTOR_NAMES[row["predictor"]]),
+    Column("spearman", "Spearman", ".2f", interval=True),
+    Column("auc", "AUC", ".2f", interval=True),
+    Column("flips", spec="d"),
+    Column("spearman_distinct", f"{_DIFFERENT}: Spearman", ".2f", interval=True),
+    Column("auc_distinct", "AUC", ".2f", interval=True),
+    Column("flips_distinct", "flips", "d"),
+)
