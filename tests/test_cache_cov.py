@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
 
@@ -37,13 +40,13 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kscli", *map(str, arguments)],
+        [sys.executable, "-m", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
     )
 
 
@@ -78,7 +81,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_file(
     path = tmp_path / "cov.h5"
     command = (*COMMON, "--corpus", corpus, "-o", path)
     folder = tmp_path / "cov.h5.checkpoint"
-    process = start(*command)
+    process = start("kscli", *command)
     wait_for_checkpoint(folder, process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -100,7 +103,7 @@ def test_another_runs_checkpoint_is_refused_before_the_model_is_loaded(
     corpus: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "cov.h5"
-    process = start(*COMMON, "--corpus", corpus, "-o", path)
+    process = start("kscli", *COMMON, "--corpus", corpus, "-o", path)
     wait_for_checkpoint(tmp_path / "cov.h5.checkpoint", process)
     process.kill()
     process.communicate()
@@ -166,6 +169,61 @@ def test_ranks_of_torchrun_give_what_one_process_does(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_killed_rank_ends_the_others_and_the_rerun_goes_on(
+    corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two ranks that no launcher watches over, as `srun` starts them."""
+    path = tmp_path / "cov.h5"
+    command = ("kscli", *COMMON, "--corpus", corpus, "-o", path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    variables |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+
+    def start_ranks() -> list[subprocess.Popen[str]]:
+        return [
+            start(*command, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
+        ]
+
+    ranks = start_ranks()
+    wait_for_checkpoint(tmp_path / "cov.h5.checkpoint-1-of-2", ranks[1])
+    ranks[1].kill()
+    _, stderr = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 1, stderr
+    assert "error: rank 1 ended before the work was done" in one_sentence(stderr)
+    assert list(tmp_path.glob("cov.h5.checkpoint-0-of-2/state-*.h5"))
+    assert not path.exists()
+    for rank in start_ranks():
+        _, stderr = rank.communicate(timeout=120)
+        assert rank.returncode == 0, stderr
+    assert_close(path, undisturbed)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_torchrun_ends_the_other_when_a_rank_is_killed(
+    corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cov.h5"
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kscli")
+    command = (*torchrun, *COMMON, "--corpus", corpus, "-o", path)
+    launcher = start(*command)
+    wait_for_checkpoint(tmp_path / "cov.h5.checkpoint-1-of-2", launcher)
+    for worker in psutil.Process(launcher.pid).children():
+        if worker.environ().get("RANK") == "1":
+            worker.kill()
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    # The other sees the connection break, or torchrun's SIGTERM, whichever comes first.
+    (said,) = re.findall(r"^error: (.*)", stderr, re.MULTILINE)
+    assert said.startswith(("rank 1 ended before the work was done", "terminated; "))
+    assert "kscli/" not in stderr
+    again = start(*command)
+    _, stderr = again.communicate(timeout=120)
+    assert again.returncode == 0, stderr
+    assert "going on from" in stderr
+    assert_close(path, undisturbed)
+
+
 @pytest.mark.parametrize("bound", [(), ("--tokens", "3001"), ("--samples", "701")])
 def test_shards_merged_give_what_one_process_does(
     corpus: Path, tmp_path: Path, bound: tuple[str, ...]
@@ -199,7 +257,7 @@ def test_a_shard_is_made_again_where_other_documents_are_asked_for(
 def test_what_was_left_beside_a_finished_file_goes(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "cov.h5"
     command = (*COMMON, "--corpus", corpus, "-o", path)
-    process = start(*command)
+    process = start("kscli", *command)
     folder = tmp_path / "cov.h5.checkpoint"
     wait_for_checkpoint(folder, process)
     process.kill()
