@@ -10,11 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli.artifacts import Provenance, Recipe, write_artifact
+from kscli.artifacts import KeysAbout, Recipe, write_artifact
 from kscli.batching import TokenSequence, make_batches
 from kscli.errors import FactsError, NumericsError
-from kscli.facts import FactSet
-from kscli.files import require_writable
+from kscli.facts import Fact, FactSet
 from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.positions import KeyToken, LocatedPrompt, locate_keys
@@ -25,8 +24,9 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of m facts: `keys` (layer, m, d_m) float32, `token_id` and `position` (m,)."""
+    """The keys of m `facts`: `keys` (layer, m, d_m) float32, `token_id` and `position` (m,)."""
 
+    facts: tuple[Fact, ...]
     layers: tuple[int, ...]
     keys: NDArray[np.float32]
     token_id: NDArray[np.int64]
@@ -85,6 +85,7 @@ def extract_keys(
             task.advance(len(indexes))
     _check_finite(keys, chosen, facts)
     return Keys(
+        facts=facts.facts,
         layers=chosen,
         keys=keys,
         token_id=np.array([p.token_id for p in prompts], dtype=np.int64),
@@ -93,32 +94,21 @@ def extract_keys(
 
 
 def write_keys(
-    model: LoadedModel,
-    facts: FactSet,
-    path: Path,
-    *,
-    token: KeyToken = "subject-last",
-    layers: str = "all",
-    force: bool = False,
-    reporter: Reporter = SILENT,
-) -> Keys:
-    """Extract the keys and write them to keys.h5 at `path`; raises as `extract_keys` does."""
-    require_writable(path, force=force)
-    result = extract_keys(model, facts, token, layers, reporter)
-    provenance = Provenance(
+    model: LoadedModel, facts: FactSet, token: KeyToken, keys: Keys, path: Path, recipe: Recipe
+) -> None:
+    """Write the keys of `facts` at `token` to keys.h5 at `path`, replacing what is there."""
+    about = KeysAbout(
         **model.provenance(),
-        details={"facts_name": facts.name, "facts_identity": facts.identity, "token": token},
-        recipe=extraction_recipe(model.identity, facts, token, layers, model.dtype),
+        facts_name=facts.name,
+        facts_identity=facts.identity,
+        token=token,
+        recipe=recipe,
     )
-    with write_artifact(path, "keys", provenance, force=force) as writer:
-        writer.layers(result.layers)
-        writer.facts(facts.facts)
-        writer.array("token_id", result.token_id)
-        writer.array("position", result.position)
-        writer.over_layers("keys", result.keys.shape[1:], np.float32)
-        for index in range(len(result.layers)):
-            writer.put("keys", index, result.keys[index])
-    return result
+    with write_artifact(path, "keys", about, force=True) as writer:
+        writer.layers(keys.layers)
+        writer.facts(keys)
+        for index, of_layer in enumerate(keys.keys):
+            writer.put("keys", index, of_layer)
 
 
 def _check_lengths(model: LoadedModel, facts: FactSet, prompts: tuple[LocatedPrompt, ...]) -> None:

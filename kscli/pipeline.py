@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kscli.analysis.stats_file import statistics_recipe, write_statistics
-from kscli.artifacts import (
-    Artifact,
-    CovarianceFile,
-    KeysFile,
-    Kind,
-    PMatrixFile,
-    Recipe,
-    difference,
-    is_imported,
-)
-from kscli.errors import ArtifactError, UsageError
+from kscli.artifacts import Existing, Kind, Recipe, is_imported, must_make
+from kscli.errors import UsageError
+from kscli.files import require_writable
 from kscli.layers import select_layers
-from kscli.models.aliases import slug
 from kscli.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -42,85 +30,6 @@ if TYPE_CHECKING:
     from kscli.second_moment.covariance import CovarianceOptions
     from kscli.second_moment.plan import Estimate, MemoryPlan
     from kscli.second_moment.ranks import Ranks
-
-
-class Existing(Enum):
-    """What to do with a file that is in the way and not up to date.
-
-    KEEP leaves it with a warning, REMAKE replaces it with a note; FORCE replaces even a file
-    that is up to date.
-    """
-
-    REFUSE = "refuse"
-    KEEP = "keep"
-    REMAKE = "remake"
-    FORCE = "force"
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a model's artifacts lie: `root/SLUG/{cov,keys,pmatrix,stats}.h5` and `figures/`."""
-
-    root: Path
-    model: str
-
-    @property
-    def folder(self) -> Path:
-        """The model's folder."""
-        return self.root / slug(self.model)
-
-    @property
-    def figures(self) -> Path:
-        """The folder of the model's figures."""
-        return self.folder / "figures"
-
-    def path(self, kind: Kind) -> Path:
-        """The artifact of that kind."""
-        return self.folder / f"{kind}.h5"
-
-
-def make(
-    path: Path,
-    kind: Kind,
-    recipe: Recipe,
-    maker: Callable[[], object],
-    existing: Existing,
-    reporter: Reporter,
-    model_id: str = "",
-) -> bool:
-    """Call `maker`, which writes `path`, unless the file is up to date; whether it was called.
-
-    Raises ArtifactError when another file is in the way and `existing` says to refuse, or when
-    it is about a model of another `model_id`, two models' folders having one base name.
-    """
-    reason = difference(path, kind, recipe)
-    if existing is not Existing.FORCE:
-        if reason is None:
-            reporter.note(f"{path} is up to date.")
-            return False
-        if path.exists():
-            if existing is Existing.REFUSE:
-                raise ArtifactError(f"{path} exists, and {reason}; add --force to replace it.")
-            if existing is Existing.KEEP:
-                reporter.warn(f"{path} was left as it is, though {reason}; --force replaces it.")
-                return False
-            _refuse_another_model(path, recipe, model_id)
-            reporter.note(f"{path} is made again: {reason}.")
-    maker()
-    return True
-
-
-def _refuse_another_model(path: Path, recipe: Recipe, model_id: str) -> None:
-    try:
-        with Artifact(path) as artifact:
-            held, weights = artifact.attributes["model_id"], artifact.recipe.get("weights")
-    except ArtifactError:
-        return
-    if model_id not in ("", held) and weights != recipe.get("weights"):
-        raise ArtifactError(
-            f"{path} is about another model, {held}; give {model_id} a --dir of its own, or "
-            "replace the file with --force."
-        )
 
 
 @dataclass(frozen=True)
@@ -197,23 +106,21 @@ class Session:
         check_together(corpus, options, execution.ranks)
         recipe = covariance_recipe(self.located.identity, corpus, options, self.dtype)
 
-        def maker() -> None:
-            checkpoints = self._checkpoints(path, recipe, execution)
-            plan = self.plan(options, execution)
-            self._announce(plan, path)
-            self._spread = plan.split
-            run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
-            around = Surroundings(checkpoints, execution.ranks, self.reporter)
-            cache_covariance(self.model, corpus, options, path, plan=run, force=True, around=around)
-
         if execution.ranks:
             self._require_alike(execution.ranks, recipe)
-        model_id = self.located.identity.model_id
-        made = make(path, "cov", recipe, maker, self.existing, self.reporter, model_id)
-        if not made and not execution.ranks:
-            # What a run left that was killed between its file and its checkpoints.
-            self._checkpoints_of(path, recipe, execution).discard_own()
-        return made
+        if not self._must_make(path, "cov", recipe):
+            if not execution.ranks:
+                # What a run left that was killed between its file and its checkpoints.
+                self._checkpoints_of(path, recipe, execution).discard_own()
+            return False
+        checkpoints = self._checkpoints(path, recipe, execution)
+        plan = self.plan(options, execution)
+        self._announce(plan, path)
+        self._spread = plan.split
+        run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
+        around = Surroundings(checkpoints, execution.ranks, self.reporter)
+        cache_covariance(self.model, corpus, options, path, recipe, plan=run, around=around)
+        return True
 
     def _checkpoints(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
         """Where a run that makes `path` saves itself; another run's remains go by force alone."""
@@ -299,75 +206,18 @@ class Session:
 
     def extract(self, facts: FactSet, token: KeyToken, layers: str, path: Path) -> bool:
         """Make keys.h5 at `path` unless it is up to date; whether it was made."""
-        from kscli.extraction import extraction_recipe, write_keys
+        from kscli.extraction import extract_keys, extraction_recipe, write_keys
 
         recipe = extraction_recipe(self.located.identity, facts, token, layers, self.dtype)
-        return make(
-            path,
-            "keys",
-            recipe,
-            lambda: write_keys(
-                self.model,
-                facts,
-                path,
-                token=token,
-                layers=layers,
-                force=True,
-                reporter=self.reporter,
-            ),
-            self.existing,
-            self.reporter,
-            self.located.identity.model_id,
-        )
+        if not self._must_make(path, "keys", recipe):
+            return False
+        keys = extract_keys(self.model, facts, token, layers, self.reporter)
+        write_keys(self.model, facts, token, keys, path, recipe)
+        return True
 
-
-@dataclass(frozen=True)
-class PMatrixRequest:
-    """Which files pmatrix reads and writes, at which layers, with which ridge."""
-
-    cov: Path
-    keys: Path
-    output: Path
-    layers: str = "all"
-    ridge: float = 0.0
-
-
-def make_pmatrix(request: PMatrixRequest, existing: Existing, reporter: Reporter) -> bool:
-    """Make pmatrix.h5 unless it is up to date; whether it was made.
-
-    `all` layers are those that keys.h5 holds.
-    """
-    from kscli.superposition import superposition_recipe, write_pmatrix
-
-    with CovarianceFile(request.cov) as cov, KeysFile(request.keys) as keys:
-        layers = select_layers(request.layers, keys.layers, str(request.keys))
-        return make(
-            request.output,
-            "pmatrix",
-            superposition_recipe(cov, keys, layers, request.ridge),
-            lambda: write_pmatrix(
-                cov,
-                keys,
-                request.output,
-                layers=layers,
-                ridge=request.ridge,
-                force=True,
-                reporter=reporter,
-            ),
-            existing,
-            reporter,
-        )
-
-
-def make_statistics(
-    pm: PMatrixFile, layers: tuple[int, ...], path: Path, existing: Existing, reporter: Reporter
-) -> bool:
-    """Make stats.h5, of `layers` of `pm`, unless it is up to date; whether it was made."""
-    return make(
-        path,
-        "stats",
-        statistics_recipe(pm, layers),
-        lambda: write_statistics(pm, layers, path, force=True),
-        existing,
-        reporter,
-    )
+    def _must_make(self, path: Path, kind: Kind, recipe: Recipe) -> bool:
+        model_id = self.located.identity.model_id
+        made = must_make(path, kind, recipe, self.existing, self.reporter, model_id)
+        if made:
+            require_writable(path, force=True)
+        return made

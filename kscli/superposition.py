@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from kscli.artifacts import (
     CovarianceFile,
+    Existing,
     KeysFile,
-    Recipe,
+    PMatrixAbout,
+    must_make,
     require_same_identity,
     write_artifact,
 )
@@ -31,8 +33,8 @@ class Superposition:
     """One layer's matrices over m facts, each (m, m) float64, in the paper's terms.
 
     `leverage` (m,) is k^T C^-1 k, `condition` the condition estimate of C scaled to unit
-    diagonal, `dead` the number of coordinates that were 0 on every token. `whitening_residual` is
-    the largest |L^-1 C L^-T x - x| / |x| over 8 random x, `solve_residual` the largest
+    diagonal, `dead_coordinates` how many coordinates were 0 on every token. `whitening_residual`
+    is the largest |L^-1 C L^-T x - x| / |x| over 8 random x, `solve_residual` the largest
     |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic did what Appendix B proves.
     """
 
@@ -42,13 +44,10 @@ class Superposition:
     Q: NDArray[np.float64]
     leverage: NDArray[np.float64]
     condition: float
-    dead: int
+    dead_coordinates: int
     whitening_residual: float
     solve_residual: float
 
-
-MATRICES = ("P", "whitened_cosine", "cosine", "Q")
-PRECISION = ("condition", "whitening_residual", "solve_residual")
 
 # Half of float32's unit in the last place: what storing C can change an entry by, as a share.
 STORAGE_ERROR = 6e-8
@@ -77,7 +76,7 @@ def superposition(
         Q=Q,
         leverage=leverage,
         condition=white.condition,
-        dead=len(white.dead),
+        dead_coordinates=len(white.dead),
         whitening_residual=white.identity_residual(),
         solve_residual=white.solve_residual(keys, whitened),
     )
@@ -92,18 +91,6 @@ class KeyOfFactError(NumericsError):
         self.what = what
 
 
-def superposition_recipe(
-    cov: CovarianceFile, keys: KeysFile, layers: tuple[int, ...], ridge: float
-) -> Recipe:
-    """Everything that decides what pmatrix.h5 holds."""
-    return {
-        "cov": cov.fingerprint,
-        "keys": keys.fingerprint,
-        "layers": format_layers(layers),
-        "ridge": ridge,
-    }
-
-
 def write_pmatrix(
     cov: CovarianceFile,
     keys: KeysFile,
@@ -111,63 +98,64 @@ def write_pmatrix(
     *,
     layers: tuple[int, ...],
     ridge: float = 0.0,
-    force: bool = False,
+    existing: Existing = Existing.REFUSE,
     reporter: Reporter = SILENT,
-) -> None:
-    """Compute every layer's matrices, one layer's C in memory at a time, and write pmatrix.h5.
+) -> bool:
+    """Write pmatrix.h5 at `path` unless it is up to date; whether it was written.
 
-    Raises ArtifactError when `cov` and `keys` are about different models or lack a layer, and
-    NumericsError, naming the layer and the fact, where p cannot be computed.
+    One layer's C is in memory at a time. Raises ArtifactError when `cov` and `keys` are about
+    different models or lack a layer, or another file is in the way, and NumericsError, naming the
+    layer and the fact, where p cannot be computed.
     """
-    require_writable(path, force=force)
+    recipe = {
+        "cov": cov.fingerprint,
+        "keys": keys.fingerprint,
+        "layers": format_layers(layers),
+        "ridge": ridge,
+    }
+    if not must_make(path, "pmatrix", recipe, existing, reporter):
+        return False
+    require_writable(path, force=True)
     if not 0 <= ridge < float("inf"):
         raise UsageError(f"--ridge {ridge} must be 0 or more.")
     for warning in require_same_identity(cov, keys):
         reporter.warn(warning)
     keys.require_layers(layers)
     cov.require_layers(layers)
-    provenance = keys.provenance(
-        details={"ridge": ridge, "shard": str(cov.recipe.get("shard") or "")}
-        | {name: cov.attributes[name] for name in ("corpus", "corpus_identity")}
-        | {name: keys.attributes[name] for name in ("facts_name", "facts_identity", "token")},
+    about = keys.about.derive(
+        PMatrixAbout,
+        ridge=ridge,
+        shard=str(cov.about.recipe.get("shard") or ""),
+        corpus=cov.about.corpus,
+        corpus_identity=cov.about.corpus_identity,
         inputs={"cov": cov.fingerprint, "keys": keys.fingerprint},
-        recipe=superposition_recipe(cov, keys, layers, ridge),
+        recipe=recipe,
     )
     count = cov.count
     _warn_of_few_tokens(cov, count, reporter)
-    facts = keys.facts
-    m = len(facts)
+    conditions = {}
     with (
-        write_artifact(path, "pmatrix", provenance, force=force) as writer,
+        write_artifact(path, "pmatrix", about, force=True) as writer,
         reporter.task("superposition", len(layers), unit="layers") as task,
     ):
         writer.layers(layers)
-        writer.facts(facts)
-        writer.array("token_id", keys.token_id)
-        writer.array("position", keys.position)
-        for name in MATRICES:
-            writer.over_layers(name, (m, m), np.float64)
-        writer.over_layers("leverage", (m,), np.float64)
-        for name in PRECISION:
-            writer.over_layers(name, (), np.float64)
-        writer.over_layers("dead_coordinates", (), np.int64)
-        conditions = {}
+        writer.facts(keys)
         for index, layer in enumerate(layers):
             try:
                 result = superposition(cov.second_moment(layer), count, keys.keys_of(layer), ridge)
             except KeyOfFactError as error:
-                fact = facts[error.index]
+                fact = keys.facts[error.index]
                 raise NumericsError(
                     f"layer {layer}: the key of {fact.text!r} (fact {error.index}) {error.what}."
                 ) from error
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
-            for name in (*MATRICES, "leverage", *PRECISION):
-                writer.put(name, index, getattr(result, name))
+            for name, values in vars(result).items():
+                writer.put(name, index, values)
             conditions[layer] = result.condition
-            writer.put("dead_coordinates", index, result.dead)
             task.advance()
     _warn_of_conditions(conditions, reporter)
+    return True
 
 
 def _warn_of_conditions(conditions: dict[int, float], reporter: Reporter) -> None:
@@ -186,7 +174,7 @@ def _warn_of_conditions(conditions: dict[int, float], reporter: Reporter) -> Non
 
 
 def _warn_of_few_tokens(cov: CovarianceFile, count: int, reporter: Reporter) -> None:
-    d_m = int(cov.attributes["d_m"])
+    d_m = cov.about.d_m
     if count < FEWEST_TOKENS_PER_DIMENSION * d_m:
         reporter.warn(
             f"{cov.path} saw {count:,} tokens, {count / d_m:.1f} a dimension; under "

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import CovarianceFile, KeysFile, Provenance, write_artifact
+from kscli.artifacts import (
+    CovarianceAbout,
+    CovarianceFile,
+    KeysAbout,
+    KeysFile,
+    PMatrixAbout,
+    write_artifact,
+)
 from kscli.facts import Fact
 from kscli.superposition import write_pmatrix
 
@@ -30,6 +39,7 @@ FACTS = tuple(
     for i in range(6)
 )
 LAYERS = (0, 1, 2)
+OF_FACTS = {"facts_name": "toy", "facts_identity": "sha256:f", "token": "subject-last"}
 
 
 def second_moments(seed: int = 0, count: int = 2000) -> NDArray[np.float32]:
@@ -37,19 +47,46 @@ def second_moments(seed: int = 0, count: int = 2000) -> NDArray[np.float32]:
     return (np.einsum("lna,lnb->lab", keys, keys) / count).astype(np.float32)
 
 
+def about_cov(**changes: Any) -> CovarianceAbout:
+    """What a toy cov.h5 says of itself."""
+    of_corpus = {"corpus": "toy text", "corpus_identity": "c0", "documents": 9, "max_length": 64}
+    return CovarianceAbout(**(PROVENANCE | of_corpus | changes))
+
+
+def about_keys(**changes: Any) -> KeysAbout:
+    """What a toy keys.h5 says of itself."""
+    return KeysAbout(**(PROVENANCE | OF_FACTS | changes))
+
+
+def about_pmatrix(**changes: Any) -> PMatrixAbout:
+    """What a toy pmatrix.h5 says of itself."""
+    of_corpus = {"corpus": "toy text", "corpus_identity": "c0", "ridge": 0.0}
+    return PMatrixAbout(**(PROVENANCE | OF_FACTS | of_corpus | changes))
+
+
+@dataclass(frozen=True)
+class Located:
+    """Facts, and where their keys were read."""
+
+    facts: Sequence[Fact]
+    token_id: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+
+def located(facts: Sequence[Fact], token_id: Sequence[int] | None = None) -> Located:
+    """Facts with their keys at `token_id`; by default each at a token of its own."""
+    ids = range(len(facts)) if token_id is None else token_id
+    return Located(facts, np.array(ids, np.int64), np.arange(len(facts)))
+
+
 def write_cov(path: Path, seed: int = 0, count: int = 2000, **changes: Any) -> Path:
-    provenance = Provenance(
-        **(PROVENANCE | changes),
-        details={"corpus": "toy text", "corpus_identity": f"c{seed}"},
-        recipe={"corpus": f"c{seed}"},
-    )
-    C = second_moments(seed, count)
-    with write_artifact(path, "cov", provenance, force=True) as writer:
+    identity = f"c{seed}"
+    about = about_cov(**{"corpus_identity": identity, "recipe": {"corpus": identity}} | changes)
+    with write_artifact(path, "cov", about, force=True) as writer:
         writer.layers(LAYERS)
-        writer.array("count", np.int64(count))
-        writer.over_layers("second_moment", C.shape[1:], np.float32)
-        for index in range(len(LAYERS)):
-            writer.put("second_moment", index, C[index])
+        writer.write("count", count)
+        for index, C in enumerate(second_moments(seed, count)):
+            writer.put("second_moment", index, C)
     return path
 
 
@@ -57,19 +94,16 @@ def write_keys(
     path: Path,
     keys: NDArray[np.float32] | None = None,
     layers: tuple[int, ...] = LAYERS,
+    facts: Sequence[Fact] = FACTS,
     **changes: Any,
 ) -> Path:
-    details = {"facts_name": "toy", "facts_identity": "sha256:f", "token": "subject-last"}
-    provenance = Provenance(**(PROVENANCE | changes), details=details, recipe={"facts": "toy"})
     if keys is None:
-        shape = (len(layers), len(FACTS), PROVENANCE["d_m"])
+        shape = (len(layers), len(facts), PROVENANCE["d_m"])
         keys = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    with write_artifact(path, "keys", provenance, force=True) as writer:
+    about = about_keys(**{"recipe": {"facts": "toy"}} | changes)
+    with write_artifact(path, "keys", about, force=True) as writer:
         writer.layers(layers)
-        writer.facts(FACTS)
-        writer.array("token_id", np.array([5, 5, 7, 8, 9, 10]))
-        writer.array("position", np.arange(6))
-        writer.over_layers("keys", keys.shape[1:], np.float32)
+        writer.facts(located(facts, [5, 5, *range(7, 5 + len(facts))][: len(facts)]))
         for index in range(len(layers)):
             writer.put("keys", index, keys[index])
     return path

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from artifact_kit import PROVENANCE
+from artifact_kit import OF_FACTS, PROVENANCE, located
 from numpy.typing import NDArray
 
-from kscli.artifacts import Provenance
+from kscli.artifacts import EditsAbout
 from kscli.editing.edits_file import EditLog, write_edits
 from kscli.facts import Fact
 
@@ -108,18 +107,21 @@ class Run:
         facts = self.facts or tuple(
             Fact("{} is in", f"Subject {at}", f"target {at}") for at in range(self.m)
         )
-        pm: Any = SimpleNamespace(
-            facts=facts, token_id=np.arange(self.m), position=np.zeros(self.m, dtype=np.int64)
-        )
-        texts = ("corpus", "facts_name", "facts_identity", "token", "order", "value")
-        details = dict.fromkeys(texts, "") | {"order": "given", "value": "optimised"}
-        details |= {"method": self.method, "protocol": self.protocol, "batch": 1}
-        provenance = Provenance(
-            **(PROVENANCE | {"model": self.model, "n_layers": 30}),
-            details=details,
+        about = EditsAbout(
+            **(PROVENANCE | OF_FACTS | {"model": self.model, "n_layers": 30}),
+            corpus="toy text",
+            corpus_identity="c0",
+            method=self.method,
+            protocol=self.protocol,
+            order="given",
+            value="optimised",
+            weight=0.0,
+            batch=1,
+            planned=self.n,
+            held_out="",
             seed=self.seed,
             inputs=self.inputs,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_edits(path, self.log, (self.layer,), pm, provenance)
+        write_edits(path, self.log, (self.layer,), located(facts), about)
         return path

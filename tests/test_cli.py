@@ -121,21 +121,10 @@ def test_latex_and_markdown_escape_what_they_would_read(tmp_path: Path) -> None:
 
 def test_undefined_is_null_in_json_and_empty_in_csv(tmp_path: Path) -> None:
     """One fact has no pairs, so no statistic is defined."""
-    from artifact_kit import LAYERS, PROVENANCE
-
-    from kscli.artifacts import Provenance, write_artifact
     from kscli.facts import Fact
 
-    details = {"facts_name": "one", "facts_identity": "x", "token": "subject-last"}
-    keys = tmp_path / "toy" / "keys.h5"
-    with write_artifact(keys, "keys", Provenance(**PROVENANCE, details=details)) as writer:
-        writer.layers(LAYERS)
-        writer.facts([Fact("{} is", "a", "b")])
-        writer.array("token_id", np.array([1]))
-        writer.array("position", np.array([0]))
-        writer.over_layers("keys", (1, 12), np.float32)
-        for index in range(3):
-            writer.put("keys", index, np.ones((1, 12)))
+    keys = np.ones((3, 1, 12), np.float32)
+    write_keys(tmp_path / "toy" / "keys.h5", keys, facts=[Fact("{} is", "a", "b")])
     write_cov(tmp_path / "toy" / "cov.h5")
     assert kscli("pmatrix", "-m", "toy", "--dir", tmp_path).exit_code == 0
     printed = kscli("stats", "-m", "toy", "--dir", tmp_path, "-f", "json").stdout

@@ -100,7 +100,7 @@ def run(
         folder_of(path), checkpoint_recipe(recipe, BATCH_TOKENS, WHOLE), every
     )
     around = Surroundings(checkpoints, None, watcher or Watcher())
-    cache_covariance(model, corpus, options, path, plan=plan, around=around)
+    cache_covariance(model, corpus, options, path, recipe, plan=plan, around=around)
 
 
 def folder_of(path: Path) -> Path:
@@ -413,6 +413,7 @@ def test_a_key_that_is_not_finite_names_layer_and_document_and_keeps_the_checkpo
                 corpus,
                 options,
                 tmp_path / "cov.h5",
+                recipe,
                 plan=small,
                 around=Surroundings(checkpoints),
             )

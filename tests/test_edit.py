@@ -31,7 +31,14 @@ from kscli.editing.edits_file import EditsFile
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.run import ALREADY, Edit, EditOptions, EditRun
 from kscli.editing.sources import EditSources
-from kscli.editing.stage import EditPlan, HeldOut, checkpoint_of, make_edits, replay_edits
+from kscli.editing.stage import (
+    EditPlan,
+    HeldOut,
+    checkpoint_of,
+    edits_recipe,
+    make_edits,
+    replay_edits,
+)
 from kscli.editing.updates import edit_directions
 from kscli.editing.value import DivergedError
 from kscli.editing.weights import EditableWeight
@@ -79,10 +86,21 @@ def plan_of(sources: EditSources, facts: tuple[int, ...] = EDITED, **options: An
     return EditPlan(edits, "given", EditOptions(**options), held_out)
 
 
+def perform(
+    model: LoadedModel,
+    sources: EditSources,
+    plan: EditPlan,
+    path: Path,
+    reporter: Reporter = SILENT,
+) -> None:
+    recipe = edits_recipe(sources, plan, model.dtype)
+    make_edits(model, sources, plan, path, recipe, force=False, reporter=reporter)
+
+
 def run_on_tiny(model: LoadedModel, folder: Path, path: Path, *layers: int, **options: Any) -> None:
     with ExitStack() as stack:
         sources = sources_of(folder, stack, *layers)
-        make_edits(model, sources, plan_of(sources, **options), path, force=False, reporter=SILENT)
+        perform(model, sources, plan_of(sources, **options), path)
 
 
 class Naive:
@@ -269,7 +287,7 @@ def test_memit_is_its_definition_over_two_layers(
             sources, facts_edited, method="memit", weight=weight, batch=3, random_norm=1.0
         )
         path = tmp_path / "memit.h5"
-        make_edits(tiny, sources, plan, path, force=False, reporter=SILENT)
+        perform(tiny, sources, plan, path)
 
         wanted = np.array([hidden(i) + shifts[i] for i in range(3)])
         for at, layer in enumerate(layers):
@@ -318,7 +336,7 @@ def test_two_equal_keys_cannot_have_two_values(folder: Path) -> None:
 
 def arrays(path: Path) -> dict[str, list[Any]]:
     with EditsFile(path) as file:
-        return {name: file.values(name).tolist() for name in file.schema() if "/" not in name}
+        return {name: file.values(name).tolist() for name in file.datasets() if "/" not in name}
 
 
 @pytest.mark.parametrize(
@@ -406,7 +424,7 @@ def test_a_signal_in_the_last_edit_costs_no_pass(
     with ExitStack() as stack:
         plan = plan_of(sources_of(folder, stack, 0), EDITED[:3])
         path = tmp_path / "a.h5"
-        make_edits(tiny, sources_of(folder, stack, 0), plan, path, force=False, reporter=SILENT)
+        perform(tiny, sources_of(folder, stack, 0), plan, path)
     with EditsFile(path) as file:
         assert file.values("step").tolist() == [0, 1, 2]
 
@@ -457,7 +475,7 @@ def test_two_runs_of_one_output(
         with ExitStack() as stack:
             sources = sources_of(folder, stack, 0)
             plan = replace(plan_of(sources, EDITED[:1], random_norm=norm), held_out=None)
-            make_edits(fresh_tiny(), sources, plan, path, force=False, reporter=SILENT)
+            perform(fresh_tiny(), sources, plan, path)
 
     make(1.0, lambda: make(1.0))
     assert list(tmp_path.iterdir()) == [path]
@@ -479,7 +497,7 @@ def test_single_edits_are_taken_back(tiny: LoadedModel, folder: Path, tmp_path: 
         sources = sources_of(folder, stack, 0)
         fresh = fresh_tiny()
         plan = plan_of(sources, EDITED[:1], random_norm=5.0)
-        make_edits(fresh, sources, plan, first, force=False, reporter=SILENT)
+        perform(fresh, sources, plan, first)
         with EditsFile(single) as file, EditsFile(first) as alone:
             assert file.values("step").tolist() == [0, 1, 2, 3, 4, 5]
             np.testing.assert_array_equal(
@@ -571,7 +589,7 @@ def test_what_is_kept_out(
         edits[0] = Edit(EDITED[0], sources.pm.facts[EDITED[0]].target)
         plan = replace(plan, edits=tuple(edits))
         path = tmp_path / "a.h5"
-        make_edits(tiny, sources, plan, path, force=False, reporter=heard)
+        perform(tiny, sources, plan, path, heard)
         subjects = [sources.pm.facts[fact].subject for fact in EDITED]
     with EditsFile(path) as file:
         assert file.values("edited").tolist() == list(EDITED[1:4])

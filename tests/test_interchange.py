@@ -13,17 +13,23 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import LAYERS, PROVENANCE, second_moments, write_cov, write_keys, write_toy
+from artifact_kit import (
+    LAYERS,
+    PROVENANCE,
+    about_cov,
+    second_moments,
+    write_cov,
+    write_keys,
+    write_toy,
+)
 from cli_kit import ROOT, kscli, one_sentence
 from numpy.typing import NDArray
 
 from kscli import files as kscli_files
 from kscli.artifacts import (
-    Artifact,
     CovarianceFile,
     KeysFile,
     PMatrixFile,
-    Provenance,
     require_same_identity,
     write_artifact,
 )
@@ -176,8 +182,8 @@ def test_export_takes_chosen_layers_a_name_and_a_note(tmp_path: Path) -> None:
     assert editors_moment(leaf(folder, 2)) is not None
     again = kscli("import-cov", stats, "-m", "other", "--dir", tmp_path)
     assert again.exit_code == 0, again.stderr
-    with Artifact(tmp_path / "other" / "cov.h5") as read:
-        assert read.attributes["note"] == read.attributes["corpus"] == "first try"
+    with CovarianceFile(tmp_path / "other" / "cov.h5") as read:
+        assert read.about.note == read.about.corpus == "first try"
 
 
 def test_export_replaces_nothing_without_force(tmp_path: Path) -> None:
@@ -252,13 +258,15 @@ def test_import_is_the_sum_divided_by_the_count(tmp_path: Path) -> None:
         for layer in LAYERS:
             true = (sums()[layer].astype(np.float64) / COUNT).astype(np.float32)
             np.testing.assert_array_equal(cov.second_moment(layer), true)
-        attributes = cov.attributes
+        attributes, about = cov.attributes, cov.about
     assert attributes["hook"] == "h.{}.down"
     assert (attributes["d_m"], attributes["n_layers"]) == (D, 3)
     for name in ("weights", "tokenizer", "revision", "dtype", "device", "special_tokens"):
         assert attributes[name] == "unknown"
-    for name in ("corpus", "documents", "max_length", "note"):
+    for name in ("corpus", "corpus_identity", "documents", "max_length"):
         assert attributes[name] == "unknown"
+    assert about.imported
+    assert {about.weights, about.corpus_identity, about.documents, about.max_length} == {None}
     with h5py.File(tmp_path / "toy" / "cov.h5") as file:
         assert file["second_moment"].dtype == np.float32
         assert file["second_moment"].dims[0][0] == file["layer"]
@@ -286,8 +294,8 @@ def test_round_trip_is_exact_to_float32(tmp_path: Path) -> None:
         import_covariance(stats, "someone/toy", tmp_path / f"{editor}.h5")
         with CovarianceFile(tmp_path / f"{editor}.h5") as read:
             assert read.count == COUNT
-            assert read.attributes["model_id"] == "someone/toy"
-            assert read.attributes["hook"] == PROVENANCE["hook"]
+            assert read.about.model_id == "someone/toy"
+            assert read.about.hook == PROVENANCE["hook"]
             for layer in LAYERS:
                 C = second_moments()[layer].astype(np.float64)
                 np.testing.assert_allclose(read.second_moment(layer), C, rtol=2.0**-23)
@@ -320,7 +328,7 @@ def test_pmatrix_works_on_an_imported_file_and_says_what_it_cannot_check(tmp_pat
     assert "agree in weights, tokenizer, dtype, special_tokens could not be checked" in warnings[0]
     with PMatrixFile(place / "pmatrix.h5") as pm:
         np.testing.assert_allclose(pm.matrix("P", 1), true, atol=1e-5)
-        assert pm.attributes["weights"] == PROVENANCE["weights"]
+        assert pm.about.weights == PROVENANCE["weights"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("d_m", D), ("hook", "h.{}.down")])
@@ -357,7 +365,7 @@ def test_names_are_hints_and_contents_decide(tmp_path: Path) -> None:
     assert [file.path.name for file in files] == list(names)
     with CovarianceFile(tmp_path / "cov.h5") as cov:
         assert cov.layers == (0, 1, 2, 10)
-        assert cov.attributes["hook"] == "transformer.h.{}.mlp.c_proj"
+        assert cov.about.hook == "transformer.h.{}.mlp.c_proj"
         C = sums()[0].astype(np.float64) / COUNT
         np.testing.assert_allclose(cov.second_moment(10), 11 * C, rtol=1e-6)
 
@@ -568,8 +576,8 @@ def test_an_alias_knows_its_width_and_its_layers(tmp_path: Path) -> None:
     write_npz(leaf(tmp_path / "a", 3), eye)
     import_covariance(tmp_path / "a", "tiny", tmp_path / "cov.h5")
     with CovarianceFile(tmp_path / "cov.h5") as cov:
-        assert cov.attributes["n_layers"] == 4
-        assert cov.attributes["model_id"] == "tiny"
+        assert cov.about.n_layers == 4
+        assert cov.about.model_id == "tiny"
     with pytest.raises(ArtifactError, match="512 wide, where gpt2-small has d_m 3072"):
         import_covariance(tmp_path / "a", "gpt2-small", tmp_path / "other.h5")
     write_npz(leaf(tmp_path / "b", 4), eye)
@@ -609,11 +617,9 @@ def test_a_layer_never_stands_twice_in_memory(tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc to read the peak of memory from")
     d = 4608
-    provenance = PROVENANCE | {"d_m": d, "details": {"corpus": "toy text"}}
-    with write_artifact(tmp_path / "cov.h5", "cov", Provenance(**provenance)) as writer:
+    with write_artifact(tmp_path / "cov.h5", "cov", about_cov(d_m=d)) as writer:
         writer.layers([0, 1])
-        writer.array("count", np.int64(10**6))
-        writer.over_layers("second_moment", (d, d), np.float32)
+        writer.write("count", 10**6)
         for index in range(2):
             writer.put("second_moment", index, np.full((d, d), 0.5, np.float32))
     program = (

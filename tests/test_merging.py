@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 from typer.testing import Result
 
-from kscli.artifacts import CovarianceFile, Provenance, difference, write_artifact
+from kscli.artifacts import CovarianceAbout, CovarianceFile, difference, write_artifact
 from kscli.errors import ArtifactError, NumericsError, UsageError
 from kscli.second_moment import merging
 from kscli.second_moment.merging import find_parts, merge_covariances
@@ -62,16 +61,14 @@ def write_part(
     d_m: int = D,
     **changes: Any,
 ) -> Path:
-    provenance = Provenance(
-        **(PROVENANCE | {"d_m": d_m} | changes),
-        details=DETAILS | (details or {}),
+    about = CovarianceAbout(
+        **(PROVENANCE | {"d_m": d_m} | DETAILS | (details or {}) | changes),
         recipe=RECIPE | {"shard": str(shard)} | (recipe or {}),
     )
     keys = keys_of(shard, d_m)
-    with write_artifact(path, "cov", provenance, force=True) as writer:
+    with write_artifact(path, "cov", about, force=True) as writer:
         writer.layers(layers)
-        writer.array("count", np.int64(keys.shape[1]))
-        writer.over_layers("second_moment", (d_m, d_m), np.float32)
+        writer.write("count", keys.shape[1])
         for index in range(len(layers)):
             writer.put("second_moment", index, keys[index].T @ keys[index] / keys.shape[1])
     return path
@@ -119,8 +116,8 @@ def test_the_whole_is_what_an_undivided_run_asks_for(tmp_path: Path) -> None:
     assert difference(tmp_path / "cov.h5", "cov", RECIPE | {"shard": "0/2"}) == "shard changed"
     with CovarianceFile(tmp_path / "cov.h5") as cov, CovarianceFile(parts[1]) as part:
         assert cov.model == "toy"
-        assert json.loads(cov.attributes["inputs"])["shard 1/2"] == part.fingerprint
-        held = {name: cov.attributes[name] for name in DETAILS}
+        assert cov.about.inputs["shard 1/2"] == part.fingerprint
+        held = {name: getattr(cov.about, name) for name in DETAILS}
     assert held == DETAILS | {"documents": 20}
 
 
@@ -135,12 +132,12 @@ def test_what_differs_only_in_how_it_was_made_is_merged(tmp_path: Path) -> None:
     )
     merge_covariances([one, other], tmp_path / "cov.h5")
     with CovarianceFile(tmp_path / "cov.h5") as cov:
-        held = cov.attributes
-    assert held["device"] == "cpu, cuda"
-    assert held["batch_tokens"] == "4096, 16384"
-    assert held["batches_halved"] is True
-    assert held["whole_corpus"] is False
-    assert held["padding"] == pytest.approx(1 - (50 + 80) / (100 + 80))
+        held = cov.about
+    assert held.device == "cpu, cuda"
+    assert held.batch_tokens == "4096, 16384"
+    assert held.batches_halved is True
+    assert held.whole_corpus is False
+    assert held.padding == pytest.approx(1 - (50 + 80) / (100 + 80))
 
 
 @pytest.mark.parametrize(

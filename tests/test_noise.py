@@ -14,7 +14,7 @@ from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
 from kscli.analysis.noise import layer_noise, pairs_above, require_disjoint
-from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
+from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
 from kscli.errors import ArtifactError
 from kscli.superposition import write_pmatrix
 
@@ -105,7 +105,7 @@ def pmatrix(
     write_keys(keys, np.random.default_rng(keys_seed).standard_normal((3, 6, 12)))
     with CovarianceFile(cov) as C, KeysFile(keys) as K:
         layers = changes.pop("layers", LAYERS)
-        write_pmatrix(C, K, path, layers=layers, force=True, **changes)
+        write_pmatrix(C, K, path, layers=layers, existing=Existing.FORCE, **changes)
     with h5py.File(path, "a") as file:
         file.attrs["shard"] = shard
     return path

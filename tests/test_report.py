@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from artifact_kit import PROVENANCE, write_cov, write_toy
+from artifact_kit import about_pmatrix, located, write_cov, write_toy
 from cli_kit import kscli, one_sentence
 from edit_kit import Run
 from numpy.typing import NDArray
 
-from kscli.artifacts import CovarianceFile, PMatrixFile, Provenance, write_artifact
+from kscli.artifacts import CovarianceFile, PMatrixFile, write_artifact
 from kscli.editing.edits_file import EditsFile
 from kscli.facts import Fact
 from kscli.figures import Source
@@ -159,23 +159,15 @@ def write_p(
 ) -> Path:
     """A pmatrix file of these P, a matrix a layer."""
     m = len(matrices[0])
-    known = {"corpus": "toy text", "facts_name": "toy", "facts_identity": "f"}
-    provenance = Provenance(
-        **(PROVENANCE | {"n_layers": len(matrices)} | changes),
-        details={"token": "subject-last", "corpus_identity": "c"} | known | (details or {}),
-        inputs=inputs or {},
-    )
-    with write_artifact(path, "pmatrix", provenance, force=True) as writer:
+    known = {"n_layers": len(matrices), "inputs": inputs or {}, "facts_identity": "f"}
+    about = about_pmatrix(**(known | (details or {}) | changes))
+    with write_artifact(path, "pmatrix", about, force=True) as writer:
         writer.layers(range(len(matrices)))
-        writer.facts(facts or some_facts(m))
-        writer.array("token_id", np.array(tokens or list(range(m))))
-        writer.array("position", np.zeros(m, np.int64))
+        writer.facts(located(facts or some_facts(m), tokens))
         for name in ("P", "whitened_cosine", "cosine", "Q"):
-            writer.over_layers(name, (m, m), np.float64)
             for at, P in enumerate(matrices):
                 of_layer = cosines[at] if cosines and "cosine" in name else P
                 writer.put(name, at, np.clip(of_layer, -1, 1) if "cosine" in name else of_layer)
-        writer.over_layers("leverage", (m,), np.float64)
         for at in range(len(matrices)):
             writer.put("leverage", at, np.ones(m) if leverage is None else leverage)
     return path

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifact_kit import FACTS, PROVENANCE, write_toy
+from artifact_kit import FACTS, about_pmatrix, located, write_toy
 from cli_kit import ROOT, kscli, one_sentence
 
-from kscli.artifacts import PMatrixFile, Provenance, write_artifact
+from kscli.artifacts import PMatrixFile, write_artifact
 from kscli.editing.order import draw_edits, edit_order
 from kscli.editing.risk import layer_rows, least_layer, moved_rows, sequence_risk, sequence_rows
 from kscli.facts import Fact
@@ -43,17 +43,10 @@ def write_pmatrix(
 ) -> Path:
     """P of random keys, of very different length, by its definition; copies have one key."""
     m = len(facts)
-    texts = {"corpus": "toy", "facts_name": "toy", "facts_identity": "f", "token": "subject-last"}
-    provenance = Provenance(**PROVENANCE, details={**texts, **details})
     first = [next(at for at in range(m) if facts[at].text == fact.text) for fact in facts]
-    with write_artifact(path, "pmatrix", provenance) as writer:
+    with write_artifact(path, "pmatrix", about_pmatrix(**details)) as writer:
         writer.layers(layers)
-        writer.facts(facts)
-        writer.array("token_id", np.arange(m) // 2)
-        writer.array("position", np.arange(m))
-        for name in ("P", "whitened_cosine", "cosine", "Q"):
-            writer.over_layers(name, (m, m), np.float64)
-        writer.over_layers("leverage", (m,), np.float64)
+        writer.facts(located(facts, [at // 2 for at in range(m)]))
         for index, layer in enumerate(layers):
             rng = np.random.default_rng(layer)
             keys = (rng.standard_normal((m, 20)) + 1) * rng.lognormal(0, 0.5, (m, 1))

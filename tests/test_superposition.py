@@ -7,12 +7,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import FACTS, LAYERS, PROVENANCE, second_moments, write_cov, write_keys
+from artifact_kit import FACTS, LAYERS, about_cov, second_moments, write_cov, write_keys
 from cli_kit import kscli
 from naive import Array, keys_of_text, subject_last
 from naive import second_moments as naive_second_moments
 
-from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile, Provenance, write_artifact
+from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile, write_artifact
 from kscli.reporter import Reporter
 from kscli.superposition import superposition, write_pmatrix
 from kscli.whitening import whitening
@@ -142,12 +142,10 @@ def test_the_file_has_condition_and_residuals_of_every_layer(tmp_path: Path) -> 
 
 def write_conditioned(path: Path, smallest: dict[int, float]) -> Path:
     """A cov.h5 whose first two coordinates of layer l are correlated to smallest[l] - 1."""
-    details = {"corpus": "toy text", "corpus_identity": "c"}
     C = second_moments()
-    with write_artifact(path, "cov", Provenance(**PROVENANCE, details=details)) as writer:
+    with write_artifact(path, "cov", about_cov()) as writer:
         writer.layers(LAYERS)
-        writer.array("count", np.int64(2000))
-        writer.over_layers("second_moment", C.shape[1:], np.float32)
+        writer.write("count", 2000)
         for index, layer in enumerate(LAYERS):
             of_layer = np.eye(len(C[0]), dtype=np.float32)
             of_layer[0, 1] = of_layer[1, 0] = smallest[layer] - 1

@@ -404,7 +404,7 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
     }
     file: Any = SimpleNamespace(
         values=values.__getitem__,
-        attributes={"protocol": "single", "batch": 2},
+        about=SimpleNamespace(protocol="single", batch=2),
         facts=[Fact("{} is in", subject, "x") for subject in ("A", "B", "C", "D", "A")],
         token_id=np.array([7, 8, 8, 7, 7]),
     )

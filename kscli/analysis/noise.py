@@ -8,7 +8,6 @@ any text of this kind apart from all others.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from kscli.analysis.pair_facts import pair_facts
 from kscli.analysis.pairs import FactMatrices, Pair, top_pairs
 from kscli.analysis.statistics import off_diagonal
-from kscli.artifacts import UNKNOWN, PMatrixFile, require_same_identity
+from kscli.artifacts import PMatrixFile, require_same_identity
 from kscli.errors import ArtifactError
 from kscli.second_moment.shards import parse_shard
 
@@ -131,24 +130,23 @@ def require_disjoint(pm: PMatrixFile, other: PMatrixFile, layers: Sequence[int])
     corpora overlap, as two dumps of Wikipedia do, is not known from them.
     """
     warnings = require_same_identity(pm, other)
-    mine, others = (json.loads(file.attributes["inputs"]) for file in (pm, other))
+    mine, others = pm.about.inputs, other.about.inputs
     if mine.get("keys") is None or mine.get("keys") != others.get("keys"):
         raise ArtifactError(
             f"{pm.path} and {other.path} were made from different keys. Make both from one "
             "keys.h5, with `kscli pmatrix --keys KEYS --cov COV --output FILE`."
         )
     other.require_layers(layers)
-    ridges = [file.attributes.get("ridge", 0.0) for file in (pm, other)]
-    if ridges[0] != ridges[1]:
+    if pm.about.ridge != other.about.ridge:
         raise ArtifactError(
-            f"{pm.path} and {other.path} were made with different ridges ({ridges[0]} and "
-            f"{ridges[1]}); their difference would not be the corpus's. Make both with one."
+            f"{pm.path} and {other.path} were made with different ridges ({pm.about.ridge} and "
+            f"{other.about.ridge}); their difference would not be the corpus's. Make both with one."
         )
-    corpora = [file.attributes.get("corpus_identity", UNKNOWN) for file in (pm, other)]
-    same_corpus = corpora[0] == corpora[1] != UNKNOWN
+    corpora = [file.about.corpus_identity for file in (pm, other)]
+    same_corpus = corpora[0] == corpora[1] is not None
     if mine.get("cov") == others.get("cov") or (same_corpus and not _different_shards(pm, other)):
         raise ArtifactError(
-            f"{pm.path} and {other.path} have C of the same corpus ({pm.attributes['corpus']}), so "
+            f"{pm.path} and {other.path} have C of the same corpus ({pm.about.corpus}), so "
             "their text overlaps. Measure C on other text, or on `cache-cov --shard 0/2` and 1/2."
         )
     if all(np.array_equal(pm.leverage(layer), other.leverage(layer)) for layer in layers):
@@ -156,13 +154,13 @@ def require_disjoint(pm: PMatrixFile, other: PMatrixFile, layers: Sequence[int])
             f"{pm.path} and {other.path} were made with one and the same C, so their text is the "
             "same under two names. Measure C on other text."
         )
-    if UNKNOWN in corpora:
+    if None in corpora:
         warnings.append(
             f"that {pm.path} and {other.path} are about disjoint text could not be checked: an "
             "imported file does not say."
         )
     elif not same_corpus:
-        named = " and ".join(str(file.attributes["corpus"]) for file in (pm, other))
+        named = " and ".join(str(file.about.corpus) for file in (pm, other))
         warnings.append(
             f"{pm.path} and {other.path} are of two corpora ({named}); that these have no document "
             "in common was not checked."
@@ -172,7 +170,7 @@ def require_disjoint(pm: PMatrixFile, other: PMatrixFile, layers: Sequence[int])
 
 def _different_shards(pm: PMatrixFile, other: PMatrixFile) -> bool:
     """Whether both are of one partition of a corpus, and of different parts of it."""
-    named = [str(file.attributes.get("shard", "")) for file in (pm, other)]
+    named = [file.about.shard for file in (pm, other)]
     if not all(named):
         return False
     a, b = (parse_shard(name) for name in named)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import Statistics, compute_statistics, field_names
-from kscli.artifacts import Artifact, PMatrixFile, Recipe, difference, write_artifact
+from kscli.artifacts import (
+    Artifact,
+    Existing,
+    PMatrixFile,
+    StatisticsAbout,
+    difference,
+    must_make,
+    write_artifact,
+)
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
 
@@ -16,60 +22,13 @@ from kscli.reporter import SILENT, Reporter
 class StatisticsFile(Artifact):
     """stats.h5, opened for reading."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "stats")
+    of_kind = "stats"
+    about: StatisticsAbout
 
     def statistics(self) -> Statistics:
         """What the file holds, its fields in the order they were computed in."""
-        with self._reading():
-            names = list(self.recipe["statistics"])
-            m = int(self.attributes["m"])
-        values = {name: self._values(name) for name in names}
-        return Statistics(self.model, self.layers, m, values)
-
-
-def statistics_recipe(
-    pm: PMatrixFile, layers: tuple[int, ...], resampling: Resampling | None = None
-) -> Recipe:
-    """Everything that decides what stats.h5 holds."""
-    resampling = resampling or Resampling()
-    return {
-        "pmatrix": pm.fingerprint,
-        "layers": format_layers(layers),
-        "statistics": field_names(),
-        "repeats": resampling.repeats,
-        "seed": resampling.seed,
-    }
-
-
-def write_statistics(
-    pm: PMatrixFile,
-    layers: tuple[int, ...],
-    path: Path,
-    *,
-    resampling: Resampling | None = None,
-    force: bool = False,
-    reporter: Reporter = SILENT,
-) -> None:
-    """Compute every statistic of `layers` of `pm` and write stats.h5."""
-    resampling = resampling or Resampling()
-    statistics = compute_statistics(pm, layers, resampling, reporter)
-    provenance = pm.provenance(
-        details={
-            name: pm.attributes[name]
-            for name in ("corpus", "corpus_identity", "facts_name", "facts_identity", "token")
-        }
-        | {"m": statistics.m},
-        inputs={"pmatrix": pm.fingerprint},
-        recipe=statistics_recipe(pm, layers, resampling),
-        seed=resampling.seed,
-    )
-    with write_artifact(path, "stats", provenance, force=force) as writer:
-        writer.layers(statistics.layers)
-        for name, values in statistics.values.items():
-            writer.over_layers(name, (), np.float64)
-            for index, value in enumerate(values):
-                writer.put(name, index, value)
+        values = {name: self._values(name) for name in self.about.recipe["statistics"]}
+        return Statistics(self.model, self.layers, self.about.m, values)
 
 
 def statistics_of(
@@ -78,13 +37,35 @@ def statistics_of(
     path: Path | None = None,
     resampling: Resampling | None = None,
     reporter: Reporter = SILENT,
+    existing: Existing | None = None,
 ) -> Statistics:
     """The statistics of `layers` of `pm`: those stored at `path` where they are today's, else new.
 
-    Writes nothing.
+    New ones are stored at `path` as `existing` says; None: nothing is written.
     """
-    recipe = statistics_recipe(pm, layers, resampling)
-    if path is not None and difference(path, "stats", recipe) is None:
+    resampling = resampling or Resampling()
+    recipe = {
+        "pmatrix": pm.fingerprint,
+        "layers": format_layers(layers),
+        "statistics": field_names(),
+        "repeats": resampling.repeats,
+        "seed": resampling.seed,
+    }
+    made = path and existing and must_make(path, "stats", recipe, existing, reporter)
+    if path and not made and difference(path, "stats", recipe) is None:
         with StatisticsFile(path) as file:
             return file.statistics()
-    return compute_statistics(pm, layers, resampling, reporter)
+    found = compute_statistics(pm, layers, resampling, reporter)
+    if path and made:
+        about = pm.about.derive(
+            StatisticsAbout,
+            m=found.m,
+            inputs={"pmatrix": pm.fingerprint},
+            recipe=recipe,
+            seed=resampling.seed,
+        )
+        with write_artifact(path, "stats", about, force=True) as writer:
+            writer.layers(found.layers)
+            for name, values in found.values.items():
+                writer.write(name, values)
+    return found

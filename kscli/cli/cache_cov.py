@@ -54,10 +54,12 @@ def cache_cov(
       zcat dump.jsonl.gz | kscli cache-cov -m pythia-1b --corpus - --samples all
       torchrun --nproc-per-node 8 -m kscli cache-cov -m llama2-13b
     """
+    from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, device_of_rank, number_or_all
     from kscli.models.loading import ModelOptions
-    from kscli.pipeline import Execution, Existing, Places, Session
+    from kscli.pipeline import Execution, Session
+    from kscli.places import Places
     from kscli.resources import parse_size
     from kscli.second_moment.covariance import CovarianceOptions
     from kscli.second_moment.ranks import join_ranks

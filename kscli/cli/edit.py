@@ -15,7 +15,7 @@ from kscli.tables import EDITS
 if TYPE_CHECKING:
     from kscli.cli.console import ConsoleReporter
     from kscli.editing.sources import EditSources
-    from kscli.pipeline import Places
+    from kscli.places import Places
 
 
 def edit(
@@ -161,6 +161,7 @@ def edit(
       kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
+    from kscli.artifacts import Existing, must_make
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import number_or_all, refuse_given, require_finite
     from kscli.corpus import CorpusSpec, open_corpus
@@ -186,7 +187,8 @@ def edit(
     from kscli.errors import UsageError
     from kscli.layers import format_layers
     from kscli.models.loading import ModelOptions
-    from kscli.pipeline import Existing, Places, Session, make
+    from kscli.pipeline import Session
+    from kscli.places import Places
 
     reporter = ConsoleReporter(quiet=quiet)
     places = Places(directory, model)
@@ -261,14 +263,9 @@ def edit(
             reporter,
         )
         recipe = edits_recipe(sources, plan, session.dtype)
-        made = make(
-            path,
-            "edits",
-            recipe,
-            lambda: make_edits(session.model, sources, plan, path, reporter=reporter, force=force),
-            session.existing,
-            reporter,
-        )
+        made = must_make(path, "edits", recipe, session.existing, reporter)
+        if made:
+            make_edits(session.model, sources, plan, path, recipe, reporter=reporter, force=force)
     if made:
         reporter.note(f"wrote {path}")
     else:

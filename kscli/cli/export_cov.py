@@ -48,7 +48,7 @@ def export_cov(
       kscli export-cov --cov other/cov.h5 --for rome --layers 17 -o rome/data/stats
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.pipeline import Places
+    from kscli.places import Places
     from kscli.second_moment.interchange import SAMPLE_SIZE, ExportOptions, export_covariance
 
     reporter = ConsoleReporter(quiet=quiet)

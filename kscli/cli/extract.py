@@ -32,10 +32,12 @@ def extract(
       kscli extract -m pythia-1b --facts counterfact.json --count 512
       kscli extract -m ./my-llama --facts my-facts.csv --count all --layers 0,-1
     """
+    from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import facts_for
     from kscli.models.loading import ModelOptions
-    from kscli.pipeline import Existing, Places, Session
+    from kscli.pipeline import Session
+    from kscli.places import Places
 
     reporter = ConsoleReporter(quiet=quiet)
     session = Session(

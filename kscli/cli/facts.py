@@ -44,7 +44,7 @@ def check(
     from kscli.facts import require_facts_path
     from kscli.knowledge import check_facts, write_knowledge
     from kscli.models.loading import ModelOptions, load_model
-    from kscli.pipeline import Places
+    from kscli.places import Places
 
     reporter = ConsoleReporter(quiet=quiet)
     path = output or Places(directory, model).folder / FILE_NAME
@@ -128,7 +128,7 @@ def select(
 
 def _path(name: str, directory: Path) -> Path:
     from kscli.errors import FactsError
-    from kscli.pipeline import Places
+    from kscli.places import Places
 
     path = Path(name)
     if path.suffix == ".jsonl" or (path.is_file() and path.suffix != ".gguf"):

@@ -36,7 +36,7 @@ def import_cov(
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.layers import format_layers
-    from kscli.pipeline import Places
+    from kscli.places import Places
     from kscli.second_moment.interchange import import_covariance
 
     reporter = ConsoleReporter(quiet=quiet)

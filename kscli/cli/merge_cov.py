@@ -36,7 +36,7 @@ def merge_cov(
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.layers import format_layers
-    from kscli.pipeline import Places
+    from kscli.places import Places
     from kscli.second_moment.merging import find_parts, merge_covariances, model_of
 
     reporter = ConsoleReporter(quiet=quiet)

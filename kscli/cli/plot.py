@@ -159,7 +159,7 @@ def open_matrices(
         Source(
             file,
             select_layers(layers or kind.layers, file.layers, str(file.path)),
-            file.attributes["n_layers"],
+            file.about.n_layers,
         )
         for file in opened
     ]

@@ -26,21 +26,29 @@ def pmatrix(
       kscli pmatrix -m gpt2-small
       kscli pmatrix --cov other/cov.h5 --keys artifacts/gpt2-small/keys.h5 -o other/pmatrix.h5
     """
-    from kscli.artifacts import KeysFile
+    from kscli.artifacts import CovarianceFile, Existing, KeysFile
     from kscli.cli.console import ConsoleReporter
-    from kscli.pipeline import Existing, Places, PMatrixRequest, make_pmatrix
+    from kscli.layers import select_layers
+    from kscli.places import Places
+    from kscli.superposition import write_pmatrix
 
     reporter = ConsoleReporter(quiet=quiet)
     if model is None and keys is not None:
-        with KeysFile(keys) as opened:
-            model = opened.model
+        with KeysFile(keys) as facts:
+            model = facts.model
     places = Places(directory, model or options.DEFAULT_MODEL)
-    request = PMatrixRequest(
-        cov=cov or places.path("cov"),
-        keys=keys or places.path("keys"),
-        output=output or places.path("pmatrix"),
-        layers=layers,
-        ridge=ridge,
-    )
-    if make_pmatrix(request, Existing.FORCE if force else Existing.REFUSE, reporter):
-        reporter.note(f"wrote {request.output}")
+    path = output or places.path("pmatrix")
+    with (
+        CovarianceFile(cov or places.path("cov")) as moments,
+        KeysFile(keys or places.path("keys")) as facts,
+    ):
+        if write_pmatrix(
+            moments,
+            facts,
+            path,
+            layers=select_layers(layers, facts.layers, str(facts.path)),
+            ridge=ridge,
+            existing=Existing.FORCE if force else Existing.REFUSE,
+            reporter=reporter,
+        ):
+            reporter.note(f"wrote {path}")

@@ -62,8 +62,6 @@ def report(
 
 def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> list[EditsFile]:
     """Open the runs of edits beside a pmatrix file that were predicted from it."""
-    import json
-
     from kscli.cli.requests import open_runs, runs_in
     from kscli.errors import ArtifactError
 
@@ -74,7 +72,7 @@ def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> lis
         except ArtifactError as error:
             reporter.warn(f"left out: {error}")
             continue
-        if json.loads(run.attributes["inputs"]).get("pmatrix") == file.fingerprint:
+        if run.about.inputs.get("pmatrix") == file.fingerprint:
             made_with.append(run)
         else:
             reporter.warn(f"{run.path} was predicted from another {file.path.name}; left out.")

@@ -13,7 +13,7 @@ import typer
 
 from kscli.errors import UsageError
 from kscli.models.aliases import classify
-from kscli.pipeline import Places
+from kscli.places import Places
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile

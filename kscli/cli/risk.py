@@ -84,7 +84,7 @@ def risk(
     from kscli.editing.risk import other_facts
     from kscli.errors import FactsError, UsageError
     from kscli.layers import select_layers
-    from kscli.pipeline import Places
+    from kscli.places import Places
 
     if by_layer and sequence:
         raise UsageError("--by-layer and --sequence are two lists; ask for one.")

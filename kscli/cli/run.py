@@ -51,19 +51,14 @@ def run(
     from kscli.analysis.pairs import pair_rows
     from kscli.analysis.statistics import caution
     from kscli.analysis.stats_file import statistics_of
-    from kscli.artifacts import PMatrixFile
+    from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, facts_for, number_or_all
     from kscli.models.loading import ModelOptions
-    from kscli.pipeline import (
-        Existing,
-        Places,
-        PMatrixRequest,
-        Session,
-        make_pmatrix,
-        make_statistics,
-    )
+    from kscli.pipeline import Session
+    from kscli.places import Places
     from kscli.second_moment.covariance import CovarianceOptions
+    from kscli.superposition import write_pmatrix
 
     refuse_ranks()
     reporter = ConsoleReporter(quiet=quiet)
@@ -81,14 +76,20 @@ def run(
         places.path("cov"),
     )
     session.extract(chosen_facts, token, layers, places.path("keys"))
-    request = PMatrixRequest(
-        places.path("cov"), places.path("keys"), places.path("pmatrix"), ridge=ridge
-    )
-    make_pmatrix(request, existing, reporter)
-    with PMatrixFile(places.path("pmatrix")) as pm:
-        make_statistics(pm, pm.layers, places.path("stats"), existing, reporter)
+    path = places.path("pmatrix")
+    with CovarianceFile(places.path("cov")) as cov, KeysFile(places.path("keys")) as keys:
+        write_pmatrix(
+            cov,
+            keys,
+            path,
+            layers=keys.layers,
+            ridge=ridge,
+            existing=existing,
+            reporter=reporter,
+        )
+    with PMatrixFile(path) as pm:
+        described = statistics_of(pm, pm.layers, places.path("stats"), None, reporter, existing)
         figures = draw_figures(pm, places.figures, force, reporter)
-        described = statistics_of(pm, pm.layers, places.path("stats"))
         if said := caution(described, pm.facts):
             reporter.warn(said)
         statistics = described.rows()
@@ -140,6 +141,6 @@ def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter)
         if not force and source_of_png(path) == shows:
             reporter.note(f"{path} is up to date.")
             continue
-        drawn = kind.draw([Source(pm, layers, pm.attributes["n_layers"])])
+        drawn = kind.draw([Source(pm, layers, pm.about.n_layers)])
         save_figure(drawn, path, force=True, source=shows)
     return paths

@@ -34,7 +34,7 @@ def show(
       kscli show artifacts/gpt2-small/cov.h5
       kscli show gpt2-small -f json | jq '.[] | {path, corpus, documents}'
     """
-    from kscli.artifacts import KIND_NAMES
+    from kscli.artifacts import SCHEMAS
     from kscli.layer_values import LayerValues
     from kscli.layers import format_layers
 
@@ -47,7 +47,7 @@ def show(
             descriptions.append(
                 {
                     "path": str(path),
-                    "holds": KIND_NAMES[artifact.kind],
+                    "holds": SCHEMAS[artifact.kind].title,
                     "layers": format_layers(artifact.layers),
                     **_attributes(artifact.attributes),
                     "datasets": {
@@ -74,7 +74,7 @@ def show(
 
 def _paths(name: str, directory: Path) -> list[Path]:
     from kscli.errors import ArtifactError
-    from kscli.pipeline import Places
+    from kscli.places import Places
 
     path = Path(name)
     if path.suffix == ".h5" or (path.is_file() and path.suffix != ".gguf"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +16,7 @@ from kscli.tables import FIXED_POINTS, NOISE, PAIRS_ABOVE_NOISE, SCALING, STATIS
 if TYPE_CHECKING:
     from kscli.analysis.resampling import Resampling
     from kscli.analysis.statistics import Statistics
-    from kscli.artifacts import PMatrixFile
-    from kscli.pipeline import Existing
+    from kscli.artifacts import Existing, PMatrixFile
     from kscli.reporter import Reporter
 
     Chosen = list[tuple[PMatrixFile, tuple[int, ...]]]
@@ -81,11 +79,11 @@ def stats(
     """
     from kscli.analysis.resampling import Resampling
     from kscli.analysis.statistics import caution
+    from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.errors import UsageError
     from kscli.layers import select_layers
-    from kscli.pipeline import Existing
 
     reporter = ConsoleReporter(quiet=quiet)
     paths = pmatrix_paths(model, pmatrix, directory)
@@ -141,23 +139,17 @@ def _make(
     reporter: Reporter,
 ) -> Statistics:
     """The statistics, stored at `path` unless it is None; if need be not, where nobody named it."""
-    from kscli.analysis.stats_file import statistics_of, statistics_recipe, write_statistics
+    from kscli.analysis.stats_file import statistics_of
+    from kscli.artifacts import Existing
     from kscli.errors import ArtifactError
-    from kscli.pipeline import Existing, make
 
-    def write(to: Path) -> None:
-        write_statistics(file, layers, to, resampling=resampling, force=True, reporter=reporter)
-
-    if path is not None:
-        recipe = statistics_recipe(file, layers, resampling)
-        try:
-            make(path, "stats", recipe, partial(write, path), existing, reporter)
-        except ArtifactError as error:
-            if existing is not Existing.KEEP:
-                raise
-            reporter.warn(f"the statistics are not stored: {error}")
-            path = None
-    return statistics_of(file, layers, path, resampling, reporter)
+    try:
+        return statistics_of(file, layers, path, resampling, reporter, existing)
+    except ArtifactError as error:
+        if path is None or existing is not Existing.KEEP:
+            raise
+        reporter.warn(f"the statistics are not stored: {error}")
+        return statistics_of(file, layers, None, resampling, reporter)
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -183,7 +175,7 @@ def _print_scaling(
 
     rows = scaling_rows(
         [
-            Measured(file, file.attributes["model_id"], file.attributes["n_layers"], layers)
+            Measured(file, file.about.model_id, file.about.n_layers, layers)
             for file, layers in chosen
         ],
         resampling,

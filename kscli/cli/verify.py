@@ -84,12 +84,15 @@ def verify(
 
 def run_row(file: EditsFile) -> dict[str, Any]:
     """What a run is called, as fields."""
-    attributes = file.attributes
     return {
         "path": str(file.path),
         "model": file.model,
         "layers": list(file.layers),
-        **{name: attributes[name] for name in ("method", "protocol", "value", "order", "seed")},
+        "method": file.about.method,
+        "protocol": file.about.protocol,
+        "value": file.about.value,
+        "order": file.about.order,
+        "seed": file.about.seed,
     }
 
 

@@ -14,51 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import (
-    BOOLEAN,
-    INTEGER,
-    REAL,
-    TEXT,
-    FactsFile,
-    PMatrixFile,
-    Provenance,
-    Schema,
-    write_artifact,
-)
+from kscli.artifacts import SCHEMAS, EditsAbout, FactsFile, write_artifact
+from kscli.artifacts.writing import LocatedFacts
 
-# What is known of every edit; of every edit and fact; of every edit and each of the facts that
-# it was predicted to move most; of every pass over all facts.
-_OF_EDIT: Schema = {
-    "edited": (INTEGER,),
-    "target_new": (TEXT,),
-    **dict.fromkeys(("delta_norm", "linear_error", "live_error", "weight_change"), (REAL,)),
-    **{
-        f"{quantity}_{target}_{when}": (REAL if quantity == "logprob" else INTEGER,)
-        for quantity in ("logprob", "rank")
-        for target in ("true", "new")
-        for when in ("before", "previous", "after")
-    },
-    **dict.fromkeys(("p", "whitened_cosine", "cosine", "gradient_cosine"), (REAL, "m")),
-    **dict.fromkeys(("predicted", "measured", "measured_live", "difference"), (REAL, "m")),
-    "moved_index": (INTEGER, "moved"),
-    **{
-        f"moved_logprob_{target}_{when}": (REAL, "moved")
-        for target in ("true", "new")
-        for when in ("before", "previous", "after")
-    },
-    "moved_answer_before": (TEXT, "moved"),
-    "moved_answer_after": (TEXT, "moved"),
-}
-_OF_PASS: Schema = {
-    "step": (INTEGER,),
-    "perplexity": (REAL,),
-    "logprob_true": (REAL, "m"),
-    "rank_true": (INTEGER, "m"),
-    "answer_changed": (BOOLEAN, "m"),
-    "logprob_new": (REAL, "planned"),
-    "rank_new": (INTEGER, "planned"),
-}
-_OF_LAYER: Schema = {"delta": (REAL, "edit", "d"), "direction": (REAL, "edit", "d_m")}
+_DATASETS = SCHEMAS["edits"].datasets
+_OF_EDIT = [name for name, dataset in _DATASETS.items() if "edit" in dataset.axes]
+_OF_PASS = [name for name, dataset in _DATASETS.items() if "pass" in dataset.axes]
+_OF_LAYER = ("delta", "direction")
+_KEPT_OUT = tuple(name for name, dataset in _DATASETS.items() if "kept_out" in dataset.axes)
 
 
 @dataclass
@@ -71,9 +34,7 @@ class EditLog:
     """
 
     known: NDArray[np.bool_]
-    of_edit: dict[str, list[Any]] = field(
-        default_factory=lambda: {name: [] for name in (*_OF_EDIT, *_OF_LAYER)}
-    )
+    of_edit: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _OF_EDIT})
     of_pass: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _OF_PASS})
     kept_out: list[tuple[int, int, str, str]] = field(default_factory=list)
 
@@ -124,22 +85,8 @@ class EditsFile(FactsFile):
     model's greedy answer is the fact's target.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "edits")
-
-    def schema(self) -> Schema:
-        """The datasets of a run, beside its facts."""
-        return {
-            **super().schema(),
-            **{name: (kind, "edit", *axes) for name, (kind, *axes) in _OF_EDIT.items()},
-            **{name: (kind, "pass", *axes) for name, (kind, *axes) in _OF_PASS.items()},
-            **{name: (kind, "layer", *axes) for name, (kind, *axes) in _OF_LAYER.items()},
-            "known": (BOOLEAN, "m"),
-            "kept_out/number": (INTEGER, "kept out"),
-            "kept_out/fact": (INTEGER, "kept out"),
-            "kept_out/target_new": (TEXT, "kept out"),
-            "kept_out/reason": (TEXT, "kept out"),
-        }
+    of_kind = "edits"
+    about: EditsAbout
 
     @property
     def edits(self) -> int:
@@ -148,11 +95,7 @@ class EditsFile(FactsFile):
 
     def values(self, name: str) -> NDArray[Any]:
         """A dataset by its name; `delta` and `direction` with the edit as first axis."""
-        with self._reading():
-            dataset = self._dataset(name)
-            if self.schema()[name][0] == TEXT:
-                return np.asarray(dataset.asstr()[()], dtype=object)
-            found = np.asarray(dataset[()])
+        found = self._values(name)
         return found.swapaxes(0, 1) if name in _OF_LAYER else found
 
     def log(self) -> EditLog:
@@ -161,17 +104,13 @@ class EditsFile(FactsFile):
         for columns in (log.of_edit, log.of_pass):
             for name in columns:
                 columns[name] = list(self.values(name))
-        kept = [self.values(f"kept_out/{name}") for name in ("number", "fact")]
-        said = [self.values(f"kept_out/{name}") for name in ("target_new", "reason")]
-        log.kept_out = [
-            (int(number), int(fact), str(target), str(reason))
-            for number, fact, target, reason in zip(*kept, *said, strict=True)
-        ]
+        kept = (self.values(name).tolist() for name in _KEPT_OUT)
+        log.kept_out = list(zip(*kept, strict=True))
         return log
 
     def objects(self) -> list[dict[str, Any]]:
         """The run as plain objects, one an edit, numbered from 1."""
-        columns = {name: self.values(name) for name in _OF_EDIT}
+        columns = {name: self.values(name) for name in _OF_EDIT if name not in _OF_LAYER}
         # Numbers as JSON has them; what is an array still is one.
         plain = {name: values.tolist() for name, values in columns.items() if values.ndim == 1}
         rows = [
@@ -187,7 +126,7 @@ class EditsFile(FactsFile):
         others = row["p"][[other.text != fact.text for other in self.facts]]
         return {
             "edit": number,
-            "method": self.attributes["method"],
+            "method": self.about.method,
             "layers": list(self.layers),
             "fact": index,
             "subject": fact.subject,
@@ -236,25 +175,14 @@ class EditsFile(FactsFile):
 
 
 def write_edits(
-    path: Path, log: EditLog, layers: Sequence[int], pm: PMatrixFile, provenance: Provenance
+    path: Path, log: EditLog, layers: Sequence[int], facts: LocatedFacts, about: EditsAbout
 ) -> None:
     """Write the run so far to `path`, replacing what is there."""
-    with write_artifact(path, "edits", provenance, force=True) as writer:
+    with write_artifact(path, "edits", about, force=True) as writer:
         writer.layers(layers)
-        writer.facts(pm.facts)
-        writer.array("token_id", pm.token_id)
-        writer.array("position", pm.position)
-        writer.array("known", log.known)
-        for schema, columns in ((_OF_EDIT, log.of_edit), (_OF_PASS, log.of_pass)):
-            for name, (kind, *_) in schema.items():
-                (writer.texts if kind == TEXT else writer.array)(name, columns[name])
-        for name in _OF_LAYER:
-            values = np.stack(log.of_edit[name], axis=1)
-            writer.over_layers(name, values.shape[1:], np.float64)
-            for index in range(len(layers)):
-                writer.put(name, index, values[index])
-        for column, name in enumerate(("number", "fact")):
-            numbers = [row[column] for row in log.kept_out]
-            writer.array(f"kept_out/{name}", np.array(numbers, dtype=np.int64))
-        for column, name in enumerate(("target_new", "reason"), 2):
-            writer.texts(f"kept_out/{name}", [row[column] for row in log.kept_out])
+        writer.facts(facts)
+        writer.write("known", log.known)
+        for name, values in (log.of_edit | log.of_pass).items():
+            writer.write(name, np.stack(values, axis=1) if name in _OF_LAYER else values)
+        for column, name in enumerate(_KEPT_OUT):
+            writer.write(name, [row[column] for row in log.kept_out])

@@ -241,8 +241,8 @@ def _subjects(pm: PMatrixFile, i: int, j: int) -> dict[str, str]:
 
 def _reaches(pm: PMatrixFile, layer: int, edited: Sequence[int]) -> bool:
     """Whether an edit at the layer can change the answers to all edited facts' prompts."""
-    if layer < pm.attributes["n_layers"] - 1 or pm.attributes["token"] == "last":
+    if layer < pm.about.n_layers - 1 or pm.about.token == "last":
         return True
-    return pm.attributes["token"] == "subject-last" and all(
+    return pm.about.token == "subject-last" and all(
         pm.facts[index].subject_span[1] == len(pm.facts[index].text) for index in edited
     )

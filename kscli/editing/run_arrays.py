@@ -65,9 +65,9 @@ def read_arrays(file: EditsFile) -> EditArrays:
     made = np.delete(planned, file.values("kept_out/number"))[:n]
     texts = np.array([fact.text for fact in file.facts], dtype=object)
     given: dict[str, Any] = {
-        "single": file.attributes["protocol"] == "single",
+        "single": file.about.protocol == "single",
         "edited": edited,
-        "batch": made // int(file.attributes["batch"]),
+        "batch": made // file.about.batch,
         "about": texts[edited][:, None] == texts,
         "same_last_token": ~distinct_tokens(file.token_id)[edited],
         "delta": file.values("delta").reshape(n, -1),

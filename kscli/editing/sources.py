@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from kscli.artifacts import (
     IDENTITY,
-    UNKNOWN,
     Artifact,
     CovarianceFile,
     KeysFile,
@@ -42,7 +40,7 @@ class EditSources:
     @property
     def ridge(self) -> float:
         """What P was made with, and so C is inverted with."""
-        return float(self.pm.attributes["ridge"])
+        return self.pm.about.ridge
 
     def check(self, model: LoadedModel, reporter: Reporter) -> None:
         """Raise ArtifactError unless all are about `model`; warn where that is not known."""
@@ -52,9 +50,8 @@ class EditSources:
 
 
 def _require_made_from(pm: PMatrixFile, files: dict[str, CovarianceFile | KeysFile]) -> None:
-    inputs = json.loads(pm.attributes["inputs"])
     for name, file in files.items():
-        if inputs.get(name) != file.fingerprint:
+        if pm.about.inputs.get(name) != file.fingerprint:
             raise ArtifactError(
                 f"{pm.path} was not made from {file.path} as it is now; make it again with "
                 "`kscli pmatrix --force`."
@@ -62,11 +59,10 @@ def _require_made_from(pm: PMatrixFile, files: dict[str, CovarianceFile | KeysFi
 
 
 def _require_subject_last(pm: PMatrixFile) -> None:
-    token = pm.attributes["token"]
-    if token != "subject-last":
+    if pm.about.token != "subject-last":
         raise ArtifactError(
-            f"{pm.path} is of keys at the token {token!r}, and values are written at the subject's "
-            "last; make keys and P of that with `kscli extract --token subject-last` and "
+            f"{pm.path} is of keys at the token {pm.about.token!r}, and values are written at the "
+            "subject's last; make keys and P of that with `kscli extract --token subject-last` and "
             "`kscli pmatrix`."
         )
 
@@ -75,14 +71,15 @@ def require_about(file: Artifact, model: LoadedModel, reporter: Reporter) -> Non
     """Raise ArtifactError unless a file is about `model`; warn where it is in another dtype."""
     live = model.provenance()
     for name in IDENTITY:
-        held = file.attributes[name]
-        if held not in (live[name], UNKNOWN):
+        held = getattr(file.about, name)
+        if held not in (live[name], None):
             raise ArtifactError(
                 f"{file.path} and {model.identity.model_id} differ in {name} ({held} and "
                 f"{live[name]}): the file is about another model. Make it again from this one."
             )
-    if file.attributes["dtype"] != model.dtype:
+    if file.about.dtype != model.dtype:
         reporter.warn(
-            f"{file.path} was made in {file.attributes['dtype']} and the model is edited in "
-            f"{model.dtype}; what the live model computes is off the prediction by the difference."
+            f"{file.path} was made in {file.about.dtype or 'an unknown dtype'} and the model is "
+            f"edited in {model.dtype}; what the live model computes is off the prediction by the "
+            "difference."
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kscli.artifacts import UNKNOWN, PMatrixFile, Provenance, Recipe, difference
+from kscli.artifacts import EditsAbout, PMatrixFile, Recipe, difference
 from kscli.corpus import Corpus
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
@@ -62,8 +62,8 @@ def check_held_out(plan: EditPlan, sources: EditSources, reporter: Reporter) -> 
     """Raise UsageError where the held-out text is what C was measured on; warn where none knows."""
     if not plan.held_out:
         return
-    measured_on = sources.cov.attributes["corpus_identity"]
-    if measured_on == UNKNOWN:
+    measured_on = sources.cov.about.corpus_identity
+    if measured_on is None:
         reporter.warn(
             f"{sources.cov.path} does not say what text it was measured on, which --held-out "
             f"{plan.held_out.corpus.name} must not be part of."
@@ -107,7 +107,7 @@ def new_targets(
     elif value == "target_new" and source is None:
         targets = [fact.target_new for fact in facts]
     else:
-        found = _fields(source or str(pm.attributes["facts_name"]), value)
+        found = _fields(source or pm.about.facts_name, value)
         targets = [found.get(_key(fact), "") for fact in facts]
     for fact, target in zip(facts, targets, strict=True):
         if not target.strip():
@@ -161,6 +161,7 @@ def make_edits(
     sources: EditSources,
     plan: EditPlan,
     path: Path,
+    recipe: Recipe,
     *,
     force: bool,
     reporter: Reporter,
@@ -172,13 +173,13 @@ def make_edits(
     and what `EditRun` raises.
     """
     require_writable(path, force=force)
-    recipe = edits_recipe(sources, plan, model.dtype)
     checkpoint = checkpoint_of(path)
     log = _log_so_far(checkpoint, recipe, force)
-    provenance = _provenance(model, sources, plan, recipe)
+    about = _about(model, sources, plan, recipe)
     run = EditRun(model, sources, plan.edits, plan.options, reporter)
     if plan.held_out:
-        length = int(sources.cov.attributes.get("max_length") or model.max_length)
+        # An imported C does not say at which length its documents were cut.
+        length = sources.cov.about.max_length or model.max_length
         held_out = plan.held_out
         run.measure_perplexity_on(HeldOutText(model, held_out.corpus, held_out.tokens, length))
     if log:
@@ -186,7 +187,7 @@ def make_edits(
 
     def save(log: EditLog) -> None:
         _require_own(checkpoint, recipe)
-        write_edits(checkpoint, log, sources.layers, sources.pm, provenance)
+        write_edits(checkpoint, log, sources.layers, sources.pm, about)
 
     # Until the first edit there is nothing to lose: a signal acts at once.
     run.prepare()
@@ -207,7 +208,7 @@ def make_edits(
     if difference(path, "edits", recipe) is not None:
         # Another run may have made it since this one began.
         require_writable(path, force=force)
-    write_edits(path, log, sources.layers, sources.pm, provenance)
+    write_edits(path, log, sources.layers, sources.pm, about)
     checkpoint.unlink(missing_ok=True)
     return run
 
@@ -247,27 +248,21 @@ def _log_so_far(checkpoint: Path, recipe: Recipe, force: bool) -> EditLog | None
     return None
 
 
-def _provenance(
-    model: LoadedModel, sources: EditSources, plan: EditPlan, recipe: Recipe
-) -> Provenance:
-    live = model.provenance()
+def _about(model: LoadedModel, sources: EditSources, plan: EditPlan, recipe: Recipe) -> EditsAbout:
     options = plan.options
-    return sources.pm.provenance(
-        **{name: live[name] for name in ("dtype", "device", "special_tokens")},
-        details={
-            name: sources.pm.attributes[name]
-            for name in ("corpus", "corpus_identity", "facts_name", "facts_identity", "token")
-        }
-        | {
-            "method": options.method,
-            "protocol": options.protocol,
-            "order": plan.order,
-            "value": "optimised" if options.random_norm is None else "random",
-            "weight": options.weight,
-            "batch": options.batch,
-            "planned": len(plan.edits),
-            "held_out": plan.held_out.corpus.name if plan.held_out else "",
-        },
+    return sources.pm.about.derive(
+        EditsAbout,
+        dtype=model.dtype,
+        device=model.device,
+        special_tokens=model.special_tokens,
+        method=options.method,
+        protocol=options.protocol,
+        order=plan.order,
+        value="optimised" if options.random_norm is None else "random",
+        weight=options.weight,
+        batch=options.batch,
+        planned=len(plan.edits),
+        held_out=plan.held_out.corpus.name if plan.held_out else "",
         inputs={"cov": sources.cov.fingerprint, "pmatrix": sources.pm.fingerprint},
         recipe=recipe,
         seed=options.seed,

@@ -26,7 +26,7 @@ def run_names(runs: Sequence[EditsFile]) -> Names:
 
 def is_sequence(run: EditsFile) -> bool:
     """Whether the edits were made one upon the other, and not each in the clean model."""
-    return bool(run.attributes["protocol"] == "sequential")
+    return run.about.protocol == "sequential"
 
 
 def is_edited(run: EditsFile) -> NDArray[np.bool_]:
@@ -43,15 +43,15 @@ def is_about(run: EditsFile) -> NDArray[np.bool_]:
 
 
 def _parts(run: EditsFile) -> tuple[str, ...]:
-    attributes = run.attributes
-    edits = "single edits" if attributes["protocol"] == "single" else "edits"
+    about = run.about
+    edits = "single edits" if about.protocol == "single" else "edits"
     return (
         run.model,
-        str(attributes["method"]),
+        about.method,
         layers_text(run.layers),
         f"{run.edits} {edits if run.edits > 1 else 'edit'}",
-        f"{attributes['value']} values",
-        f"order {attributes['order']}",
-        f"seed {attributes['seed']}",
+        f"{about.value} values",
+        f"order {about.order}",
+        f"seed {about.seed}",
         f"m = {len(run.facts)}",
     )

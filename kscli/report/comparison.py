@@ -24,10 +24,7 @@ _IMAGE = 600_000
 def scaling(models: Sequence[Examined]) -> Section:
     """Kurtosis against size, by family."""
     rows = scaling_rows(
-        [
-            Measured(one.file, one.file.attributes["model_id"], _depth(one), one.layers)
-            for one in models
-        ],
+        [Measured(one.file, one.file.about.model_id, _depth(one), one.layers) for one in models],
         Resampling(seed=models[0].seed),
     )
     body = [finding_list([Finding("Size", tuple(map(size_sentence, rows)) or (_NO_FAMILY,))])]
@@ -120,7 +117,7 @@ def _picture(drawing: Drawing, sources: list[Source]) -> Html:
 
 
 def _depth(one: Examined) -> int:
-    return int(one.file.attributes["n_layers"])
+    return one.file.about.n_layers
 
 
 Builder = Callable[[Sequence[Examined]], Section]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +35,14 @@ _BOUNDS = (0.0, 180.0)
 
 @dataclass(frozen=True)
 class Corpus:
-    """What C is a mean over, as far as the cov.h5 beside the pmatrix file tells."""
+    """What C is a mean over, as far as the cov.h5 beside the pmatrix file tells.
+
+    An imported cov.h5 does not know of documents: they are None.
+    """
 
     tokens: int
-    documents: int
-    max_length: int
+    documents: int | None
+    max_length: int | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Examined:
     @property
     def token(self) -> str:
         """Which token the facts' keys were read at, in words."""
-        token = str(self.file.attributes["token"])
+        token = self.file.about.token
         return {
             "subject-last": "the subject's last token",
             "subject-first": "the subject's first token",
@@ -134,7 +136,7 @@ class Examined:
 
     def source(self, layers: tuple[int, ...]) -> Source:
         """What figures of some layers are drawn from."""
-        return Source(self.file, layers, int(self.file.attributes["n_layers"]))
+        return Source(self.file, layers, self.file.about.n_layers)
 
     def values(self, name: str) -> NDArray[np.float64]:
         """A statistic over `layers`."""
@@ -211,7 +213,7 @@ def _risk(file: PMatrixFile) -> tuple[dict[str, Any], ...]:
 def _runs(
     runs: Sequence[EditsFile], resampling: Resampling, reporter: Reporter
 ) -> tuple[ExaminedRun, ...]:
-    alone = [(str(run.attributes["method"]), layers_text(run.layers)) for run in runs]
+    alone = [(run.about.method, layers_text(run.layers)) for run in runs]
     named = run_names(runs).own if len(runs) > 1 else alone
     found = []
     with reporter.task("edits", len(runs), unit="runs") as task:
@@ -226,14 +228,10 @@ def _runs(
 
 def _corpus(file: PMatrixFile) -> Corpus | None:
     """What the cov.h5 beside the file says, if P was made with it."""
-    made_with = json.loads(file.attributes["inputs"]).get("cov")
     try:
         with CovarianceFile(file.path.with_name("cov.h5")) as cov:
-            if cov.fingerprint != made_with:
+            if cov.fingerprint != file.about.inputs.get("cov"):
                 return None
-            documents, length = (
-                int(cov.attributes.get(name, 0)) for name in ("documents", "max_length")
-            )
-            return Corpus(cov.count, documents, length)
+            return Corpus(cov.count, cov.about.documents, cov.about.max_length)
     except ArtifactError:
         return None

@@ -302,7 +302,7 @@ def corpus(examined: Examined) -> list[str]:
     """Whether C saw enough tokens."""
     if examined.corpus is None:
         return []
-    d_m = int(examined.file.attributes["d_m"])
+    d_m = examined.file.about.d_m
     a_dimension = examined.corpus.tokens / d_m
     few = a_dimension < FEWEST_TOKENS_PER_DIMENSION
     return [

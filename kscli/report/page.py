@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kscli import __version__
-from kscli.artifacts import PMatrixFile
+from kscli.artifacts import UNKNOWN, PMatrixFile
 from kscli.editing.edits_file import EditsFile
 from kscli.files import replace_file, require_writable
 from kscli.report import comparison, sections
@@ -189,9 +189,10 @@ def _all_models(models: Sequence[Examined]) -> str:
 
 def _about(one: Examined) -> str:
     """One line of what was measured."""
-    known = one.file.attributes
+    about = one.file.about
     tokens = f"{counted(one.corpus.tokens, 'token')} of " if one.corpus else ""
     return (
-        f"{counted(one.m, 'fact')} of {known['facts_name']} at "
-        f"{counted(len(one.layers), 'layer')}; C of {tokens}{known['corpus']}; {known['dtype']}."
+        f"{counted(one.m, 'fact')} of {about.facts_name} at "
+        f"{counted(len(one.layers), 'layer')}; C of {tokens}{about.corpus or UNKNOWN}; "
+        f"{about.dtype or UNKNOWN}."
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kscli.analysis.pairs import strongest_rows
+from kscli.artifacts import UNKNOWN
 from kscli.figures import FigureOptions
 from kscli.layers import format_layers
 from kscli.report.examined import Examined
@@ -214,40 +215,44 @@ def relations(examined: Examined) -> Section | None:
 def provenance(examined: Examined) -> Section:
     """Where the numbers come from."""
     file, corpus = examined.file, examined.corpus
-    known = file.attributes
+    about, stamp = file.about, file.stamp
     unknown = "unknown: the cov.h5 that P was made with is not beside it"
     entries = {
-        "model": known["model"],
-        "model id": known["model_id"],
-        "revision": known["revision"],
-        "fingerprint of the weights": known["weights"],
-        "fingerprint of the tokenizer": known["tokenizer"],
-        "keys are the input of": known["hook"],
-        "layers": f"{format_layers(examined.layers)} of {known['n_layers']}",
-        "dimensions of a key": f"{known['d_m']:,}",
-        "corpus": known["corpus"],
-        "identity of the corpus": known.get("corpus_identity", ""),
-        "part of the corpus": known.get("shard", ""),
+        "model": about.model,
+        "model id": about.model_id,
+        "revision": about.revision,
+        "fingerprint of the weights": about.weights,
+        "fingerprint of the tokenizer": about.tokenizer,
+        "keys are the input of": about.hook,
+        "layers": f"{format_layers(examined.layers)} of {about.n_layers}",
+        "dimensions of a key": f"{about.d_m:,}",
+        "corpus": about.corpus,
+        "identity of the corpus": about.corpus_identity,
+        "part of the corpus": about.shard,
         "tokens": f"{corpus.tokens:,}" if corpus else unknown,
         "documents": f"{corpus.documents:,}" if corpus and corpus.documents else "",
         "documents are cut at": f"{corpus.max_length:,} tokens"
         if corpus and corpus.max_length
         else "",
-        "facts": f"{examined.m:,} of {known['facts_name']}",
-        "identity of the facts": known["facts_identity"],
+        "facts": f"{examined.m:,} of {about.facts_name}",
+        "identity of the facts": about.facts_identity,
         "keys were read at": examined.token,
-        "dtype": known["dtype"],
-        "device": known["device"],
-        "special tokens": known["special_tokens"],
-        "ridge": str(known.get("ridge", "")),
+        "dtype": about.dtype,
+        "device": about.device,
+        "special tokens": about.special_tokens,
+        "ridge": about.ridge,
         "file": str(file.path),
         "fingerprint of the file": file.fingerprint,
-        "made by": f"kscli {known.get('kscli_version', '')}",
-        "made on": known.get("created", ""),
-        "command": known.get("command", ""),
+        "made by": f"kscli {stamp.kscli_version}",
+        "made on": stamp.created,
+        "command": stamp.command,
         "seed of the intervals": str(examined.seed),
     }
-    pairs_ = [(name, str(value)) for name, value in entries.items() if str(value)]
+    pairs_ = [
+        (name, UNKNOWN if value is None else str(value))
+        for name, value in entries.items()
+        if value != ""
+    ]
     return Section("provenance", "Provenance", plain_table(pairs_, "Where the numbers come from"))
 
 

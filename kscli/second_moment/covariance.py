@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kscli.artifacts import ArtifactWriter, Provenance, Recipe, write_artifact
+from kscli.artifacts import ArtifactWriter, CovarianceAbout, Recipe, write_artifact
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
-from kscli.files import require_writable
 from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.reporter import SILENT, Reporter
@@ -113,21 +112,19 @@ def cache_covariance(
     corpus: Corpus,
     options: CovarianceOptions,
     path: Path,
+    recipe: Recipe,
     *,
     plan: RunPlan | None = None,
-    force: bool = False,
     around: Surroundings | None = None,
 ) -> Totals:
-    """Measure the second moments and write them to cov.h5 at `path`.
+    """Measure the second moments and write them to cov.h5 at `path`, replacing what is there.
 
     Where there is a checkpoint the run goes on from it, by the checkpoint's plan, and removes it
     at the end. Of several ranks the first writes, and gets the totals of all. Raises what
     `second_moments` and `write_artifact` raise, RankError when another rank fails, and
-    InterruptedRunError when a signal stopped the run; nothing is measured when `path` cannot be
-    written.
+    InterruptedRunError when a signal stopped the run.
     """
     around = around or Surroundings()
-    require_writable(path, force=force)
     plan = plan or one_pass(model, options.layers)
     run = CovarianceRun(
         model, corpus, options, plan, around.reporter, around.checkpoints, around.ranks
@@ -137,8 +134,8 @@ def cache_covariance(
     _check_totals(totals, corpus, options, around.reporter)
     matrices = _matrices(run, last, totals, around.ranks)
     if around.ranks is None or around.ranks.leader:
-        provenance = _provenance(run, totals)
-        with write_artifact(path, "cov", provenance, force=force) as writer:
+        about = _about(run, totals, recipe)
+        with write_artifact(path, "cov", about, force=True) as writer:
             _write(writer, run, totals, matrices, around.reporter)
     else:
         for _ in matrices:
@@ -191,21 +188,18 @@ def _matrices(
         yield moment.matrix()
 
 
-def _provenance(run: CovarianceRun, totals: Totals) -> Provenance:
-    model, corpus, options = run.model, run.corpus, run.options
-    return Provenance(
-        **model.provenance(),
-        details={
-            "corpus": corpus.name,
-            "corpus_identity": corpus.identity,
-            "documents": totals.documents,
-            "whole_corpus": totals.whole,
-            "max_length": options.max_length or model.max_length,
-            "batch_tokens": run.plan.batch_tokens,
-            "batches_halved": totals.halved,
-            "padding": 1 - totals.tokens / totals.padded,
-        },
-        recipe=covariance_recipe(model.identity, corpus, options, model.dtype),
+def _about(run: CovarianceRun, totals: Totals, recipe: Recipe) -> CovarianceAbout:
+    return CovarianceAbout(
+        **run.model.provenance(),
+        corpus=run.corpus.name,
+        corpus_identity=run.corpus.identity,
+        documents=totals.documents,
+        whole_corpus=totals.whole,
+        max_length=run.options.max_length or run.model.max_length,
+        batch_tokens=run.plan.batch_tokens,
+        batches_halved=totals.halved,
+        padding=1 - totals.tokens / totals.padded,
+        recipe=recipe,
     )
 
 
@@ -216,14 +210,13 @@ def _write(
     matrices: Iterator[NDArray[np.float32]],
     reporter: Reporter,
 ) -> None:
-    layers, d_m = run.plan.layers, run.model.decoder.d_m
+    layers = run.plan.layers
     writer.layers(layers)
-    writer.array("count", np.int64(totals.tokens))
+    writer.write("count", totals.tokens)
     if run.settled:
-        writer.array("settling/layer", np.array(watched_layers(layers)))
-        writer.array("settling/tokens", np.array([s.tokens for s in run.settled]))
-        writer.array("settling/rms", np.array([s.by_layer for s in run.settled]))
-    writer.over_layers("second_moment", (d_m, d_m), np.float32)
+        writer.write("settling/layer", watched_layers(layers))
+        writer.write("settling/tokens", [s.tokens for s in run.settled])
+        writer.write("settling/rms", [s.by_layer for s in run.settled])
     with reporter.task("writing", len(layers), unit="layers") as task:
         for index, C in enumerate(matrices):
             writer.put("second_moment", index, C)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
-from kscli.artifacts import UNKNOWN, CovarianceFile, Provenance, write_artifact
+from kscli.artifacts import CovarianceAbout, CovarianceFile, write_artifact
 from kscli.errors import ArtifactError, NumericsError, UsageError
 from kscli.files import replace_file, require_writable
 from kscli.layers import select_layers
@@ -120,12 +120,11 @@ def export_covariance(
     count. Raises ArtifactError, before anything is written, when one of the files exists and
     `force` is not set, and NumericsError when a sum is beyond float32.
     """
-    with _CovarianceRows(cov_path) as cov:
+    with CovarianceFile(cov_path) as cov:
         layers = select_layers(options.layers, cov.layers, str(cov_path))
-        model_id = str(cov.attributes["model_id"])
+        model_id, hook = cov.about.model_id, cov.about.hook
         name = options.name or OLDER_IDS.get(model_id, model_id)
         folder = model_folder(options.editor, name)
-        hook = str(cov.attributes["hook"])
         paths = [statistics_path(stats_dir, folder, hook.format(layer)) for layer in layers]
         for path in paths:
             require_writable(path, force=force)
@@ -156,16 +155,14 @@ def import_covariance(
     require_writable(path, force=force)
     files = find_statistics(source, model)
     _check_together(files, model)
-    d_m = files[0].d_m
-    C = np.empty((d_m, d_m), dtype=np.float32)
-    provenance = _imported_provenance(files, model, note or files[0].note)
+    C = np.empty((files[0].d_m, files[0].d_m), dtype=np.float32)
+    about = _about(files, model, note or files[0].note)
     with (
-        write_artifact(path, "cov", provenance, force=force) as writer,
+        write_artifact(path, "cov", about, force=force) as writer,
         reporter.task("importing", len(files), unit="layers") as task,
     ):
         writer.layers([file.layer for file in files])
-        writer.array("count", np.int64(files[0].count))
-        writer.over_layers("second_moment", (d_m, d_m), np.float32)
+        writer.write("count", files[0].count)
         for index, file in enumerate(files):
             read_second_moment(file, C)
             writer.put("second_moment", index, C)
@@ -243,30 +240,25 @@ def read_second_moment(file: StatisticsFile, out: NDArray[np.float32]) -> None:
     _make_symmetric(out, file.path)
 
 
-class _CovarianceRows(CovarianceFile):
-    """cov.h5, whose second moments are read a block of rows at a time."""
-
-    def sums(self, layer: int) -> Iterator[NDArray[np.float32]]:
-        """The rows of C times the count, block by block, in float32."""
-        index, count = self.layers.index(layer), self.count
-        dataset = self._dataset("second_moment")
-        for start, stop in _blocks(dataset.shape[1], dataset.shape[1] * 4):
-            with self._reading():
-                rows: NDArray[np.float32] = dataset[index, start:stop]
-            with np.errstate(over="ignore"):
-                np.multiply(rows, count, out=rows, dtype=np.float64, casting="same_kind")
-            if not np.isfinite(rows).all():
-                raise NumericsError(
-                    f"layer {layer} of {self.path}: the sum over {count:,} tokens is not finite in "
-                    "float32, in which the editors keep it."
-                )
-            yield rows
+def _sums(cov: CovarianceFile, layer: int) -> Iterator[NDArray[np.float32]]:
+    """The rows of C times the count, block by block, in float32."""
+    d_m, count = cov.about.d_m, cov.count
+    for start, stop in _blocks(d_m, d_m * 4):
+        rows = np.empty((stop - start, d_m), dtype=np.float32)
+        cov.read_rows(layer, start, rows)
+        with np.errstate(over="ignore"):
+            np.multiply(rows, count, out=rows, dtype=np.float64, casting="same_kind")
+        if not np.isfinite(rows).all():
+            raise NumericsError(
+                f"layer {layer} of {cov.path}: the sum over {count:,} tokens is not finite in "
+                "float32, in which the editors keep it."
+            )
+        yield rows
 
 
 def _write_statistics(
-    path: Path, cov: _CovarianceRows, layer: int, note: str | None, force: bool
+    path: Path, cov: CovarianceFile, layer: int, note: str | None, force: bool
 ) -> None:
-    d_m = int(cov.attributes["d_m"])
     scalars: dict[str, ArrayLike] = {
         "mom2.constructor": CONSTRUCTOR,
         "mom2.count": np.int64(cov.count),
@@ -282,9 +274,9 @@ def _write_statistics(
             with archive.open(f"{name}.npy", "w") as member:
                 npy.write_array(member, np.asarray(value), allow_pickle=False)
         with archive.open("mom2.mom2.npy", "w", force_zip64=True) as member:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (d_m, d_m)}
+            header = {"descr": "<f4", "fortran_order": False, "shape": 2 * (cov.about.d_m,)}
             npy.write_array_header_1_0(member, header)
-            for rows in cov.sums(layer):
+            for rows in _sums(cov, layer):
                 member.write(rows.astype("<f4", copy=False).data)
 
 
@@ -334,27 +326,26 @@ def _check_together(files: Sequence[StatisticsFile], model: str) -> None:
         )
 
 
-def _imported_provenance(files: Sequence[StatisticsFile], model: str, note: str) -> Provenance:
+def _about(files: Sequence[StatisticsFile], model: str, note: str) -> CovarianceAbout:
+    """What the files tell; they name neither weights nor text."""
     alias = find_alias(model)
-    return Provenance(
+    return CovarianceAbout(
         model=slug(model),
         model_id=_model_id(model),
-        revision=UNKNOWN,
-        weights=UNKNOWN,
-        tokenizer=UNKNOWN,
+        revision=None,
+        weights=None,
+        tokenizer=None,
         hook=files[0].hook,
         d_m=files[0].d_m,
         n_layers=alias.layers if alias else files[-1].layer + 1,
-        dtype=UNKNOWN,
-        device=UNKNOWN,
-        special_tokens=UNKNOWN,
-        details={
-            "corpus": note or UNKNOWN,
-            "corpus_identity": UNKNOWN,
-            "documents": UNKNOWN,
-            "max_length": UNKNOWN,
-            "note": note or UNKNOWN,
-        },
+        dtype=None,
+        device=None,
+        special_tokens=None,
+        corpus=note or None,
+        corpus_identity=None,
+        documents=None,
+        max_length=None,
+        note=note or None,
         recipe={"imported": [file.path.name for file in files], "note": note},
     )
 

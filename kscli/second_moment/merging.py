@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from kscli.artifacts import (
     EXPECTED_EQUAL,
     IDENTITY,
-    UNKNOWN,
+    CovarianceAbout,
     CovarianceFile,
-    Provenance,
     write_artifact,
 )
+from kscli.artifacts.schema import SchemaError
 from kscli.errors import ArtifactError, NumericsError, UsageError
 from kscli.files import require_writable
 from kscli.layers import format_layers
@@ -98,18 +98,15 @@ def merge_covariances(
         for other in ordered[1:]:
             _require_alike(first, other)
         tokens = sum(part.count for part in ordered)
-        documents = sum(int(part.attributes["documents"]) for part in ordered)
-        d_m = int(first.attributes["d_m"])
-        C = np.empty((d_m, d_m), dtype=np.float32)
+        documents = sum(part.about.documents or 0 for part in ordered)
+        C = np.empty((first.about.d_m, first.about.d_m), dtype=np.float32)
+        about = _about(ordered, tokens, documents)
         with (
-            write_artifact(
-                path, "cov", _provenance(ordered, tokens, documents), force=force
-            ) as writer,
+            write_artifact(path, "cov", about, force=force) as writer,
             reporter.task("merging", len(first.layers), unit="layers") as task,
         ):
             writer.layers(first.layers)
-            writer.array("count", np.int64(tokens))
-            writer.over_layers("second_moment", C.shape, np.float32)
+            writer.write("count", tokens)
             for index, layer in enumerate(first.layers):
                 _merge_layer(ordered, layer, tokens, C)
                 writer.put("second_moment", index, C)
@@ -130,25 +127,19 @@ class _Part(CovarianceFile):
             raise
 
     def _shard(self) -> Shard:
-        if self.attributes["weights"] == UNKNOWN:
+        if self.about.imported:
             raise ArtifactError(f"{self.path} was imported, and is no shard of a corpus.")
-        made = self.recipe.get("shard")
+        made = self.about.recipe.get("shard")
         if made is None:
             raise ArtifactError(f"{self.path} is no shard: it was made without --shard.")
         with self._reading():
-            try:
-                shard = parse_shard(str(made))
-            except UsageError as error:
-                raise ValueError(str(error)) from error
             for name in ("documents", *DETAILS):
-                self.attributes[name]
-        return shard
-
-    def rows(self, layer: int, start: int, out: NDArray[np.float64]) -> None:
-        """Read rows of a layer's C, from `start` on, into `out`."""
-        at = np.s_[self.layers.index(layer), start : start + len(out)]
-        with self._reading():
-            self._dataset("second_moment").read_direct(out, at)
+                if getattr(self.about, name) is None:
+                    raise SchemaError(f"its attribute {name} is unknown, and it is of a shard")
+            try:
+                return parse_shard(str(made))
+            except UsageError as error:
+                raise SchemaError(f"its recipe names the shard {made!r}") from error
 
 
 def _merge_layer(parts: Sequence[_Part], layer: int, tokens: int, out: NDArray[np.float32]) -> None:
@@ -158,7 +149,7 @@ def _merge_layer(parts: Sequence[_Part], layer: int, tokens: int, out: NDArray[n
         total = np.zeros((min(step, width - start), width))
         rows = np.empty_like(total)
         for part in parts:
-            part.rows(layer, start, rows)
+            part.read_rows(layer, start, rows)
             if not np.isfinite(rows).all():
                 raise NumericsError(
                     f"layer {layer} of {part.path} holds NaN or infinite entries; make it again."
@@ -195,8 +186,7 @@ def _complete(parts: Sequence[_Part]) -> list[_Part]:
 
 def _command(part: _Part, shard: Shard) -> str:
     """The command that made a part, for another shard."""
-    made = str(part.attributes.get("command", ""))
-    command, found = re.subn(r"(--shard[ =])\S+", rf"\g<1>{shard}", made)
+    command, found = re.subn(r"(--shard[ =])\S+", rf"\g<1>{shard}", part.stamp.command)
     return command if found else f"kscli cache-cov -m {part.model} --shard {shard}"
 
 
@@ -212,8 +202,9 @@ def _require_alike(first: _Part, other: _Part) -> None:
 
 
 def _compared(part: _Part) -> dict[str, Any]:
-    attributes = {name: part.attributes[name] for name in (*IDENTITY, *EXPECTED_EQUAL, *DETAILS)}
-    recipe = {name: value for name, value in part.recipe.items() if name not in RECIPE_APART}
+    about = part.about
+    attributes = {name: getattr(about, name) for name in (*IDENTITY, *EXPECTED_EQUAL, *DETAILS)}
+    recipe = {name: value for name, value in about.recipe.items() if name not in RECIPE_APART}
     return recipe | attributes | {"layers": format_layers(part.layers)}
 
 
@@ -221,30 +212,23 @@ def _shown(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-def _provenance(parts: Sequence[_Part], tokens: int, documents: int) -> Provenance:
-    first = parts[0]
-    details: dict[str, Any] = {
-        "corpus": first.attributes["corpus"],
-        **{name: first.attributes[name] for name in DETAILS},
-        "documents": documents,
-        "whole_corpus": all(part.attributes.get("whole_corpus", False) for part in parts),
-    }
-    if "padding" in first.attributes:
-        padded = sum(part.count / (1 - part.attributes["padding"]) for part in parts)
-        details["padding"] = 1 - tokens / padded
-        details["batch_tokens"] = _of_all(parts, "batch_tokens")
-        details["batches_halved"] = any(part.attributes["batches_halved"] for part in parts)
-    recipe = first.recipe
-    del recipe["shard"]
-    return first.provenance(
+def _about(parts: Sequence[_Part], tokens: int, documents: int) -> CovarianceAbout:
+    first = parts[0].about
+    padded = [part.count / (1 - (part.about.padding or 0)) for part in parts]
+    return replace(
+        first,
         device=_of_all(parts, "device"),
-        details=details,
+        documents=documents,
+        whole_corpus=all(part.about.whole_corpus for part in parts),
+        padding=1 - tokens / sum(padded),
+        batch_tokens=_of_all(parts, "batch_tokens"),
+        batches_halved=any(part.about.batches_halved for part in parts),
         inputs={f"shard {part.shard}": part.fingerprint for part in parts},
-        recipe=recipe,
+        recipe={name: value for name, value in first.recipe.items() if name != "shard"},
     )
 
 
 def _of_all(parts: Sequence[_Part], name: str) -> Any:
     """The parts' value of an attribute, or their values as a list where they differ."""
-    values = list(dict.fromkeys(part.attributes.get(name, UNKNOWN) for part in parts))
+    values = list(dict.fromkeys(getattr(part.about, name) for part in parts))
     return values[0] if len(values) == 1 else ", ".join(map(str, values))

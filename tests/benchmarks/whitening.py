@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from kscli.artifacts import CovarianceFile, Provenance, write_artifact
+from kscli.artifacts import CovarianceAbout, CovarianceFile, write_artifact
 from kscli.superposition import superposition
 
 FACTS = 128
@@ -25,13 +25,19 @@ FACTS = 128
 
 def write_random_c(path: Path, d_m: int) -> None:
     """A cov.h5 with one layer: a diagonal-dominant symmetric matrix, stripe by stripe."""
-    provenance = Provenance(
-        *("bench", "bench", "", "w", "t", "h.{}", d_m, 1, "float32", "cpu", ""), {"corpus": "bench"}
+    about = CovarianceAbout(
+        **dict.fromkeys(("model", "model_id", "weights", "tokenizer", "hook"), "bench"),
+        **dict.fromkeys(("revision", "dtype", "device", "special_tokens", "corpus"), "bench"),
+        d_m=d_m,
+        n_layers=1,
+        corpus_identity=None,
+        documents=None,
+        max_length=None,
     )
-    with write_artifact(path, "cov", provenance, force=True) as writer:
+    with write_artifact(path, "cov", about, force=True) as writer:
         writer.layers([0])
-        writer.array("count", np.int64(20 * d_m))
-        writer.over_layers("second_moment", (d_m, d_m), np.float32)
+        writer.write("count", 20 * d_m)
+        writer.put("second_moment", 0, np.zeros((d_m, d_m), np.float32))
     basis = np.random.default_rng(0).standard_normal((d_m, 64)).astype(np.float32)
     with h5py.File(path, "r+") as file:
         for start in range(0, d_m, 1024):

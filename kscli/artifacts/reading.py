@@ -1,0 +1,275 @@
+"""Artifacts opened for reading; a file that is not as its schema says is refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts.schema import (
+    FORMAT_VERSION,
+    SCHEMAS,
+    About,
+    CovarianceAbout,
+    FactsAbout,
+    KeysAbout,
+    Kind,
+    PMatrixAbout,
+    SchemaError,
+    Stamp,
+    check_datasets,
+    datasets_of,
+    from_attributes,
+)
+from kscli.errors import ArtifactError, FactsError, KscliError, UsageError
+from kscli.facts import Fact
+from kscli.layers import format_layers
+
+MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
+
+IDENTITY = ("weights", "tokenizer", "hook", "d_m")
+EXPECTED_EQUAL = ("dtype", "special_tokens")
+
+
+class Artifact:
+    """An artifact opened for reading; a context manager.
+
+    `about` and `stamp` are its attributes as typed fields, None where the file says `unknown`;
+    `attributes` are all of them as they are in the file. Raises ArtifactError, naming what is
+    wrong, when the file is missing, is of another kind than asked for (None: of any), lacks what
+    its kind has, or was written by a later format.
+    """
+
+    of_kind: ClassVar[Kind | None] = None
+    about: About
+
+    def __init__(self, path: Path, kind: Kind | None = None) -> None:
+        self.path = path
+        self._file = _open(path)
+        try:
+            with self._reading():
+                self.attributes: dict[str, Any] = {
+                    name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+                    for name, value in self._file.attrs.items()
+                }
+                self._check_kind(kind or self.of_kind)
+                self.stamp: Stamp = from_attributes(Stamp, self.attributes)
+                self.about = from_attributes(SCHEMAS[self.kind].about, self.attributes)
+                self._declared = datasets_of(self.kind, self.about.recipe)
+                check_datasets(self._file, self._declared, self.about.d_m)
+                self.layers: tuple[int, ...] = tuple(self._file["layer"][()].tolist())
+        except KscliError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def model(self) -> str:
+        """The model's name for people: its alias or slug."""
+        return self.about.model
+
+    @property
+    def kind(self) -> str:
+        """Which kind of artifact this is: cov, keys, pmatrix, stats or edits."""
+        return str(self.attributes["kind"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of what the file holds."""
+        return self.stamp.fingerprint
+
+    def datasets(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every dataset, by name."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+
+        def visit(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                kind = "string" if h5py.check_string_dtype(item.dtype) else str(item.dtype)
+                found[name] = (tuple(item.shape), kind)
+
+        with self._reading():
+            self._file.visititems(visit)
+        return found
+
+    def require_layers(self, layers: Sequence[int]) -> None:
+        """Raise ArtifactError naming the first of `layers` that the file lacks."""
+        for layer in layers:
+            if layer not in self.layers:
+                raise ArtifactError(
+                    f"{self.path} has no layer {layer}; it holds {format_layers(self.layers)}."
+                )
+
+    def _dataset(self, name: str) -> h5py.Dataset:
+        return self._file[name]
+
+    def _values(self, name: str) -> NDArray[Any]:
+        """A whole dataset, text as Python strings."""
+        with self._reading():
+            dataset = self._dataset(name)
+            if self._declared[name].dtype == "text":
+                return np.asarray(dataset.asstr()[()], dtype=object)
+            return np.asarray(dataset[()])
+
+    def _of_layer(self, name: str, layer: int) -> NDArray[Any]:
+        self.require_layers([layer])
+        with self._reading():
+            return np.asarray(self._dataset(name)[self.layers.index(layer)])
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what a file that is not as it was written raises into one sentence."""
+        damaged = f"{self.path} is damaged or was not made by kscli"
+        try:
+            yield
+        except SchemaError as error:
+            raise ArtifactError(f"{damaged}: {error}; make it again.") from error
+        except (OSError, RuntimeError, TypeError, ValueError, LookupError, FactsError) as error:
+            raise ArtifactError(f"{damaged}; make it again.") from error
+
+    def _check_kind(self, wanted: Kind | None) -> None:
+        found = self.attributes.get("kind")
+        if not isinstance(found, str) or found not in SCHEMAS:
+            raise ArtifactError(f"{self.path} is an HDF5 file, but not one of kscli's.")
+        version = self.attributes.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{self.path} has format {version}; this kscli reads up to {FORMAT_VERSION}. "
+                "Upgrade kscli."
+            )
+        if wanted is not None and found != wanted:
+            raise ArtifactError(
+                f"{self.path} holds {SCHEMAS[found].title}, not {SCHEMAS[wanted].title}."
+            )
+
+
+class CovarianceFile(Artifact):
+    """cov.h5: the second moment C of every layer's keys."""
+
+    of_kind = "cov"
+    about: CovarianceAbout
+
+    @property
+    def count(self) -> int:
+        """The number of tokens that C is a mean over."""
+        return int(self._values("count"))
+
+    def second_moment(self, layer: int) -> NDArray[np.float64]:
+        """C of one layer as a new (d_m, d_m) float64 array, read without a float32 copy."""
+        out = np.empty((self.about.d_m, self.about.d_m))
+        self.read_rows(layer, 0, out)
+        return out
+
+    def read_rows(self, layer: int, start: int, out: NDArray[np.float32 | np.float64]) -> None:
+        """Read rows of a layer's C, from `start` on, into `out`."""
+        self.require_layers([layer])
+        at = np.s_[self.layers.index(layer), start : start + len(out)]
+        with self._reading():
+            self._dataset("second_moment").read_direct(out, at)
+
+
+class FactsFile(Artifact):
+    """What keys.h5, pmatrix.h5 and edits share: the facts and where their keys were read."""
+
+    about: FactsAbout
+
+    @cached_property
+    def facts(self) -> tuple[Fact, ...]:
+        """The facts, in the order of the file's fact axes."""
+        with self._reading():
+            columns = {
+                name.removeprefix("facts/"): self._values(name).tolist()
+                for name in self._declared
+                if name.startswith("facts/") and name in self._file
+            }
+            rows = zip(*columns.values(), strict=True)
+            return tuple(Fact(**dict(zip(columns, row, strict=True))) for row in rows)
+
+    @cached_property
+    def token_id(self) -> NDArray[np.int64]:
+        """The id of the token at which each key was read, (m,)."""
+        return self._values("token_id")
+
+    @cached_property
+    def position(self) -> NDArray[np.int64]:
+        """The index of that token in the prompt's tokens, (m,)."""
+        return self._values("position")
+
+
+class KeysFile(FactsFile):
+    """keys.h5: the key of every fact at every layer."""
+
+    of_kind = "keys"
+    about: KeysAbout
+
+    def keys_of(self, layer: int) -> NDArray[np.float64]:
+        """The keys of one layer, (m, d_m), in float64."""
+        return self._of_layer("keys", layer).astype(np.float64)
+
+
+class PMatrixFile(FactsFile):
+    """pmatrix.h5: P, the cosines and Q of every layer."""
+
+    of_kind = "pmatrix"
+    about: PMatrixAbout
+
+    def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
+        """One layer's (m, m) matrix of that name."""
+        return self._of_layer(name, layer)
+
+    def leverage(self, layer: int) -> NDArray[np.float64]:
+        """k^T C^-1 k of every fact, (m,)."""
+        return self._of_layer("leverage", layer)
+
+
+def require_same_identity(first: Artifact, second: Artifact) -> list[str]:
+    """Raise ArtifactError unless both are about the same model; returns lesser differences.
+
+    The lesser ones, dtype, special tokens, and what an imported file does not know of its
+    weights and tokenizer, are sentences for a warning.
+    """
+    differences = []
+    unchecked = []
+    for name in IDENTITY + EXPECTED_EQUAL:
+        a, b = getattr(first.about, name), getattr(second.about, name)
+        if a is None or b is None:
+            unchecked.append(name)
+        elif a != b and name in IDENTITY:
+            raise ArtifactError(
+                f"{first.path} and {second.path} differ in {name} ({a} and {b}): "
+                "they are about different models. Make both from one."
+            )
+        elif a != b:
+            differences.append(
+                f"{first.path} and {second.path} differ in {name} "
+                f"({a or 'none'} and {b or 'none'})."
+            )
+    if unchecked:
+        differences.append(
+            f"that {first.path} and {second.path} agree in {', '.join(unchecked)} could not be "
+            "checked: an imported file does not say."
+        )
+    return differences
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name an HDF5 file.")
+    try:
+        return h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise ArtifactError(f"{path} cannot be read: permission denied.") from error
+        raise ArtifactError(f"{path} is not an HDF5 file, or is truncated.") from error

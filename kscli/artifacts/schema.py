@@ -1,0 +1,403 @@
+"""What each kind of file holds: every attribute and every dataset, declared once.
+
+The attributes of a kind are the fields of its `About`: a name, a type and a meaning. A field of
+type `... | None` may be unknown: the file says `unknown`, and Python says None. A field whose
+default is None may also be absent. `Stamp` is what the writer adds to every file. The datasets
+of a kind are in `SCHEMAS`, by name. The writer and the reader both go by these declarations.
+
+`described("cov")` gives {name: meaning} of all that a file of that kind may hold, for a page of
+documentation or a test of one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import h5py
+
+FORMAT_VERSION = 1
+Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
+Recipe = dict[str, Any]
+
+# What stands in a file for None.
+UNKNOWN = "unknown"
+
+
+class SchemaError(ValueError):
+    """What a file lacks or has wrong, as the end of a sentence that begins with the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """What the writer adds to every file."""
+
+    format_version: Annotated[int, "the format of the file; 1 is the only one so far"]
+    kscli_version: Annotated[str, "the kscli that wrote the file"]
+    kind: Annotated[str, "cov, keys, pmatrix, stats or edits"]
+    fingerprint: Annotated[str, "a hash of what the file holds, by which other files name it"]
+    command: Annotated[str, "the command line that wrote the file"]
+    created: Annotated[str, "when the file was written, in UTC"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What every file says of itself.
+
+    `weights`, `tokenizer`, `hook` and `d_m` are its identity: files that are used together must
+    agree in them.
+    """
+
+    model: Annotated[str, "the model's name for people: its alias, or the name of its folder"]
+    model_id: Annotated[str, "the model's id on the Hub, or its path"]
+    revision: Annotated[str | None, "the revision of the model on the Hub"]
+    weights: Annotated[str | None, "the fingerprint of the model's weights"]
+    tokenizer: Annotated[str | None, "the fingerprint of the tokenizer"]
+    hook: Annotated[str, "the module whose input is the key, with {} for the layer"]
+    d_m: Annotated[int, "the length of a key"]
+    n_layers: Annotated[int, "how many layers the model has"]
+    dtype: Annotated[str | None, "the type of number in which the model was run"]
+    device: Annotated[str | None, "the device on which the model was run"]
+    special_tokens: Annotated[str | None, "the tokens that the tokenizer puts around a text"]
+    seed: Annotated[int, "the seed of what was drawn at random"] = 0
+    inputs: Annotated[dict[str, str], "the fingerprints of the files it was made from"] = field(
+        default_factory=dict
+    )
+    recipe: Annotated[Recipe, "everything that decides what the file holds"] = field(
+        default_factory=dict
+    )
+
+    def derive(self, about: type[AnyAbout], **own: Any) -> AnyAbout:
+        """What a file made from this one says: the fields that both have, and its `own`."""
+        names = {each.name for each in fields(about)} & {each.name for each in fields(self)}
+        return about(**{name: getattr(self, name) for name in names} | own)
+
+
+AnyAbout = TypeVar("AnyAbout", bound=About)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusAbout(About):
+    """What a file says of the text that C was measured on."""
+
+    corpus: Annotated[str | None, "the name of the text that C was measured on"]
+    corpus_identity: Annotated[str | None, "the fingerprint of that text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsAbout(About):
+    """What a file says of its facts."""
+
+    facts_name: Annotated[str, "where the facts came from"]
+    facts_identity: Annotated[str, "the fingerprint of the facts"]
+    token: Annotated[str, "the token at which keys were read: subject-last, subject-first, last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovarianceAbout(CorpusAbout):
+    """What cov.h5 says of itself."""
+
+    documents: Annotated[int | None, "how many documents were read"]
+    max_length: Annotated[int | None, "the tokens at which a document was cut"]
+    whole_corpus: Annotated[bool | None, "whether the text was read to its end"] = None
+    batch_tokens: Annotated[int | str | None, "the most tokens in one batch; of shards, all"] = None
+    batches_halved: Annotated[bool | None, "whether a batch did not fit and was halved"] = None
+    padding: Annotated[float | None, "the share of the tokens run that were padding"] = None
+    note: Annotated[str | None, "what import-cov was told of the text"] = None
+
+    @property
+    def imported(self) -> bool:
+        """Whether the file was imported, so that it does not know of which weights it is."""
+        return self.weights is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysAbout(FactsAbout):
+    """What keys.h5 says of itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PMatrixAbout(CorpusAbout, FactsAbout):
+    """What pmatrix.h5 says of itself."""
+
+    ridge: Annotated[float, "lambda of C + lambda (tr C / d_m) I, the matrix that was inverted"]
+    shard: Annotated[str, "the part of the text that C is of, as 0/2; empty: the whole"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsAbout(CorpusAbout, FactsAbout):
+    """What stats.h5 says of itself."""
+
+    m: Annotated[int, "how many facts there are"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditsAbout(CorpusAbout, FactsAbout):
+    """What a run of edits says of itself."""
+
+    method: Annotated[str, "the editor: rome or memit"]
+    protocol: Annotated[str, "sequential: one edit upon the other; single: each taken back"]
+    order: Annotated[str, "the order in which facts were edited"]
+    value: Annotated[str, "how the new value was found: optimised or random"]
+    weight: Annotated[float, "MEMIT's lambda, mom2_update_weight"]
+    batch: Annotated[int, "how many edits were made at once"]
+    planned: Annotated[int, "how many edits were asked for"]
+    held_out: Annotated[str, "the text of which perplexity was measured; empty: none"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An array of a file: its type, its axes, and its meaning.
+
+    `dtype` is the type that the writer stores, `text` for UTF-8 strings; the reader takes any
+    width of the same kind. Axes of one name have one length in a file, and `d_m` has that of
+    the attribute. What is `optional` may be absent; what is no `result` does not count for the
+    file's fingerprint.
+    """
+
+    dtype: str
+    axes: tuple[str, ...]
+    meaning: str
+    optional: bool = False
+    result: bool = True
+
+    @property
+    def codes(self) -> str:
+        """NumPy's codes for the types that the reader takes."""
+        return {"text": "OS", "int64": "iu", "bool": "b"}.get(self.dtype, "f")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A kind of file: its name in a sentence, its attributes, and its datasets by name."""
+
+    title: str
+    about: type[About]
+    datasets: Mapping[str, Dataset]
+
+
+# Axes that may be of length 0.
+MAY_BE_EMPTY = ("moved", "kept_out")
+
+
+def _table(text: str, *, optional: bool = False, result: bool = True) -> dict[str, Dataset]:
+    """Datasets from lines of name, type, axes ("-": none) and meaning, two spaces between them."""
+    found = {}
+    for line in text.strip().splitlines():
+        name, dtype, axes, meaning = re.split(r"  +", line.strip(), maxsplit=3)
+        found[name] = Dataset(dtype, tuple(axes.strip("-").split()), meaning, optional, result)
+    return found
+
+
+_LAYER = _table("layer  int64  layer  the numbers of the layers; the dimension scale")
+_FACTS = _table("""
+    facts/prompt    text   m  the prompt, with {} for the subject
+    facts/subject   text   m  the subject
+    facts/target    text   m  the text that completes the prompt
+    facts/relation  text   m  the name of the relation; empty where there is none
+    facts/case_id   int64  m  the number of the fact in the file that it came from
+    token_id        int64  m  the id of the token at which the key was read
+    position        int64  m  the index of that token in the prompt's tokens
+""") | _table("facts/target_new  text  m  the text that an edit may write", optional=True)
+_COV = _table("""
+    count          int64    -              the number of tokens that C is a mean over
+    second_moment  float32  layer d_m d_m  C = E[k k^T], both triangles
+""") | _table(
+    """
+    settling/layer   int64    watched             the layers at which p was watched
+    settling/tokens  int64    evaluation          the tokens read before each evaluation
+    settling/rms     float64  evaluation watched  the estimated rms error that is left in p
+    """,
+    optional=True,
+)
+_KEYS = _table("keys  float32  layer m d_m  the key of every fact")
+_PMATRIX = _table("""
+    P                float64  layer m m  P[i, j]: fact i is edited, fact j is moved
+    whitened_cosine  float64  layer m m  the cosine of two keys after whitening by C
+    cosine           float64  layer m m  the raw cosine of two keys
+    Q                float64  layer m m  the inner product of two keys
+    leverage         float64  layer m    k^T C^-1 k of every fact
+""") | _table(
+    """
+    dead_coordinates    int64    layer  how many coordinates were 0 on every token
+    condition           float64  layer  the condition estimate of C scaled to unit diagonal
+    whitening_residual  float64  layer  the largest |L^-1 C L^-T x - x| / |x| over 8 random x
+    solve_residual      float64  layer  the largest |C (C^-1 k) - k| / |k| over the keys
+    """,
+    optional=True,
+    result=False,
+)
+_WHENS = {
+    "before": "in the clean model",
+    "previous": "before this edit",
+    "after": "after this edit",
+}
+_EDITS = _table("""
+    known               bool     m               whether the clean model answers with the target
+    edited              int64    edit            the index of the edited fact
+    target_new          text     edit            what was written
+    delta               float64  layer edit d    what the edit adds to the fact's value
+    direction           float64  layer edit d_m  the direction in which W is changed
+    delta_norm          float64  edit            the length of delta
+    linear_error        float64  edit            the largest difference by the largest prediction
+    live_error          float64  edit            the same of the live model's MLP output
+    weight_change       float64  edit            the Frobenius norm of W's change so far
+    p                   float64  edit m          the edited fact's row of P, first edited layer
+    whitened_cosine     float64  edit m          its row of the whitened cosine
+    cosine              float64  edit m          its row of the raw cosine
+    gradient_cosine     float64  edit m          the cosine of its gradient with every fact's
+    predicted           float64  edit m          the predicted length of every value's shift
+    measured            float64  edit m          the length of the shift that W's change gives
+    measured_live       float64  edit m          the length of the live MLP output's shift
+    difference          float64  edit m          the length of the predicted less measured shift
+    moved_index         int64    edit moved      the facts that should be moved most
+    moved_answer_before  text    edit moved      their answers in the clean model
+    moved_answer_after  text     edit moved      their answers after this edit
+    step                int64    pass            how many edits were made before this pass
+    perplexity          float64  pass            the perplexity of held-out text; NaN without
+    logprob_true        float64  pass m          the log-probability of every fact's target
+    rank_true           int64    pass m          the rank of that target's first token
+    answer_changed      bool     pass m          whether the answer is not the clean model's
+    logprob_new         float64  pass planned    the log-probability of every new target
+    rank_new            int64    pass planned    the rank of that target's first token
+    kept_out/number     int64    kept_out        the number of a planned edit that was not made
+    kept_out/fact       int64    kept_out        the index of its fact
+    kept_out/target_new  text    kept_out        what it would have written
+    kept_out/reason     text     kept_out        why it was not made
+""") | {
+    name.format(target, when): Dataset(dtype, tuple(axes.split()), meaning.format(whose, then))
+    for when, then in _WHENS.items()
+    for target, whose in (("true", "own"), ("new", "edit's new"))
+    for name, dtype, axes, meaning in (
+        ("logprob_{}_{}", "float64", "edit", "the log-probability of the fact's {} target {}"),
+        ("rank_{}_{}", "int64", "edit", "the rank of the fact's {} target's first token {}"),
+        ("moved_logprob_{}_{}", "float64", "edit moved", "that of the moved facts' {} target {}"),
+    )
+}
+STATISTIC = Dataset("float64", ("layer",), "one dataset for each statistic; NaN where undefined")
+
+SCHEMAS: dict[str, Schema] = {
+    "cov": Schema("second moments (cov.h5)", CovarianceAbout, _LAYER | _COV),
+    "keys": Schema("keys of facts (keys.h5)", KeysAbout, _LAYER | _FACTS | _KEYS),
+    "pmatrix": Schema(
+        "superposition matrices (pmatrix.h5)", PMatrixAbout, _LAYER | _FACTS | _PMATRIX
+    ),
+    "stats": Schema("statistics of P (stats.h5)", StatisticsAbout, _LAYER),
+    "edits": Schema(
+        "a run of edits (edits/METHOD-LAYERS-SEED.h5)", EditsAbout, _LAYER | _FACTS | _EDITS
+    ),
+}
+
+
+def datasets_of(kind: str, recipe: Recipe) -> dict[str, Dataset]:
+    """Every dataset that a file of `kind` made by `recipe` may hold, by name.
+
+    stats.h5 holds the statistics that its recipe names. Raises SchemaError where it names none.
+    """
+    declared = dict(SCHEMAS[kind].datasets)
+    if kind == "stats":
+        names = recipe.get("statistics")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SchemaError("its attribute recipe names no statistics")
+        declared |= dict.fromkeys(names, STATISTIC)
+    return declared
+
+
+def described(kind: str) -> dict[str, str]:
+    """Every attribute and dataset of a kind with its meaning; statistics stand as `STATISTIC`."""
+    schema = SCHEMAS[kind]
+    attributes = {
+        name: " ".join(get_args(hint)[1:])
+        for cls in (Stamp, schema.about)
+        for name, hint in get_type_hints(cls, include_extras=True).items()
+    }
+    datasets = dict(schema.datasets) | ({"STATISTIC": STATISTIC} if kind == "stats" else {})
+    return attributes | {name: dataset.meaning for name, dataset in datasets.items()}
+
+
+# From fields to attributes, and back
+
+_WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def to_attributes(about: Stamp | About) -> dict[str, Any]:
+    """The attributes that say what `about` says."""
+    found: dict[str, Any] = {}
+    for each in fields(about):
+        value = getattr(about, each.name)
+        if isinstance(value, dict):
+            found[each.name] = json.dumps(value, sort_keys=True)
+        elif value is not None or each.default is MISSING:
+            found[each.name] = UNKNOWN if value is None else value
+    return found
+
+
+def from_attributes(cls: type[Any], held: Mapping[str, Any]) -> Any:
+    """A `Stamp` or `About` from a file's attributes.
+
+    Raises SchemaError, naming the attribute, where one is missing or of another type.
+    """
+    found = {}
+    hints = get_type_hints(cls)
+    for each in fields(cls):
+        if each.name in held:
+            found[each.name] = _value(each.name, held[each.name], hints[each.name])
+        elif each.default is not None:
+            raise SchemaError(f"it has no attribute {each.name}")
+    return cls(**found)
+
+
+def _value(name: str, held: Any, hint: Any) -> Any:
+    """An attribute as the type that a field's hint asks for."""
+    allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in allowed and isinstance(held, str) and held == UNKNOWN:
+        return None
+    if type(held) in allowed:
+        return held
+    if type(held) is int and float in allowed:
+        return float(held)
+    if get_origin(hint) is dict:
+        with suppress(TypeError, ValueError, RecursionError):
+            value = json.loads(held)
+            if isinstance(value, dict) and (
+                hint is Recipe or {*map(type, value.values())} <= {str}
+            ):
+                return value
+    wanted = " or ".join(_WANTED.get(each, UNKNOWN) for each in allowed)
+    if get_origin(hint) is dict:
+        wanted = "a JSON object"
+    shown = repr(held)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    raise SchemaError(f"its attribute {name} is {shown}, where {wanted} is needed")
+
+
+def check_datasets(file: h5py.File, declared: Mapping[str, Dataset], d_m: int) -> None:
+    """Raise SchemaError, naming the dataset, unless the file has the datasets as declared."""
+    lengths = {"d_m": d_m}
+    for name, wanted in declared.items():
+        if name not in file:
+            if wanted.optional:
+                continue
+            raise SchemaError(f"it has no dataset {name}")
+        held = file[name]
+        shape = getattr(held, "shape", None)
+        fits = (
+            shape is not None
+            and held.dtype.kind in wanted.codes
+            and len(shape) == len(wanted.axes)
+            and all(
+                lengths.setdefault(axis, length) == length and (length or axis in MAY_BE_EMPTY)
+                for axis, length in zip(wanted.axes, shape, strict=True)
+            )
+        )
+        if not fits:
+            what = "a group" if isinstance(held, h5py.Group) else f"{shape} of {held.dtype}"
+            axes = ", ".join(wanted.axes)
+            raise SchemaError(
+                f"its dataset {name} is {what}, where ({axes}) of {wanted.dtype} is needed"
+            )
