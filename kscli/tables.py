@@ -188,7 +188,7 @@ _NULL = Column(
     "null_95_within_other_text",
     "null 95 %",
     ".3f",
-    "95 % of relations dealt out at random have a smaller mean.",
+    "95 % of relations given at random have a smaller mean.",
 )
 RELATIONS_BY_LAYER = (
     MODEL,

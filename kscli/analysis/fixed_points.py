@@ -67,6 +67,11 @@ class FixedPoints:
         )
 
 
+def comparable(models: Sequence[FactMatrices]) -> bool:
+    """Whether the models share what fixed points are made of: the facts, and layer 0."""
+    return all(model.facts == models[0].facts and 0 in model.layers for model in models)
+
+
 def fixed_points(models: Sequence[FactMatrices], k: int, layer: int = 0) -> FixedPoints:
     """The pairs in every model's top `k`, by signed P, at `layer`: 'fixed interference points'.
 

@@ -29,7 +29,8 @@ def export_cov(
         typer.Option(
             "--as",
             metavar="NAME",
-            help="The name or path by which the editor loads the model; its folder is called so.",
+            help="The name or path with which the editor loads the model. The folder of the files "
+            "gets this name.",
             show_default="the model's Hub id",
         ),
     ] = None,
@@ -40,7 +41,8 @@ def export_cov(
 ) -> None:
     """Write cov.h5 as the .npz files that ROME, MEMIT, EasyEdit or AlphaEdit looks for.
 
-    One file a layer, under the names that the editor's default hyper-parameters give.
+    Writes one file for each layer, under the name that the editor's default hyper-parameters lead
+    to.
 
     Examples:
       kscli export-cov -m gpt-j --for memit -o memit/data/stats
@@ -61,6 +63,6 @@ def export_cov(
     )
     reporter.note(f"wrote {len(paths)} files to {paths[0].parent}")
     reporter.note(
-        f"Their names and sample_size say {SAMPLE_SIZE:,} documents of Wikipedia, whatever was "
-        "measured: the editors take no others."
+        f"The file names and sample_size say {SAMPLE_SIZE:,} documents of Wikipedia, whatever was "
+        "measured, because the editors look for no others."
     )

@@ -23,7 +23,7 @@ def extract(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read the key of every fact at its subject's last token, at all layers in one sweep.
+    """Read the key of every fact at the last token of its subject, at all layers in one pass.
 
     Writes keys.h5.
 

@@ -31,8 +31,9 @@ def check(
 ) -> None:
     """Find which facts a model knows: its greedy continuation begins with the target.
 
-    Writes facts.jsonl, a facts file that says of every fact whether the model knows it (known),
-    the probability of the target, the rank of its first token, and the continuation.
+    Takes the first N facts of --count. Writes facts.jsonl, a facts file. It says of every fact
+    whether the model knows it (known), the probability of the target, the rank of the target's
+    first token, and the continuation.
 
     Examples:
       kscli facts check -m gpt2-small
@@ -83,7 +84,7 @@ def select(
     count: options.HowMany = "128",
     seed: options.Seed = 0,
     unknown: Annotated[
-        bool, typer.Option("--unknown", help="Facts that no model knows, not that all know.")
+        bool, typer.Option("--unknown", help="Draw facts that none of the models knows.")
     ] = False,
     directory: options.Dir = Path("artifacts"),
     output: options.FactsOutput = Path("facts.jsonl"),
@@ -91,7 +92,7 @@ def select(
     output_format: options.OutputFormat = Format.table,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw facts that all of several models know, into a facts file that extract reads.
+    """Draw facts that all of several models know, and write them as a facts file.
 
     Examples:
       kscli facts select gpt2-medium gpt-j pythia-1b -o known.jsonl

@@ -26,8 +26,8 @@ def import_cov(
 ) -> None:
     """Read the .npz statistics of ROME, MEMIT, EasyEdit or AlphaEdit into cov.h5.
 
-    Then extract and pmatrix work without cache-cov. The files do not name their model:
-    --model does.
+    After it, extract and pmatrix work without cache-cov. The files do not say which model they
+    are of, so name it with --model.
 
     Examples:
       kscli import-cov rome/data/stats -m gpt2-xl

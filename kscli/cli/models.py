@@ -10,7 +10,7 @@ from kscli.tables import Column
 
 
 def models(output_format: options.OutputFormat = Format.table) -> None:
-    """List the aliases. Any other causal decoder goes by its Hub id, folder or .gguf file.
+    """List the aliases. Name any other causal decoder by its Hub id, folder or .gguf file.
 
     Examples:
       kscli models

@@ -21,7 +21,7 @@ def relations(
     permutations: Annotated[
         int,
         typer.Option(
-            "--permutations", metavar="N", min=1, help="How often relations are dealt out anew."
+            "--permutations", metavar="N", min=1, help="How often relations are given at random."
         ),
     ] = 1000,
     seed: options.Seed = 0,
@@ -32,10 +32,10 @@ def relations(
 ) -> None:
     """Compare mean |p| within relations of facts and across them, layer by layer.
 
-    Pairs whose subjects end in the same token are left out. Those with the same text before the
-    subject have a column of their own, since a shared template passes for a relation; all else is
-    about the other ones. The null is the same mean with relations dealt out to the facts at
-    random. Reads pmatrix.h5; loads no model.
+    Only pairs of a different last token are counted. Pairs with the same text before the subject
+    have a column of their own, because a shared template looks like a relation; the other columns
+    are about the other pairs. The null is the same mean when relations are given to the facts at
+    random. Reads pmatrix.h5 and loads no model.
 
     Examples:
       kscli relations -m gpt2-small

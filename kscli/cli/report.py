@@ -23,12 +23,12 @@ def report(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write all there is to say of a model's P as one HTML page; prints the page's path.
+    """Write one HTML page about a model's P, and print the path of the page.
 
-    Findings in sentences, every figure, tables that sort, and where the numbers come from. The
-    page is one file that loads nothing from elsewhere. Reads pmatrix.h5, and beside it stats.h5,
-    cov.h5 and the runs of edits where they belong to it; loads no model. Several models are
-    compared first.
+    The page has findings in sentences, every figure, tables that can be sorted, and where the
+    numbers come from. It is one file and loads nothing from elsewhere. Several models are compared
+    at its beginning. The command reads pmatrix.h5 and, from the same folder, stats.h5, cov.h5 and
+    the runs of edits if they belong to it. It loads no model.
 
     Examples:
       kscli report -m gpt2-small

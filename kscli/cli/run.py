@@ -39,9 +39,9 @@ def run(
 ) -> None:
     """Do every stage in order: cache-cov, extract, pmatrix, stats, and the figures.
 
-    A stage whose file exists and was made from the same inputs is skipped; one whose inputs
-    changed is made again, and so is what depends on it. Prints the statistics, the top pairs of
-    the first layer, and where the figures are (as csv and tsv, the statistics alone).
+    A stage is skipped if its file exists and was made from the same inputs. If its inputs changed,
+    it is made again, and so are the stages that depend on it. Prints the statistics, the top pairs
+    of the first layer and the paths of the figures; in csv and tsv only the statistics.
 
     Examples:
       kscli run

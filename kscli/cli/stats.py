@@ -28,12 +28,12 @@ def stats(
     layers: options.Layers = "all",
     scaling: Annotated[
         bool,
-        typer.Option("--scaling", help="Of several models: kurtosis against size, by family."),
+        typer.Option("--scaling", help="Compare kurtosis and size of several models, by family."),
     ] = False,
     fixed_points: Annotated[
         bool,
         typer.Option(
-            "--fixed-points", help="Of several models: pairs in every model's top K at layer 0."
+            "--fixed-points", help="List the pairs that are in the top K of every model at layer 0."
         ),
     ] = False,
     against: Annotated[
@@ -41,11 +41,12 @@ def stats(
         typer.Option(
             "--against",
             metavar="FILE",
-            help="A pmatrix.h5 of the same keys and C of disjoint text: how much of p is noise.",
+            help="A pmatrix.h5 of the same keys, with C of disjoint text. Shows how much of p is "
+            "noise.",
         ),
     ] = None,
     above: Annotated[
-        bool, typer.Option("--above", help="With --against: the pairs that stand above the noise.")
+        bool, typer.Option("--above", help="With --against: list the pairs above the noise.")
     ] = False,
     k: options.TopPairs = 20,
     repeats: options.Repeats = 1000,
@@ -58,17 +59,19 @@ def stats(
 ) -> None:
     """Describe the distribution of P's off-diagonal entries, layer by layer.
 
-    Intervals are 95 % bootstrap intervals from resampled facts. `different last token` is the
-    kurtosis without the pairs whose subjects end in the same token. `carry half` is the least
-    number of pairs of facts that carry half of the fourth moment. json, csv and tsv have more:
-    quantiles, tails, a Hill index, what carries the variance, and each of these without the pairs
-    of the same last token (NAME_distinct).
+    Intervals are 95 % bootstrap intervals: facts are resampled. `different last token` is the
+    kurtosis of pairs whose subjects do not end in the same token. `carry half` is the least number
+    of pairs of facts that carry half of the fourth moment. json, csv and tsv have more: quantiles,
+    tails, a Hill index, the pairs and the fact that carry the variance, and the same statistics of
+    pairs of a different last token (NAME_distinct).
 
-    Reads pmatrix.h5, loads no model; writes the statistics of all layers to stats.h5 beside each
-    model's pmatrix.h5 (of chosen layers, or of a file named with --pmatrix, only where --output
-    says). Several models are compared in further tables, which --scaling, --fixed-points and
-    --against print alone, in any format; families and sizes are known from a model's alias or
-    name.
+    Reads pmatrix.h5 and loads no model. Writes the statistics of all layers to stats.h5 beside
+    each model's pmatrix.h5. Statistics of chosen layers, or of a file that --pmatrix names, are
+    written only with --output.
+
+    Several models are compared in further tables. --scaling, --fixed-points and --against print
+    such a table alone, in any format. The family and size of a model are known from its alias or
+    its name.
 
     Examples:
       kscli stats -m gpt2-small
@@ -77,6 +80,7 @@ def stats(
       kscli stats -m gpt-j --layers 0,-1 -f json | jq '.[] | {layer, kurtosis, kurtosis_low}'
       kscli stats -m gpt2-small --against other-text/pmatrix.h5
     """
+    from kscli.analysis.fixed_points import comparable
     from kscli.analysis.resampling import Resampling
     from kscli.analysis.statistics import caution
     from kscli.artifacts import Existing
@@ -89,13 +93,13 @@ def stats(
     paths = pmatrix_paths(model, pmatrix, directory)
     alone = sum([scaling, fixed_points, against is not None])
     if alone > 1:
-        raise UsageError("--scaling, --fixed-points and --against print a table each; name one.")
+        raise UsageError("--scaling, --fixed-points and --against each print a table; choose one.")
     if output is not None and len(paths) > 1:
         raise UsageError("--output names one file, but several models were given.")
     if output is not None and alone:
-        raise UsageError("--output is for the statistics; what this prints is stored nowhere.")
+        raise UsageError("--output stores statistics; this table cannot be stored.")
     if above and against is None:
-        raise UsageError("--above needs --against FILE, from which the noise is known.")
+        raise UsageError("--above needs --against FILE, which tells the noise.")
     if against is not None and len(paths) > 1:
         raise UsageError("--against compares one model with itself on other text; name one model.")
     resampling = Resampling(repeats, seed)
@@ -125,7 +129,7 @@ def stats(
             print_rows(rows, STATISTICS, output_format, _title(rows))
             if len(files) > 1 and output_format not in FOR_MACHINES:
                 _print_scaling(chosen, resampling, output_format, reporter)
-                if _comparable(files):
+                if comparable(files):
                     print_head("Fixed interference points", output_format)
                     _print_fixed_points(files, k, output_format, reporter)
 
@@ -156,11 +160,6 @@ def _title(rows: Sequence[Row]) -> str:
     facts = {row["m"] for row in rows}
     m = f", m = {facts.pop()}" if len(facts) == 1 else ""
     return f"P off the diagonal{m}; 95 % intervals from resampled facts"
-
-
-def _comparable(files: Sequence[PMatrixFile]) -> bool:
-    """Whether the models share what fixed points are made of: the facts, and layer 0."""
-    return all(file.facts == files[0].facts and 0 in file.layers for file in files)
 
 
 def _print_scaling(

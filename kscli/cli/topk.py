@@ -23,13 +23,13 @@ def topk(
     absolute: Annotated[bool, typer.Option("--abs", help="Order by |p| instead of p.")] = False,
     strongest: Annotated[
         bool,
-        typer.Option("--strongest", help="Each pair once, at that layer where it is strongest."),
+        typer.Option(
+            "--strongest", help="List each pair once, at the layer where it is strongest."
+        ),
     ] = False,
     distinct_token: Annotated[
         bool,
-        typer.Option(
-            "--distinct-token", help="Leave out pairs whose subjects end in the same token."
-        ),
+        typer.Option("--distinct-token", help="List only pairs of a different last token."),
     ] = False,
     pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
@@ -37,8 +37,8 @@ def topk(
 ) -> None:
     """List the pairs of facts that are bound most tightly: i is edited, j is moved.
 
-    Reads pmatrix.h5; loads no model. Two subjects that end in the same token have like keys
-    whatever the facts say; such pairs are marked.
+    These are the pairs of the largest p. Two subjects that end in the same token have similar
+    keys, whatever the facts say; such pairs are marked. Reads pmatrix.h5 and loads no model.
 
     Examples:
       kscli topk -m gpt-j --layer 0

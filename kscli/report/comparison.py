@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kscli.analysis.fixed_points import fixed_points
+from kscli.analysis.fixed_points import comparable, fixed_points
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.scaling import Measured, scaling_rows
 from kscli.figures import FigureOptions, Source
@@ -74,13 +74,14 @@ def size_sentence(row: Row) -> str:
 
 def points(models: Sequence[Examined]) -> Section:
     """The pairs that are bound most tightly in every model."""
-    if not comparable(models):
+    files = [one.file for one in models]
+    if not comparable(files):
         reason = (
             "The models have no pairs to compare: they were not measured on the same facts, or one "
             "of them not at layer 0."
         )
         return Section("pairs", "Fixed points", finding_list([Finding("Pairs", (reason,))]))
-    found = fixed_points([one.file for one in models], PAIRS)
+    found = fixed_points(files, PAIRS)
     sentence = found.sentence()
     if not len(found.pairs):
         # How many of none share a token is nothing to say.
@@ -88,14 +89,8 @@ def points(models: Sequence[Examined]) -> Section:
     body = [finding_list([Finding("Pairs", (sentence,))])]
     if len(found.pairs):
         caption = f"Pairs in the top {PAIRS} of every model at layer 0"
-        body.append(table(found.rows(models[0].file.facts), FIXED_POINTS, caption))
+        body.append(table(found.rows(files[0].facts), FIXED_POINTS, caption))
     return Section("pairs", "Fixed points", join(body))
-
-
-def comparable(models: Sequence[Examined]) -> bool:
-    """Whether the models share what fixed points are made of: the facts, and layer 0."""
-    first = models[0].file.facts
-    return all(one.file.facts == first and 0 in one.layers for one in models)
 
 
 def side_by_side(models: Sequence[Examined]) -> Section:

@@ -268,7 +268,7 @@ def relations(examined: Examined) -> list[str]:
     above = examined.where(within > null[:, -1])
     sentences.append(
         "Within relations, with other text before the subject, mean |p| is above that of 95 % of "
-        f"relations dealt out at random {at_layers(above, examined.layers)}."
+        f"relations given at random {at_layers(above, examined.layers)}."
     )
     each = np.where(
         found.means["within_other_text"][:, :-1] > null[:, :-1],

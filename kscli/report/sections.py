@@ -200,7 +200,7 @@ def relations(examined: Examined) -> Section | None:
             found.by_layer(),
             RELATIONS_BY_LAYER,
             "Mean |p| by layer, within relations by the text before the subject, and across; the "
-            "null is of relations dealt out at random. Hardest: the relations above the null with "
+            "null is of relations given at random. Hardest: the relations above the null with "
             "the largest mean",
         ),
         table(
