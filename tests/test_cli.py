@@ -307,10 +307,10 @@ def test_help_imports_no_numpy_either() -> None:
 
 def commands() -> list[str]:
     """Every command, those of a group with the group's name in front."""
-    from kscli.cli.app import COMMANDS, FACTS_COMMANDS
+    from kscli.cli.commands import COMMANDS, load_command
 
-    named = [function.__name__.replace("_", "-") for function in COMMANDS]
-    return [*named, *(f"facts {function.__name__}" for function in FACTS_COMMANDS)]
+    groups = {name: getattr(load_command(name), "commands", {"": None}) for name in COMMANDS}
+    return [f"{name} {each}".strip() for name, group in groups.items() for each in group]
 
 
 @pytest.mark.parametrize("command", commands())

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperArgument, TyperGroup
 
 from kscli import __version__
-from kscli.cli import (
-    cache_cov,
-    edit,
-    export_cov,
-    extract,
-    facts,
-    import_cov,
-    merge_cov,
-    models,
-    plot,
-    pmatrix,
-    relations,
-    report,
-    risk,
-    run,
-    show,
-    stats,
-    topk,
-    verify,
-)
+from kscli.cli.commands import COMMANDS, PLAIN, load_command
 from kscli.errors import KscliError
 
 
 class _Group(TyperGroup):
-    """Turns what a command raises for its user into a message and an exit code."""
+    """Imports a command when it is asked for, and turns its errors into messages and exit codes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, or None."""
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -74,41 +61,6 @@ def _fail(text: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-COMMANDS = (
-    run.run,
-    cache_cov.cache_cov,
-    extract.extract,
-    pmatrix.pmatrix,
-    stats.stats,
-    topk.topk,
-    relations.relations,
-    plot.plot,
-    report.report,
-    edit.edit,
-    verify.verify,
-    risk.risk,
-    models.models,
-    show.show,
-    merge_cov.merge_cov,
-    export_cov.export_cov,
-    import_cov.import_cov,
-)
-FACTS_COMMANDS = (facts.check, facts.select)
-
-
-def _add(commands: Iterable[Callable[..., None]], to: typer.Typer) -> None:
-    """Add each function as the command of its name; its docstring is the help page.
-
-    Lines of the docstring are wrapped anew, but not those of its `Examples:`.
-    """
-    for function in commands:
-        text = inspect.cleandoc(function.__doc__ or "")
-        to.command(
-            help=text.replace("\n\nExamples:\n", "\n\n\b\nExamples:\n"),
-            short_help=text.partition("\n\n")[0],
-        )(function)
-
-
 # An option's name is not broken at its hyphens.
 textwrap.TextWrapper.wordsep_re = textwrap.TextWrapper.wordsep_simple_re
 # The type of an argument, such as <list[Path]>, says nothing that its name does not.
@@ -117,18 +69,9 @@ app = typer.Typer(
     name="kscli",
     cls=_Group,
     no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    **PLAIN,
 )
-_facts = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Find the facts that models know, and choose among them.",
-)
-_add(COMMANDS, app)
-_add(FACTS_COMMANDS, _facts)
-app.add_typer(_facts, name="facts")
 
 
 def _print_version(value: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kscli.cli import options
+from kscli.cli.commands import PLAIN, add
 from kscli.cli.output import Format, print_rows
 from kscli.tables import Column
 
@@ -138,3 +139,13 @@ def _path(name: str, directory: Path) -> Path:
     if not path.exists():
         raise FactsError(f"{path} does not exist; `kscli facts check --model {name}` makes it.")
     return path
+
+
+facts = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Find the facts that models know, and choose among them.",
+    **PLAIN,
+)
+add(facts, check)
+add(facts, select)

@@ -93,7 +93,7 @@ def stats(
     paths = pmatrix_paths(model, pmatrix, directory)
     alone = sum([scaling, fixed_points, against is not None])
     if alone > 1:
-        raise UsageError("--scaling, --fixed-points and --against each print a table; choose one.")
+        raise UsageError("--scaling, --fixed-points and --against each print a table; name one.")
     if output is not None and len(paths) > 1:
         raise UsageError("--output names one file, but several models were given.")
     if output is not None and alone:
