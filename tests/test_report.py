@@ -275,7 +275,7 @@ def test_every_kind_of_figure_is_there(evil_page: Page) -> None:
         "Density",
         "row i is",
         "Angles",
-        "first so many",
+        "more and more facts",
         "Mean |p| from",
         "side by side",
         "keeps of",
@@ -396,10 +396,10 @@ def test_whether_the_mean_is_0_follows_its_interval(tmp_path: Path) -> None:
     around_0 = [a_matrix(M, seed, 30.0) for seed in (1, 2)]
     shifted = [a_matrix(M, seed, 30.0, shift) for seed, shift in ((1, 0.3), (2, -0.3))]
     holds = said(write_p(tmp_path / "a.h5", around_0))["Mean"]
-    assert "holds 0 at each of the 2 layers." in holds
+    assert "contains 0 at each of the 2 layers." in holds
     assert "lies" not in holds
     misses = said(write_p(tmp_path / "b.h5", shifted))["Mean"]
-    assert "holds 0 at no layer." in misses
+    assert "contains 0 at no layer." in misses
     assert "above 0 at layer 0. The interval lies below 0 at layer 1." in misses
     value = off_diagonal(shifted[0]).mean()
     assert f"The mean of p is {value:.3f} (" in misses
@@ -423,12 +423,12 @@ def test_the_tightest_bond_and_whether_p_goes_beyond_1(tmp_path: Path) -> None:
     bond = first["Tightest bond"]
     assert "p = 0.90 at layer 0" in bond
     assert bond.index("[subject 2]") < bond.index("[subject 3]") < bond.index("both share")
-    assert "Among the pairs that do not, it is p = 0.80" in bond
+    assert "Among other pairs the tightest is p = 0.80" in bond
     assert "No edit moves another fact further than its own" in first["Beyond 1"]
     P[2, 3] = 1.25
     second = said(write_p(tmp_path / "b.h5", [P]))
     assert "the two do not share" in second["Tightest bond"]
-    assert "p goes beyond 1 at layer 0, to 1.25" in second["Beyond 1"]
+    assert "p is above 1 at layer 0, up to 1.25" in second["Beyond 1"]
 
 
 def test_relations_that_bind_are_told_from_those_that_do_not(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_relations_that_bind_are_told_from_those_that_do_not(tmp_path: Path) -> 
     bound = np.where(one, 0.5, flat)
     binds = said(write_p(tmp_path / "a.h5", [flat, bound], facts))["Relations"]
     assert "at layer 1." in binds
-    assert "binds hardest: mean |p| is 0.50 at layer 1" in binds
+    assert "at layer 1: mean |p| is 0.50." in binds
     without = said(write_p(tmp_path / "b.h5", [flat], some_facts(M, ("",))))["Relations"]
     assert "is undefined: the facts of toy have no relation" in without
 

@@ -239,8 +239,8 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
     return (
         f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
         f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
-        f"{statistics.layers[worst]}, the strongest {strongest}): the kurtosis there is "
-        "theirs, and other facts may give one outside its interval."
+        f"{statistics.layers[worst]}, the strongest {strongest}). The kurtosis there "
+        "comes from these pairs; other facts may give one outside its interval."
     )
 
 

@@ -59,7 +59,7 @@ def size_sentence(row: Row) -> str:
     elif high < 0:
         verdict = "the larger model has the smaller kurtosis"
     elif low == low:
-        verdict = "the interval holds 0, so which is larger cannot be told"
+        verdict = "the interval contains 0, so it is not known which is larger"
     elif row["same_facts"]:
         verdict = "the difference has no interval"
     else:

@@ -58,13 +58,13 @@ def findings(examined: Examined) -> list[Finding]:
 
 
 def mean(examined: Examined) -> list[str]:
-    """How far the mean is from 0, and where its interval holds 0."""
+    """How far the mean is from 0, and where its interval contains 0."""
     low, high = examined.values("mean_low"), examined.values("mean_high")
     sentences = [f"The mean of p is {_at_ends(examined, 'mean', 3)}."]
     if np.isnan(low).all():
         return [*sentences, "So few facts give it no interval."]
     holds = examined.where((low <= 0) & (high >= 0))
-    sentences.append(f"Its 95 % interval holds 0 {at_layers(holds, examined.layers)}.")
+    sentences.append(f"Its 95 % interval contains 0 {at_layers(holds, examined.layers)}.")
     for where, word in ((low > 0, "above"), (high < 0, "below")):
         if where.any():
             there = at_layers(examined.where(where), examined.layers)
@@ -194,7 +194,7 @@ def strongest(examined: Examined) -> list[str]:
     others = strongest_rows(examined.file, examined.layers, 1, distinct_token=True)
     return [
         f"{bond}; both share {examined.token}.",
-        *(f"Among the pairs that do not, it is p = {_bond(examined, other)}." for other in others),
+        *(f"Among other pairs the tightest is p = {_bond(examined, other)}." for other in others),
     ]
 
 
@@ -213,8 +213,8 @@ def beyond(examined: Examined) -> list[str]:
             f"{number(float(np.nanmax(largest)), 2)} at most."
         ]
     return [
-        f"Off the diagonal p goes beyond 1 {at_layers(where, examined.layers)}, to "
-        f"{number(float(np.nanmax(largest)), 2)}: there an edit moves another fact further than "
+        f"Off the diagonal p is above 1 {at_layers(where, examined.layers)}, up to "
+        f"{number(float(np.nanmax(largest)), 2)}. An edit there moves some other fact further than "
         "its own."
     ]
 
@@ -267,8 +267,8 @@ def relations(examined: Examined) -> list[str]:
         return sentences
     above = examined.where(within > null[:, -1])
     sentences.append(
-        "Within relations, with other text before the subject, mean |p| is above that of 95 % of "
-        f"relations given at random {at_layers(above, examined.layers)}."
+        "Within relations, where the text before the subject differs, mean |p| is larger than in "
+        f"95 % of random relations {at_layers(above, examined.layers)}."
     )
     each = np.where(
         found.means["within_other_text"][:, :-1] > null[:, :-1],
@@ -279,8 +279,8 @@ def relations(examined: Examined) -> list[str]:
         row, column = np.unravel_index(int(each.argmax()), each.shape)
         relation = found.relations[int(column)]
         sentences.append(
-            f"Of single relations {relation.name} ({quoted(relation.example)}) binds hardest: mean "
-            f"|p| is {number(float(each[row, column]), 2)} at layer {examined.layers[int(row)]}."
+            f"The relation that binds hardest is {relation.name} ({quoted(relation.example)}), at "
+            f"layer {examined.layers[int(row)]}: mean |p| is {number(float(each[row, column]), 2)}."
         )
     return sentences
 

@@ -176,7 +176,7 @@ def convergence(examined: Examined) -> Section:
     drawing = Drawing(
         "convergence",
         "convergence",
-        f"P of the first so many facts at {layers_text(examined.ends)}.",
+        f"P of more and more facts, from the first on, at {layers_text(examined.ends)}.",
         FigureOptions(seed=examined.seed),
     )
     body = _picture(examined, drawing, examined.ends)
