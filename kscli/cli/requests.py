@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kscli.cli.options import DEFAULT_MODEL
 from kscli.errors import UsageError
 from kscli.models.aliases import classify
 from kscli.places import Places
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
     from kscli.facts import FactSet
     from kscli.second_moment.ranks import Ranks
 
-EMBEDDED = "tiny"
-
 
 def corpus_for(model: str, corpus: str | None, text_field: str | None) -> Corpus:
     """The corpus that the options name, or the model's default."""
     from kscli.corpus import CorpusSpec, open_corpus
 
     embedded = classify(model) == "embedded"
-    return open_corpus(CorpusSpec(corpus or (EMBEDDED if embedded else "wikipedia"), text_field))
+    return open_corpus(
+        CorpusSpec(corpus or (DEFAULT_MODEL if embedded else "wikipedia"), text_field)
+    )
 
 
 def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:
@@ -38,7 +39,7 @@ def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:
     from kscli.facts import DEFAULT_COUNT, read_facts
 
     embedded = classify(model) == "embedded"
-    name = facts or (EMBEDDED if embedded else "counterfact")
+    name = facts or (DEFAULT_MODEL if embedded else "counterfact")
     if count is None:
         return read_facts(name, DEFAULT_COUNT, at_most=True)
     return read_facts(name, number_or_all("--count", count))
@@ -83,7 +84,7 @@ def pmatrix_paths(
 ) -> list[Path]:
     """The pmatrix files of the named models, and the files named themselves."""
     if not models and not files:
-        models = [EMBEDDED]
+        models = [DEFAULT_MODEL]
     return [Places(directory, model).path("pmatrix") for model in models or []] + list(files or [])
 
 
@@ -110,7 +111,7 @@ def run_paths(
     from kscli.errors import ArtifactError
 
     paths = list(files or [])
-    for model in models or ([] if files else [EMBEDDED]):
+    for model in models or ([] if files else [DEFAULT_MODEL]):
         folder = Places(directory, model).folder
         found = runs_in(folder)
         if not found:

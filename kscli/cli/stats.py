@@ -173,10 +173,7 @@ def _print_scaling(
     from kscli.analysis.scaling import Measured, scaling_rows
 
     rows = scaling_rows(
-        [
-            Measured(file, file.about.model_id, file.about.n_layers, layers)
-            for file, layers in chosen
-        ],
+        [Measured(file, file.about.model_id, file.about.n_layers, of) for file, of in chosen],
         resampling,
     )
     if asked and not rows:

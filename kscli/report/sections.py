@@ -191,8 +191,8 @@ def relations(examined: Examined) -> Section | None:
     drawing = Drawing(
         "relations",
         "relations",
-        "Mean |p| from relation to relation, of pairs with different tokens and other text before "
-        f"the subject, at {layers_text(examined.ends)}.",
+        "Mean |p| from relation to relation, of pairs of a different last token and with other "
+        f"text before the subject, at {layers_text(examined.ends)}.",
     )
     body = [
         _picture(examined, drawing, examined.ends),
