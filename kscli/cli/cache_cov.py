@@ -43,8 +43,8 @@ def cache_cov(
 ) -> None:
     """Measure C = E[k k'], the second moment of every layer's keys, over a corpus.
 
-    One pass of the model for all layers, if memory allows. Writes cov.h5. Stopped at any moment,
-    the same command goes on from its last checkpoint.
+    The model reads the corpus once for all layers if memory allows, else several times. Writes
+    cov.h5. If the command is stopped, the same command continues from the last checkpoint.
 
     Examples:
       kscli cache-cov -m gpt2-small --samples 20000

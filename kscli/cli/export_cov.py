@@ -41,8 +41,8 @@ def export_cov(
 ) -> None:
     """Write cov.h5 as the .npz files that ROME, MEMIT, EasyEdit or AlphaEdit looks for.
 
-    Writes one file for each layer, under the name that the editor's default hyper-parameters lead
-    to.
+    There is one file for each layer. Its name is the one that the editor looks for with its
+    default hyper-parameters.
 
     Examples:
       kscli export-cov -m gpt-j --for memit -o memit/data/stats

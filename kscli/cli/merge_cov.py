@@ -25,10 +25,10 @@ def merge_cov(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Add up the parts that cache-cov --shard wrote into cov.h5.
+    """Add up the parts that `cache-cov --shard` wrote, and write cov.h5.
 
-    The result is what one cache-cov over the whole corpus would have written. Parts that
-    overlap, that are missing, or that differ in anything but their documents are refused.
+    The result is what one cache-cov over the whole corpus would have written. Parts are refused
+    if two overlap, if one is missing, or if they differ in anything but their documents.
 
     Examples:
       kscli merge-cov -m gpt2-xl

@@ -21,7 +21,10 @@ def relations(
     permutations: Annotated[
         int,
         typer.Option(
-            "--permutations", metavar="N", min=1, help="How often relations are given at random."
+            "--permutations",
+            metavar="N",
+            min=1,
+            help="How often relations are given to the facts at random.",
         ),
     ] = 1000,
     seed: options.Seed = 0,
