@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from kscli import __version__
 from kscli.artifacts import UNKNOWN, PMatrixFile
@@ -83,23 +84,22 @@ def write_report(
 
 def model_parts(models: Sequence[Examined], reporter: Reporter = SILENT) -> list[Part]:
     """A part on all models beside each other where they are several, and one on each."""
-    of_all = comparison.SECTIONS if len(models) > 1 else ()
-    steps = len(of_all) + sum(len(_builders(one)) for one in models)
+    plans: list[tuple[str, str, str, Sequence[Callable[[Any], Section | None]], Any]] = [
+        (one.key, _heading(one, models), _about(one), _builders(one), one) for one in models
+    ]
+    if len(models) > 1:
+        about = f"{counted(len(models), 'model')}: {listed([one.model for one in models])}."
+        plans.insert(0, (comparison.KEY, "All models", about, comparison.SECTIONS, models))
     parts = []
+    steps = sum(len(builders) for _, _, _, builders, _ in plans)
     with reporter.task("report", steps, unit="sections") as task:
-        if of_all:
+        for key, title, about, builders, source in plans:
             made = []
-            for build in of_all:
-                made.append(build(models))
+            for build in builders:
+                made.append(build(source))
                 task.advance()
-            parts.append(Part(comparison.KEY, "All models", _all_models(models), tuple(made)))
-        for one in models:
-            of_model = []
-            for of_one in _builders(one):
-                of_model.append(of_one(one))
-                task.advance()
-            there = tuple(section for section in of_model if section is not None)
-            parts.append(Part(one.key, _heading(one, models), _about(one), there))
+            there = tuple(section for section in made if section is not None)
+            parts.append(Part(key, title, about, there))
     return parts
 
 
@@ -181,10 +181,6 @@ def _heading(one: Examined, models: Sequence[Examined]) -> str:
     """The model's name; with the file where another has the same."""
     same = [other for other in models if other.model == one.model]
     return one.model if len(same) == 1 else f"{one.model} ({one.file.path})"
-
-
-def _all_models(models: Sequence[Examined]) -> str:
-    return f"{counted(len(models), 'model')}: {listed([one.model for one in models])}."
 
 
 def _about(one: Examined) -> str:
