@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kscli.artifacts import UNKNOWN, CovarianceFile, KeysFile, PMatrixFile
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.editing import run as run_module
+from kscli.editing import loop as run_module
+from kscli.editing.editors.closed_form import edit_directions
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.gradients import gradient_cosines
-from kscli.editing.run import ALREADY, Edit, EditOptions, EditRun
+from kscli.editing.loop import ALREADY, Edit, EditOptions, EditRun
 from kscli.editing.sources import EditSources
 from kscli.editing.stage import (
     EditPlan,
@@ -39,7 +40,6 @@ from kscli.editing.stage import (
     make_edits,
     replay_edits,
 )
-from kscli.editing.updates import edit_directions
 from kscli.editing.value import DivergedError
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, ModelError, NumericsError, UsageError
@@ -854,7 +854,7 @@ def test_a_killed_process_loses_no_finished_edit(folder: Path, tmp_path: Path) -
     script = tmp_path / "killed.py"
     script.write_text(
         "import os, sys\n"
-        "from kscli.editing.run import EditRun\n"
+        "from kscli.editing.loop import EditRun\n"
         "original = EditRun._edit\n"
         "def edit(self, planned, log, task):\n"
         "    if log.made == 1: os.kill(os.getpid(), 9)\n"

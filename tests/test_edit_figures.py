@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from kscli.editing.edit_arrays import read_arrays
 from kscli.editing.edits_file import EditsFile
-from kscli.editing.run_arrays import read_arrays
 from kscli.editing.verification import measure_outcomes
 from kscli.errors import UsageError
 from kscli.facts import Fact

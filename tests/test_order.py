@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kscli.editing.order import draw_edits, edit_order, sequence_interference
+from kscli.editing.choice import draw_edits, edit_order, sequence_interference
 
 
 def superposition(seed: int, m: int = 6, d: int = 9) -> tuple[NDArray[np.float64], ...]:

@@ -19,8 +19,14 @@ from artifact_kit import FACTS, about_pmatrix, located, write_toy
 from cli_kit import ROOT, kscli, one_sentence
 
 from kscli.artifacts import PMatrixFile, write_artifact
-from kscli.editing.order import draw_edits, edit_order
-from kscli.editing.risk import layer_rows, least_layer, moved_rows, sequence_risk, sequence_rows
+from kscli.editing.choice import choose_facts, edit_order
+from kscli.editing.predicted_damage import (
+    layer_rows,
+    least_layer,
+    moved_rows,
+    sequence_risk,
+    sequence_rows,
+)
 from kscli.facts import Fact
 
 M, LAYERS = 9, (0, 1, 2)
@@ -244,7 +250,7 @@ def test_a_sequence_as_objects(place: tuple[str, Path], pm: PMatrixFile) -> None
     assert named == sequence_rows(pm, sequence_risk(pm, 0, [3, 4], "norm"), 3)
     drawn = objects(*place, "--edits", "4", "--seed", "5", "-k", "all")
     edited = sorted(row["fact"] for row in drawn if row["state"] == "edited")
-    assert edited == draw_edits(M, 4, 5)
+    assert edited == choose_facts(pm, 4, 5)
     two = kscli("risk", *place, "--edits", "4", "--layers", "0,1", "-k", "1", "-f", "csv", "-q")
     read = list(csv.DictReader(io.StringIO(two.stdout)))
     assert [(row["layer"], row["state"]) for row in read] == [
@@ -293,7 +299,7 @@ def test_fail_above_says_so_with_3(
     value = {
         "p": max(abs(pm.matrix("P", layer)[3, j]) for layer in (0, 1) for j in others(pm, 3)),
         "layers": max(abs(pm.matrix("P", layer)[3, j]) for layer in LAYERS for j in others(pm, 3)),
-        "sequence": max(sequence_risk(pm, 1, draw_edits(M, 4, 0)).shifts.expected),
+        "sequence": max(sequence_risk(pm, 1, choose_facts(pm, 4, 0)).shifts.expected),
     }[largest]
     below = kscli("risk", *place, *arguments, "--fail-above", f"{value - 1e-6}", "-f", "json")
     assert below.exit_code == 3

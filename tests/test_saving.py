@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kscli.editing.saving import EDIT_LOG, require_new_folder, save_model
+from kscli.editing.saving import EDIT_LOG, require_new_folder, save_edited_model
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, UsageError
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
@@ -64,7 +64,7 @@ def test_saved_model_is_the_live_one(tmp_path: Path) -> None:
         logits(load("tiny").decoder.model, model.tokenizer),
     )
     folder = tmp_path / "new" / "saved"
-    save_model(model, folder, LOG)
+    save_edited_model(model, folder, LOG)
     check_saved(model, folder, length=256)
     lines = (folder / EDIT_LOG).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -80,7 +80,7 @@ def test_saved_model_is_the_live_one(tmp_path: Path) -> None:
 def test_tied_embeddings_stay_tied(tied: bool, tmp_path: Path) -> None:
     save_family("llama", tmp_path / "made", tie_word_embeddings=tied)
     model = edited(str(tmp_path / "made"))
-    save_model(model, tmp_path / "saved", [])
+    save_edited_model(model, tmp_path / "saved", [])
     check_saved(model, tmp_path / "saved", length=256)
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
@@ -131,7 +131,7 @@ def test_model_read_from_gguf(tmp_path: Path) -> None:
         network.save_pretrained(tmp_path / "refused")
     before = network.hf_quantizer, network.is_quantized, network.quantization_method
     note = network.config.quantization_config
-    save_model(model, tmp_path / "saved", LOG)
+    save_edited_model(model, tmp_path / "saved", LOG)
     check_saved(model, tmp_path / "saved", length=128)
     assert (network.hf_quantizer, network.is_quantized, network.quantization_method) == before
     assert network.config.quantization_config is note
@@ -139,7 +139,7 @@ def test_model_read_from_gguf(tmp_path: Path) -> None:
 
 def test_empty_folder_is_filled(tmp_path: Path) -> None:
     model = load("tiny")
-    save_model(model, tmp_path, [])
+    save_edited_model(model, tmp_path, [])
     check_saved(model, tmp_path, length=256)
 
 
@@ -154,7 +154,7 @@ def test_folders_in_use_are_refused(tmp_path: Path) -> None:
         ("dangling", "is not a folder"),
         ("file/below", "nothing can be written in"),
     ]:
-        for refuse in (require_new_folder, lambda path: save_model(load("tiny"), path, LOG)):
+        for refuse in (require_new_folder, lambda path: save_edited_model(load("tiny"), path, LOG)):
             with pytest.raises(UsageError, match=words):
                 refuse(tmp_path / name)
     assert (tmp_path / "full" / "a.txt").read_text() == "a"
@@ -172,5 +172,5 @@ def test_nothing_stays_of_a_folder_that_was_not_written(
 
     monkeypatch.setattr(model.decoder.model, "save_pretrained", full)
     with pytest.raises(ArtifactError, match="No space left"):
-        save_model(model, tmp_path / "saved", LOG)
+        save_edited_model(model, tmp_path / "saved", LOG)
     assert list(tmp_path.iterdir()) == []

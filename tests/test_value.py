@@ -17,8 +17,8 @@ from families import save_family
 from torch import Tensor
 
 from kscli.completion import score_targets, tokenize_clozes
+from kscli.editing.editors.closed_form import edit_directions
 from kscli.editing.live import decoder_layer, mlp_outputs
-from kscli.editing.updates import edit_directions
 from kscli.editing.value import (
     DivergedError,
     ShiftLoss,

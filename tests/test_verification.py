@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.weighted_ranks import roc_auc, spearman
+from kscli.editing.edit_arrays import EditArrays, read_arrays
 from kscli.editing.estimates import Estimate
 from kscli.editing.predictors import (
     FEWEST_FLIPS,
@@ -25,7 +26,6 @@ from kscli.editing.predictors import (
     Prediction,
     predict_behaviour,
 )
-from kscli.editing.run_arrays import EditArrays, read_arrays
 from kscli.editing.verification import measure_growth, measure_outcomes, verify
 from kscli.facts import Fact
 

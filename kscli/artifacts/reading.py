@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,16 @@ IDENTITY = ("weights", "tokenizer", "hook", "d_m")
 EXPECTED_EQUAL = ("dtype", "special_tokens")
 
 
+# What makes a file that is missing.
+_MADE_BY: Mapping[Kind | None, str] = {
+    "cov": "; `kscli cache-cov --model MODEL` makes it",
+    "keys": "; `kscli extract --model MODEL` makes it",
+    "pmatrix": "; `kscli run --model MODEL` makes it, as do cache-cov, extract and pmatrix one "
+    "after the other",
+    "edits": "; `kscli edit --model MODEL` makes it",
+}
+
+
 class Artifact:
     """An artifact opened for reading; a context manager.
 
@@ -51,7 +61,7 @@ class Artifact:
 
     def __init__(self, path: Path, kind: Kind | None = None) -> None:
         self.path = path
-        self._file = _open(path)
+        self._file = _open(path, kind or self.of_kind)
         try:
             with self._reading():
                 self.attributes: dict[str, Any] = {
@@ -262,9 +272,9 @@ def require_same_identity(first: Artifact, second: Artifact) -> list[str]:
     return differences
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, kind: Kind | None) -> h5py.File:
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist.")
+        raise ArtifactError(f"{path} does not exist{_MADE_BY.get(kind, '')}.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name an HDF5 file.")
     try:

@@ -19,6 +19,13 @@ def complete_model(ctx: Any, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def complete_editor(incomplete: str) -> list[str]:
+    """The editors whose names begin with what was typed."""
+    from kscli.editing.editors import EDITORS
+
+    return [name for name in EDITORS if name.startswith(incomplete)]
+
+
 def complete_layers(ctx: Any, incomplete: str) -> list[str]:
     """`all` and the layers that the model's artifacts hold, or that its alias has."""
     layers = _known_layers(ctx.params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,12 +9,14 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import Format, print_rows
+from kscli.editing.editors import DEFAULT_EDITOR, defaults, editors_where, find_editor
 from kscli.tables import EDITS
 
 if TYPE_CHECKING:
     from kscli.cli.console import ConsoleReporter
-    from kscli.editing.sources import EditSources
-    from kscli.places import Places
+
+_SEVERAL = editors_where(lambda editor: editor.several)
+_WEIGHTED = editors_where(lambda editor: editor.weight is not None)
 
 
 def edit(
@@ -27,53 +28,57 @@ def edit(
     order: options.Order = "given",
     target_new: Annotated[
         str,
-        typer.Option(
-            "--target-new", metavar="field:NAME|text:TARGET", help="What to write for the target."
-        ),
+        typer.Option("--target-new", metavar="field:NAME|text:TARGET", help="The new target."),
     ] = "field:target_new",
     facts: Annotated[
         str | None,
         typer.Option(
             "--facts",
             metavar="FACTS",
-            help="Where --target-new's field is read.",
+            help="The facts whose records hold the field of --target-new.",
             show_default="where keys.h5 has its facts from",
         ),
     ] = None,
-    method: Annotated[
-        Literal["rome", "memit"], typer.Option("--method", help="The closed form.")
-    ] = "rome",
+    method: options.Method = DEFAULT_EDITOR,
     protocol: Annotated[
         Literal["sequential", "single"],
         typer.Option(
-            "--protocol", help="One edit upon the other, or each in the clean model and taken back."
+            "--protocol",
+            help="sequential: each edit is made in the model that the edits before it have left. "
+            "single: each edit is made in the clean model and is taken back.",
         ),
     ] = "sequential",
     value: Annotated[
         Literal["optimised", "random"],
         typer.Option(
-            "--value", help="What is written: a value that says the new target, or noise."
+            "--value",
+            help="optimised: write a value with which the model says the new target. random: write "
+            "a random vector.",
         ),
     ] = "optimised",
     value_norm: Annotated[
-        float, typer.Option("--value-norm", min=0.0, help="The length of random values.")
+        float, typer.Option("--value-norm", min=0.0, help="The length of a random value.")
     ] = 1.0,
     steps: Annotated[
         int | None,
         typer.Option(
             "--steps",
             min=1,
-            help="Steps of the optimisation of a value.",
-            show_default="20; memit 25",
+            help="The steps that the search for a value takes at most (v_num_grad_steps).",
+            show_default=defaults(lambda editor: editor.value.steps),
         ),
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", min=0.0, help="Of that optimisation.")
+        float,
+        typer.Option("--learning-rate", min=0.0, help="The learning rate of that search (v_lr)."),
     ] = 0.5,
     kl_weight: Annotated[
         float,
         typer.Option(
-            "--kl-weight", min=0.0, help="What keeping all else said of the subject weighs."
+            "--kl-weight",
+            min=0.0,
+            help="The weight of the loss term that keeps what else is said of the subject "
+            "(kl_factor).",
         ),
     ] = 0.0625,
     norm_limit: Annotated[
@@ -81,8 +86,9 @@ def edit(
         typer.Option(
             "--norm-limit",
             min=0.0,
-            help="How much longer than the value itself its change may get.",
-            show_default="4; memit 0.75",
+            help="The longest change of a value, as a multiple of that value's own length "
+            "(clamp_norm_factor).",
+            show_default=defaults(lambda editor: editor.value.norm_limit),
         ),
     ] = None,
     prefixes: Annotated[
@@ -91,15 +97,22 @@ def edit(
             "--prefixes",
             metavar="N",
             min=0,
-            help="Find values after N texts that the model makes up, too, as ROME does.",
+            help="Find a value that holds also after N texts that the model makes up "
+            "(context_templates).",
         ),
     ] = 0,
     weight: Annotated[
-        float,
-        typer.Option("--weight", min=0.0, help="(memit) Its lambda: what the known weighs."),
-    ] = 15000.0,
+        float | None,
+        typer.Option(
+            "--weight",
+            min=0.0,
+            help=f"({_WEIGHTED}) The weight of C, lambda (mom2_update_weight).",
+            show_default=defaults(lambda editor: editor.weight),
+        ),
+    ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, help="(memit) How many edits are made at once.")
+        int,
+        typer.Option("--batch", min=1, help=f"({_SEVERAL}) The number of facts to edit at once."),
     ] = 1,
     measure_every: Annotated[
         int,
@@ -113,7 +126,7 @@ def edit(
     moved: Annotated[
         str,
         typer.Option(
-            "--moved", metavar="K|all", help="After each edit, ask for the K facts it moves most."
+            "--moved", metavar="K|all", help="After each edit, ask for the K facts of largest |p|."
         ),
     ] = "10",
     held_out: Annotated[
@@ -121,17 +134,23 @@ def edit(
         typer.Option(
             "--held-out",
             metavar="CORPUS",
-            help="Measure perplexity on text that C did not see: a --corpus of cache-cov's kinds.",
+            help="Measure perplexity on this text, which C has not seen. It takes what --corpus of "
+            "cache-cov takes.",
         ),
     ] = None,
     held_out_tokens: Annotated[
-        int, typer.Option("--held-out-tokens", metavar="N", min=2, help="As many tokens of it.")
+        int,
+        typer.Option(
+            "--held-out-tokens", metavar="N", min=2, help="The number of its tokens to take."
+        ),
     ] = 2048,
     text_field: options.TextField = None,
     save_model: Annotated[
         Path | None,
         typer.Option(
-            "--save-model", metavar="DIR", help="Write the edited model, a Hugging Face folder."
+            "--save-model",
+            metavar="DIR",
+            help="Write the edited model to this folder, in Hugging Face's format.",
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -151,8 +170,9 @@ def edit(
 ) -> None:
     """Edit facts of a model one after the other, and measure what becomes of all others.
 
-    Every edit's damage is predicted from pmatrix.h5 before it is made, and measured after it. The
-    model's own files are never changed; a run that was stopped goes on from its last edit.
+    The damage of every edit is predicted from pmatrix.h5 before it is made, and measured after it.
+    The model's own files never change. A run that was stopped goes on after its last edit. The
+    names in brackets are those of ROME's, MEMIT's and EasyEdit's hyper-parameters.
 
     Examples:
       kscli edit -m gpt2-small --layer 0 --fact "Patrick Rambaud" --target-new text:Italian
@@ -161,35 +181,21 @@ def edit(
       kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
-    from kscli.artifacts import Existing, must_make
+    from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all, refuse_given, require_finite
+    from kscli.cli.requests import number_or_all, refuse_given, require_above_0, require_finite
     from kscli.corpus import CorpusSpec, open_corpus
-    from kscli.editing.edits_file import EditsFile
-    from kscli.editing.fact_choice import find_facts
-    from kscli.editing.order import edit_order
-    from kscli.editing.run import Edit, EditOptions
+    from kscli.editing.loop import EditOptions
     from kscli.editing.saving import require_new_folder
-    from kscli.editing.saving import save_model as save_edited
-    from kscli.editing.stage import (
-        EditPlan,
-        HeldOut,
-        check_held_out,
-        check_request,
-        choose_facts,
-        discard_checkpoint,
-        edits_recipe,
-        make_edits,
-        new_targets,
-        replay_edits,
-    )
+    from kscli.editing.sources import EditSources
+    from kscli.editing.stage import EditRequest, HeldOut, edit_model
     from kscli.editing.value import ValueOptions
-    from kscli.errors import UsageError
     from kscli.layers import format_layers
     from kscli.models.loading import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
 
+    editor = find_editor(method)
     reporter = ConsoleReporter(quiet=quiet)
     places = Places(directory, model)
     if save_model:
@@ -199,84 +205,58 @@ def edit(
         (fact, ("edits",), "with --fact"),
         (value != "random", ("value_norm",), "without --value random"),
         (value == "random", of_values, "with --value random"),
-        (method != "memit", ("weight",), "without --method memit"),
+        (editor.weight is None, ("weight",), f"without --method {_WEIGHTED}"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
         (target_new.startswith("text:"), ("facts",), "with --target-new text:..."),
         (protocol == "single", ("measure_every",), "with --protocol single, which always does"),
     ):
         if idle:
             refuse_given(context, names, reason)
-    for option, given in (
-        ("--learning-rate", learning_rate),
-        ("--norm-limit", norm_limit),
-        ("--value-norm", value_norm),
-    ):
-        if given == 0:
-            raise UsageError(f"{option} 0 writes nothing; name one above 0.")
-    require_finite(
-        {"--value-norm": value_norm, "--learning-rate": learning_rate, "--kl-weight": kl_weight}
-        | {"--norm-limit": norm_limit, "--weight": weight}
-    )
-    most_steps, longest = (20, 4.0) if method == "rome" else (25, 0.75)
-    find = ValueOptions(
-        steps=most_steps if steps is None else steps,
-        learning_rate=learning_rate,
-        kl_weight=kl_weight,
-        norm_limit=longest if norm_limit is None else norm_limit,
-    )
+    of_sizes = {
+        "--learning-rate": learning_rate,
+        "--norm-limit": norm_limit,
+        "--value-norm": value_norm,
+    }
+    require_above_0(of_sizes)
+    require_finite({**of_sizes, "--kl-weight": kl_weight, "--weight": weight})
     edit_options = EditOptions(
         method=method,
         protocol=protocol,
-        find=find,
+        find=ValueOptions(
+            steps=editor.value.steps if steps is None else steps,
+            learning_rate=learning_rate,
+            kl_weight=kl_weight,
+            norm_limit=editor.value.norm_limit if norm_limit is None else norm_limit,
+        ),
         random_norm=value_norm if value == "random" else None,
-        weight=weight if method == "memit" else 0.0,
+        weight=(editor.weight or 0.0) if weight is None else weight,
         batch=batch,
         prefixes=prefixes,
         measure_every=measure_every,
         moved=number_or_all("--moved", moved),
         seed=seed,
     )
-    with ExitStack() as stack:
-        sources = _open_sources(cov, keys, pmatrix, places, layer, stack)
-        check_request(edit_options, sources.layers, save_model)
-        chosen = (
-            find_facts(sources.pm, fact)
-            if fact
-            else choose_facts(sources, number_or_all("--edits", edits), seed)
-        )
-        chosen = edit_order(order, sources.pm.leverage(sources.layers[0]), chosen, seed)
-        targets = new_targets(sources.pm, chosen, target_new, facts)
-        plan = EditPlan(
-            tuple(map(Edit, chosen, targets)),
-            order,
-            edit_options,
-            HeldOut(open_corpus(CorpusSpec(held_out, text_field)), held_out_tokens)
-            if held_out
-            else None,
-        )
-        check_held_out(plan, sources, reporter)
+    request = EditRequest(
+        facts=tuple(fact or ()),
+        count=number_or_all("--edits", edits),
+        order=order,
+        target_new=target_new,
+        target_source=facts,
+        options=edit_options,
+        held_out=HeldOut(open_corpus(CorpusSpec(held_out, text_field)), held_out_tokens)
+        if held_out
+        else None,
+    )
+    session = Session(
+        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+        Existing.FORCE if force else Existing.REFUSE,
+        reporter,
+    )
+    with EditSources.open(places, layer, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
+        plan = request.plan(sources)
         name = f"{method}-{format_layers(sources.layers)}-{seed}.h5"
         path = output or places.folder / "edits" / name
-        session = Session(
-            ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
-            Existing.FORCE if force else Existing.REFUSE,
-            reporter,
-        )
-        recipe = edits_recipe(sources, plan, session.dtype)
-        made = must_make(path, "edits", recipe, session.existing, reporter)
-        if made:
-            make_edits(session.model, sources, plan, path, recipe, reporter=reporter, force=force)
-    if made:
-        reporter.note(f"wrote {path}")
-    else:
-        discard_checkpoint(path, recipe)
-    with EditsFile(path) as file:
-        rows = file.objects()
-        if save_model:
-            if not made:
-                replay_edits(session.model, file, reporter)
-            save_edited(session.model, save_model, rows)
-            reporter.note(f"wrote {save_model}")
+        rows = edit_model(session, sources, plan, path, save_model)
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
@@ -299,25 +279,3 @@ def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
         rows = [{name: of for name, of in row.items() if name != "moved"} for row in rows]
         rows = [row | {"layers": format_layers(row["layers"])} for row in rows]
     print_rows(rows, EDITS, output_format)
-
-
-def _open_sources(
-    cov: Path | None,
-    keys: Path | None,
-    pmatrix: Path | None,
-    places: Places,
-    layer: str,
-    stack: ExitStack,
-) -> EditSources:
-    from kscli.artifacts import CovarianceFile, KeysFile
-    from kscli.cli.requests import open_pmatrices
-    from kscli.editing.sources import EditSources
-    from kscli.layers import select_layers
-
-    (pm,) = open_pmatrices([pmatrix or places.path("pmatrix")], stack)
-    return EditSources(
-        stack.enter_context(CovarianceFile(cov or places.path("cov"))),
-        stack.enter_context(KeysFile(keys or places.path("keys"))),
-        pm,
-        select_layers(layer, pm.layers, str(pm.path)),
-    )

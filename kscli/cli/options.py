@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kscli.cli.complete import complete_layers, complete_model
+from kscli.cli.complete import complete_editor, complete_layers, complete_model
 from kscli.cli.output import Format
+from kscli.editing.editors import EDITORS, editors_where, find_editor
 
 DEFAULT_MODEL = "tiny"
 _LARGEST_SEED = 2**63 - 1  # what a file has room for
@@ -275,7 +276,13 @@ LayerOfRisk = Annotated[
     str | None, _layer(f"The layer to edit: {_LAYER}", "0; all with --by-layer")
 ]
 LayerOfFigure = Annotated[str | None, _layer(_LAYER, "what shows the kind best")]
-EditedLayer = Annotated[str, _layer("The layer to edit; for memit one or several, as in 3-7.")]
+EditedLayer = Annotated[
+    str,
+    _layer(
+        "The layer to edit. Several, as in 3-7, with --method "
+        f"{editors_where(lambda editor: editor.several)}."
+    ),
+]
 Ridge = Annotated[
     float,
     typer.Option(
@@ -312,6 +319,15 @@ Seed = Annotated[
 
 # Edits
 
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="EDITOR",
+        help="The editor. " + " ".join(f"{name}: {find_editor(name).title}." for name in EDITORS),
+        autocompletion=complete_editor,
+    ),
+]
 EditedFacts = Annotated[
     list[str] | None,
     typer.Option(

@@ -79,6 +79,13 @@ def require_finite(given: Mapping[str, float | None]) -> None:
             raise UsageError(f"{option} {number} must be a finite number.")
 
 
+def require_above_0(given: Mapping[str, float | None]) -> None:
+    """Raise UsageError for an option whose number is 0, with which nothing would be written."""
+    for option, number in given.items():
+        if number == 0:
+            raise UsageError(f"{option} 0 writes nothing; name one above 0.")
+
+
 def pmatrix_paths(
     models: Sequence[str] | None, files: Sequence[Path] | None, directory: Path
 ) -> list[Path]:
@@ -89,19 +96,10 @@ def pmatrix_paths(
 
 
 def open_pmatrices(paths: Sequence[Path], stack: ExitStack) -> list[PMatrixFile]:
-    """Open pmatrix files; an error says how one is made."""
+    """Open pmatrix files."""
     from kscli.artifacts import PMatrixFile
-    from kscli.errors import ArtifactError
 
-    opened = []
-    for path in paths:
-        if not path.exists():
-            raise ArtifactError(
-                f"{path} does not exist; `kscli run --model MODEL` makes it, as do cache-cov, "
-                "extract and pmatrix one after the other."
-            )
-        opened.append(stack.enter_context(PMatrixFile(path)))
-    return opened
+    return [stack.enter_context(PMatrixFile(path)) for path in paths]
 
 
 def run_paths(

@@ -12,11 +12,12 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_line, print_rows
+from kscli.editing.editors import DEFAULT_EDITOR
 from kscli.tables import FACTS_MOVED, RISK_BY_LAYER, Column, Row, sentence, written
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
-    from kscli.editing.risk import SequenceRisk
+    from kscli.editing.predicted_damage import SequenceRisk
 
 PASSED = 3
 """The exit code where --fail-above was passed."""
@@ -33,6 +34,7 @@ def risk(
     ] = False,
     edits: options.EditCount = "all",
     order: options.Order = "given",
+    method: options.Method = DEFAULT_EDITOR,
     seed: options.Seed = 0,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare the layers, instead of the facts.")
@@ -52,6 +54,8 @@ def risk(
         ),
     ] = None,
     pmatrix: options.PMatrix = None,
+    cov: options.Cov = None,
+    keys: options.Keys = None,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
@@ -63,6 +67,9 @@ def risk(
     every fact: the expected shift is for independent deltas of length 1 (the root of the sum of
     p²), the worst for aligned ones (the sum of |p|). An original fact is moved by all edits in
     whatever order, an edited one by the later ones.
+
+    P is that of the paper and of ROME. Another --method has a p of its own, which is computed from
+    cov.h5 and keys.h5.
 
     With --by-layer, which layer would do the least, by the rms of p. That too is per unit of
     |delta|: some layers need a longer one, and the later the layer, the less of the model is left
@@ -78,11 +85,11 @@ def risk(
       kscli risk -m gpt-j --fact 17 --fail-above 0.5 -q && kscli edit -m gpt-j --fact 17
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all, open_pmatrices, refuse_given
-    from kscli.editing.fact_choice import find_facts
-    from kscli.editing.order import draw_edits
-    from kscli.editing.risk import other_facts
-    from kscli.errors import FactsError, UsageError
+    from kscli.cli.requests import number_or_all, refuse_given
+    from kscli.editing.choice import choose_facts, find_facts
+    from kscli.editing.editor_p import open_p
+    from kscli.editing.predicted_damage import other_facts
+    from kscli.errors import UsageError
     from kscli.layers import select_layers
     from kscli.places import Places
 
@@ -91,7 +98,8 @@ def risk(
     reporter = ConsoleReporter(quiet=quiet)
     listed, drawn = number_or_all("-k", k), number_or_all("--edits", edits)
     with ExitStack() as stack:
-        (file,) = open_pmatrices([pmatrix or Places(directory, model).path("pmatrix")], stack)
+        places = Places(directory, model)
+        file = open_p(method, places, stack, cov=cov, keys=keys, pmatrix=pmatrix)
         layers = select_layers(layer or ("all" if by_layer else "0"), file.layers, str(file.path))
         m = len(file.facts)
         if by_layer or (fact and not sequence):
@@ -101,10 +109,8 @@ def risk(
         if fact:
             refuse_given(context, ("edits",), "with --fact")
             edited = find_facts(file, fact)
-        elif (drawn or 0) > m:
-            raise FactsError(f"{drawn} edits were asked for, but {file.path} holds {m} facts.")
         else:
-            edited = draw_edits(m, drawn or m, seed)
+            edited = choose_facts(file, drawn, seed)
         others = other_facts(file)
         copies = m - len({each.text for each in file.facts})
         if copies:
@@ -117,7 +123,7 @@ def risk(
         if by_layer:
             largest = print_layers(file, layers, edited, output_format)
         elif sequence or not fact:
-            from kscli.editing.risk import sequence_risk
+            from kscli.editing.predicted_damage import sequence_risk
 
             risks = [sequence_risk(file, number, edited, order, seed) for number in layers]
             largest = print_sequences(file, risks, listed, output_format)
@@ -136,7 +142,7 @@ def print_moved(
     output_format: Format,
 ) -> float:
     """Print the facts that each edit would move; returns the largest damage."""
-    from kscli.editing.risk import layer_rows, least_layer, moved_rows
+    from kscli.editing.predicted_damage import layer_rows, least_layer, moved_rows
 
     of_layers = layer_rows(file, file.layers, edited)
     least = least_layer(of_layers)
@@ -169,7 +175,7 @@ def print_layers(
     file: PMatrixFile, layers: Sequence[int], edited: Sequence[int], output_format: Format
 ) -> float:
     """Print what each layer would do; returns the largest damage."""
-    from kscli.editing.risk import layer_rows
+    from kscli.editing.predicted_damage import layer_rows
 
     rows = layer_rows(file, layers, edited)
     title = (
@@ -185,7 +191,7 @@ def print_sequences(
     file: PMatrixFile, risks: Sequence[SequenceRisk], k: int | None, output_format: Format
 ) -> float:
     """Print what a sequence does to original and to edited facts; returns the largest damage."""
-    from kscli.editing.risk import sequence_rows
+    from kscli.editing.predicted_damage import sequence_rows
 
     rows = [row for each in risks for row in sequence_rows(file, each, k)]
     if output_format in FOR_MACHINES:

@@ -63,9 +63,9 @@ def verify(
     from kscli.analysis.resampling import Resampling
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import run_paths
+    from kscli.editing.edit_arrays import read_arrays
     from kscli.editing.edits_file import EditsFile
     from kscli.editing.predictors import predict_behaviour
-    from kscli.editing.run_arrays import read_arrays
     from kscli.editing.verification import verify as verify_run
 
     reporter = ConsoleReporter(quiet=quiet)

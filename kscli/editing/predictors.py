@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import DISTINCT
 from kscli.analysis.weighted_ranks import roc_auc, spearman
+from kscli.editing.edit_arrays import EditArrays, passes
 from kscli.editing.estimates import FEWEST_POINTS, Estimate, over_permutations, over_units
-from kscli.editing.run_arrays import EditArrays, passes
 from kscli.reporter import SILENT, Reporter
 
 FEWEST_FLIPS = 10

@@ -40,7 +40,9 @@ def require_new_folder(folder: Path) -> None:
         raise UsageError(f"--save-model {folder}: {error.strerror}.") from error
 
 
-def save_model(model: LoadedModel, folder: Path, log: Sequence[Mapping[str, object]]) -> None:
+def save_edited_model(
+    model: LoadedModel, folder: Path, log: Sequence[Mapping[str, object]]
+) -> None:
     """Write config, weights (safetensors) and tokenizer to a new folder, and `log` beside them.
 
     The log is `EDIT_LOG`, one JSON object a line; what is not finite is null there. The folder is

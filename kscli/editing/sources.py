@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kscli.artifacts import (
     IDENTITY,
@@ -13,8 +17,12 @@ from kscli.artifacts import (
     require_same_identity,
 )
 from kscli.errors import ArtifactError
-from kscli.models.loading import LoadedModel
+from kscli.layers import select_layers
+from kscli.places import Places
 from kscli.reporter import Reporter
+
+if TYPE_CHECKING:
+    from kscli.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,27 @@ class EditSources:
         for file in (self.cov, self.keys, self.pm):
             file.require_layers(self.layers)
         require_same_identity(self.cov, self.keys)
-        _require_made_from(self.pm, {"cov": self.cov, "keys": self.keys})
+        require_made_from(self.pm, {"cov": self.cov, "keys": self.keys})
         _require_subject_last(self.pm)
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        places: Places,
+        layers: str,
+        *,
+        cov: Path | None = None,
+        keys: Path | None = None,
+        pmatrix: Path | None = None,
+    ) -> Iterator[EditSources]:
+        """Open a model's files, or those named instead, for the layers selected."""
+        with (
+            PMatrixFile(pmatrix or places.path("pmatrix")) as pm,
+            CovarianceFile(cov or places.path("cov")) as of_text,
+            KeysFile(keys or places.path("keys")) as of_facts,
+        ):
+            yield cls(of_text, of_facts, pm, select_layers(layers, pm.layers, str(pm.path)))
 
     @property
     def ridge(self) -> float:
@@ -49,7 +76,8 @@ class EditSources:
         require_about(self.keys, model, reporter)
 
 
-def _require_made_from(pm: PMatrixFile, files: dict[str, CovarianceFile | KeysFile]) -> None:
+def require_made_from(pm: PMatrixFile, files: Mapping[str, CovarianceFile | KeysFile]) -> None:
+    """Raise ArtifactError where P was made from other files than these."""
     for name, file in files.items():
         if pm.about.inputs.get(name) != file.fingerprint:
             raise ArtifactError(

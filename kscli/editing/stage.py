@@ -7,13 +7,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from kscli.artifacts import EditsAbout, PMatrixFile, Recipe, difference
+from kscli.artifacts import EditsAbout, Existing, PMatrixFile, Recipe, difference, must_make
 from kscli.corpus import Corpus
+from kscli.editing.choice import Order, choose_facts, edit_order, find_facts
+from kscli.editing.editors import editors_where, find_editor
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
-from kscli.editing.order import Order, draw_edits
-from kscli.editing.run import Edit, EditOptions, EditRun
+from kscli.editing.loop import Edit, EditOptions, EditRun
+from kscli.editing.saving import save_edited_model
 from kscli.editing.sources import EditSources, require_about
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, FactsError, UsageError
@@ -22,6 +25,7 @@ from kscli.files import require_writable
 from kscli.interrupts import InterruptedRunError, held_signals
 from kscli.layers import format_layers
 from kscli.models.loading import LoadedModel
+from kscli.pipeline import Session
 from kscli.reporter import Reporter
 
 
@@ -43,19 +47,51 @@ class EditPlan:
     held_out: HeldOut | None = None
 
 
-def check_request(options: EditOptions, layers: Sequence[int], save_model: Path | None) -> None:
-    """Raise UsageError for what cannot be asked together."""
-    if options.method == "rome" and len(layers) > 1:
-        raise UsageError(
-            f"rome edits one layer, and --layer {format_layers(layers)} names {len(layers)}; name "
-            "one, or use --method memit."
-        )
-    if options.batch > 1 and (options.method == "rome" or options.protocol == "single"):
-        raise UsageError("--batch is for --method memit and --protocol sequential.")
-    if save_model and options.protocol == "single":
-        raise UsageError(
-            "--save-model has nothing to write with --protocol single, which takes every edit back."
-        )
+@dataclass(frozen=True)
+class EditRequest:
+    """Which facts are to be edited, to what, and how.
+
+    `facts` are subjects or indexes; without them `count` (None: all) facts are drawn with the
+    options' seed. `target_new` is `text:TARGET` for all, or `field:NAME` of the facts' records in
+    `target_source` (None: where keys.h5 has its facts from).
+    """
+
+    facts: tuple[str, ...]
+    count: int | None
+    order: Order
+    target_new: str
+    target_source: str | None
+    options: EditOptions
+    held_out: HeldOut | None = None
+
+    def plan(self, sources: EditSources) -> EditPlan:
+        """The edits that are asked for.
+
+        Raises UsageError for what cannot be asked together, FactsError for a fact that is not
+        there or has no new target.
+        """
+        self._check(sources)
+        seed = self.options.seed
+        if self.facts:
+            chosen = find_facts(sources.pm, self.facts)
+        else:
+            chosen = choose_facts(sources.pm, self.count, seed)
+        leverage = sources.pm.leverage(sources.layers[0])
+        chosen = edit_order(self.order, leverage, chosen, seed)
+        targets = new_targets(sources.pm, chosen, self.target_new, self.target_source)
+        return EditPlan(tuple(map(Edit, chosen, targets)), self.order, self.options, self.held_out)
+
+    def _check(self, sources: EditSources) -> None:
+        options, layers = self.options, sources.layers
+        several = find_editor(options.method).several
+        others = editors_where(lambda editor: editor.several)
+        if len(layers) > 1 and not several:
+            raise UsageError(
+                f"{options.method} edits one layer, and --layer {format_layers(layers)} names "
+                f"{len(layers)}; name one, or use --method {others}."
+            )
+        if options.batch > 1 and (not several or options.protocol == "single"):
+            raise UsageError(f"--batch is for --method {others} and --protocol sequential.")
 
 
 def check_held_out(plan: EditPlan, sources: EditSources, reporter: Reporter) -> None:
@@ -73,20 +109,6 @@ def check_held_out(plan: EditPlan, sources: EditSources, reporter: Reporter) -> 
             f"--held-out {plan.held_out.corpus.name} is the text that {sources.cov.path} was "
             "measured on; name other text."
         )
-
-
-def choose_facts(sources: EditSources, count: int | None, seed: int) -> list[int]:
-    """Draw `count` (None: all) of the facts with `seed`, in their order in the file.
-
-    Raises FactsError when there are fewer.
-    """
-    m = len(sources.pm.facts)
-    if (count or 0) > m:
-        raise FactsError(
-            f"{count} edits were asked for, but {sources.pm.path} holds {m} facts; name fewer with "
-            "--edits, or all."
-        )
-    return draw_edits(m, m if count is None else count, seed)
 
 
 def new_targets(
@@ -154,6 +176,37 @@ def discard_checkpoint(path: Path, recipe: Recipe) -> None:
     checkpoint = checkpoint_of(path)
     if difference(checkpoint, "edits", recipe) is None:
         checkpoint.unlink()
+
+
+def edit_model(
+    session: Session, sources: EditSources, plan: EditPlan, path: Path, save_model: Path | None
+) -> list[dict[str, Any]]:
+    """Make the run at `path` unless it is up to date; write the edited model where asked.
+
+    Returns the edits as `EditsFile.objects` does. Raises what `make_edits` and `save_edited_model`
+    raise.
+    """
+    reporter, force = session.reporter, session.existing is Existing.FORCE
+    if save_model and plan.options.protocol == "single":
+        raise UsageError(
+            "--save-model has nothing to write with --protocol single, which takes every edit back."
+        )
+    check_held_out(plan, sources, reporter)
+    recipe = edits_recipe(sources, plan, session.dtype)
+    made = must_make(path, "edits", recipe, session.existing, reporter)
+    if made:
+        make_edits(session.model, sources, plan, path, recipe, reporter=reporter, force=force)
+        reporter.note(f"wrote {path}")
+    else:
+        discard_checkpoint(path, recipe)
+    with EditsFile(path) as file:
+        rows = file.objects()
+        if save_model:
+            if not made:
+                replay_edits(session.model, file, reporter)
+            save_edited_model(session.model, save_model, rows)
+            reporter.note(f"wrote {save_model}")
+    return rows
 
 
 def make_edits(

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kscli.completion import Cloze, tokenize_clozes
+from kscli.editing.editors import Site
 from kscli.editing.live import decoder_layer
 from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError
@@ -37,10 +38,6 @@ from kscli.facts import SLOT, UNUSABLE, Fact
 from kscli.models.decoder import is_out_of_memory
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
-
-Site = Literal["mlp", "hidden"]
-"""Where the shift is added: to the down-projection's output, which is ROME's v, or to the decoder
-layer's output, which is z of MEMIT (Meng et al., "Mass-Editing Memory in a Transformer", 2023)."""
 
 ESSENCE_PROMPT = f"{SLOT} is a"
 LIKELIEST = 5  # ROME's and MEMIT's code sample prefixes from so many tokens
@@ -51,9 +48,12 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
 class ValueOptions:
     """How a value is searched; the defaults are ROME's (hparams/ROME/gpt2-xl.json of its code).
 
-    MEMIT's are the same but for 25 steps and a `norm_limit` of 0.75. `steps` is the most changes
-    that are made to the shift; the search is over as soon as the loss is below `stop_at`. The
-    `prefixes` are texts put before the prompt as they are; the bare prompt is always used too.
+    An editor has `steps` and a `norm_limit` of its own (`kscli.editing.editors`). The names in
+    ROME's and EasyEdit's hyper-parameters: `steps` is v_num_grad_steps, the most changes that are
+    made to the shift; `learning_rate` v_lr; `weight_decay` v_weight_decay; `kl_weight` kl_factor;
+    `norm_limit` clamp_norm_factor. The search ends as soon as the loss is below `stop_at`. The
+    `prefixes` (context_templates) are put before the prompt as they are; the bare prompt is always
+    used too.
     """
 
     steps: int = 20

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.weighted_ranks import spearman
+from kscli.editing.edit_arrays import EditArrays, tested_facts
 from kscli.editing.estimates import FEWEST_POINTS, FEWEST_UNITS, Estimate, over_units, plain
-from kscli.editing.run_arrays import EditArrays, tested_facts
 
 WALKS = 100
 

@@ -14,10 +14,10 @@ from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import Statistics
 from kscli.analysis.stats_file import statistics_of
 from kscli.artifacts import CovarianceFile, PMatrixFile
+from kscli.editing.edit_arrays import read_arrays
 from kscli.editing.edits_file import EditsFile
+from kscli.editing.predicted_damage import layer_rows, sequence_risk
 from kscli.editing.predictors import Prediction, predict_behaviour
-from kscli.editing.risk import layer_rows, sequence_risk
-from kscli.editing.run_arrays import read_arrays
 from kscli.editing.verification import Verification, verify
 from kscli.errors import ArtifactError, FactsError
 from kscli.figures import Source
@@ -84,7 +84,7 @@ class Examined:
     in the activation space, NaN where there is none. `settlings` are of `ends`. `relations` is
     None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
     the cov.h5 that P was made with is not beside it. `risk_rows` are `layer_rows` of edits of all
-    facts (`kscli.editing.risk`), with what the order norm `saved`.
+    facts (`kscli.editing.predicted_damage`), with what the order norm `saved`.
     """
 
     key: str

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kscli.analysis.pair_facts import pair_facts
 from kscli.analysis.pairs import Pair, pair_record
-from kscli.editing.order import Order, edit_order, sequence_interference
+from kscli.editing.choice import Order, edit_order, sequence_interference
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.editing.editors import DEFAULT_EDITOR, find_editor
 from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.interference import Interference, largest_error
 from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs, outputs_of_keys
 from kscli.editing.sources import EditSources
-from kscli.editing.updates import edit_directions
 from kscli.editing.value import (
     DivergedError,
     ValueOptions,
@@ -38,7 +38,6 @@ from kscli.reporter import Reporter, Task
 from kscli.whitening import whitening
 
 Array = NDArray[np.float64]
-Method = Literal["rome", "memit"]
 Protocol = Literal["sequential", "single"]
 
 ALREADY = "the model says the new target already"
@@ -56,14 +55,15 @@ class Edit:
 class EditOptions:
     """How edits are made and measured.
 
-    `random_norm`: write a random value of that norm instead of one that says the new target.
-    `weight` is MEMIT's lambda, `batch` how many edits it makes at once. In the protocol `single`
-    every edit is made in the clean model and taken back. All facts are asked after the first, the
+    `method` is the editor, an entry of `EDITORS`. `random_norm`: write a random value of that norm
+    instead of one that says the new target. `weight` is the editor's lambda (mom2_update_weight),
+    `batch` how many edits are made at once. In the protocol `single` every edit is made in the
+    clean model and taken back. All facts are asked after the first, the
     last and every `measure_every`-th edit (single: after each); the `moved` facts of largest |p|
     (None: all) after each. Values are found after `prefixes` texts that the model makes up, too.
     """
 
-    method: Method = "rome"
+    method: str = DEFAULT_EDITOR
     protocol: Protocol = "sequential"
     find: ValueOptions = field(default_factory=ValueOptions)
     random_norm: float | None = None
@@ -100,6 +100,7 @@ class EditRun:
         self._examination = Examination(model, self._facts)
         self._held_out: HeldOutText | None = None
         self._find = options.find
+        self._editor = find_editor(options.method)
         self._p = sources.pm.matrix("P", sources.layers[0])
 
     def measure_perplexity_on(self, text: HeldOutText) -> None:
@@ -289,46 +290,46 @@ class EditRun:
         return records, found
 
     def _value(self, number: int, edit: Edit) -> Array:
-        """The value to write, as what to add: to the MLP's output, or, memit, to reach in the end.
+        """The value to write: what to add to the MLP's output, or the layer output to reach.
 
         Raises DivergedError where none is found, and where none is needed.
         """
         fact, options = self._facts[edit.fact], self.options
-        layer, rome = self.sources.layers[-1], options.method == "rome"
+        layer, site = self.sources.layers[-1], self._editor.value.site
         if options.random_norm is not None:
-            shift = random_value(
-                self._weights[-1].shape[0], options.random_norm, options.seed, number
-            )
-            if rome:
-                return shift
-            here = hidden_states(self.model, layer, [self._prompts[edit.fact]])[0]
-            return np.asarray(here + shift)
+            size = self._weights[-1].shape[0]
+            shift = random_value(size, options.random_norm, options.seed, number)
+            return shift if site == "mlp" else shift + self._state([edit.fact])[0]
         if self._already[number]:
             raise DivergedError(ALREADY)
-        site: Literal["mlp", "hidden"] = "mlp" if rome else "hidden"
         found = find_value(self.model, layer, fact, edit.target_new, self._find, site)
-        return found.shift if rome else found.value + found.shift
+        return found.shift if site == "mlp" else found.value + found.shift
+
+    def _state(self, facts: Sequence[int]) -> Array:
+        """The residual stream as the last edited layer leaves it now, at the facts' keys."""
+        return hidden_states(
+            self.model, self.sources.layers[-1], [self._prompts[fact] for fact in facts]
+        )
 
     def _apply(self, edited: Sequence[int], values: Array) -> tuple[Array, Array]:
-        """Change W of every edited layer; returns its (layer, b, d) deltas and directions.
-
-        MEMIT spreads what is lacking at the last layer evenly over the layers that are left, and
-        reads keys and state again after each (Meng et al. 2022b, algorithm 1).
-        """
-        deltas, directions = [], []
-        prompts = [self._prompts[fact] for fact in edited]
-        layers = self.sources.layers
-        for at, layer in enumerate(layers):
-            if self.options.method == "rome":
-                residuals, keys = values, self._keys[at][list(edited)]
-            else:
-                lacking = values - hidden_states(self.model, layers[-1], prompts)
-                residuals = lacking / (len(layers) - at)
-                keys = mlp_keys(self.model, layer, prompts)
-            directions.append(edit_directions(self._white[at], keys, self.options.weight))
-            deltas.append(residuals)
-            self._change(at, edited, residuals, directions[at])
+        """Change W of every edited layer; returns its (layer, b, d) deltas and directions."""
+        editor, deltas, directions = self._editor, [], []
+        for at in range(len(self._weights)):
+            lacking = values if editor.value.site == "mlp" else values - self._state(edited)
+            delta = editor.afterwards(lacking, len(self._weights) - at)
+            keys = editor.key(_EditedKeys(self, at, edited))
+            direction = editor.direction(self._white[at], keys, self.options.weight)
+            self._change(at, edited, delta, direction)
+            deltas.append(delta)
+            directions.append(direction)
         return np.stack(deltas), np.stack(directions)
+
+    def keys_of(self, at: int, facts: Sequence[int], *, live: bool) -> Array:
+        """The facts' keys at the `at`-th edited layer: those of keys.h5, or the live model's."""
+        if not live:
+            return self._keys[at][list(facts)]
+        prompts = [self._prompts[fact] for fact in facts]
+        return mlp_keys(self.model, self.sources.layers[at], prompts)
 
     def _ask_previous(self, number: int, made: int) -> Asked | None:
         """What the model says of an edit's facts before the edit; None: what the clean one says."""
@@ -416,7 +417,7 @@ class EditRun:
             "live_error": np.nan,
             "weight_change": float(change),
         }
-        if self.options.method == "memit":
+        if not self._editor.predicted:
             return found
         only = self._interference[0]
         found["predicted"] = np.linalg.norm(only.predicted, axis=1)
@@ -432,3 +433,18 @@ class EditRun:
         found["measured_live"] = np.linalg.norm(shifts, axis=1)
         found["live_error"] = largest_error(only.predicted, shifts)
         return found
+
+
+@dataclass(frozen=True)
+class _EditedKeys:
+    """The keys of the edited facts at one layer, for an editor to choose from."""
+
+    run: EditRun
+    at: int
+    facts: Sequence[int]
+
+    def stored(self) -> Array:
+        return self.run.keys_of(self.at, self.facts, live=False)
+
+    def live(self) -> Array:
+        return self.run.keys_of(self.at, self.facts, live=True)

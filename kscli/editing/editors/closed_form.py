@@ -10,8 +10,8 @@ the model knew by lambda:
     W_n = W_{n-1} + R K^T (lambda C + K K^T)^-1 = W_{n-1} + R (lambda I + G)^-1 (C^-1 K)^T
 
 with G = K^T C^-1 K, by the identity K^T (lambda C + K K^T)^-1 = (lambda I + G)^-1 K^T C^-1. So ROME
-is MEMIT's form with b = 1 and lambda = 0, and both are one function here. For one key, MEMIT
-changes a fact j by p(k, k_j) delta a / (lambda + a), a = k^T C^-1 k.
+is the form of MEMIT with b = 1 and lambda = 0, and one function serves both. For one key, MEMIT
+moves a fact j by p(k, k_j) delta a / (lambda + a), a = k^T C^-1 k.
 """
 
 from __future__ import annotations

@@ -1,0 +1,92 @@
+"""Which facts are edited, and in which order; and what the order costs.
+
+Edit i moves the value of fact j by P[i, j] delta_i. Only the later edits move a fact that is edited
+itself (equation 15). So for independent delta of one length the edited facts' squared shifts add
+up to |delta|^2 times the sum of P[i, j]^2 over later i and earlier j.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts import FactsFile
+from kscli.errors import FactsError
+
+Order = Literal["given", "random", "norm"]
+
+
+def find_facts(file: FactsFile, wanted: Sequence[str]) -> list[int]:
+    """The indexes of the facts that each of `wanted` names, in that order, each once.
+
+    A subject names every fact about it; a number, where no subject is so called, the fact of that
+    index. Raises FactsError, with near names, where there is none.
+    """
+    found: dict[int, None] = {}
+    for name in wanted:
+        found.update(dict.fromkeys(_indexes(file, name)))
+    return list(found)
+
+
+def choose_facts(file: FactsFile, count: int | None, seed: int) -> list[int]:
+    """The indexes of `count` (None: all) facts of the file, drawn with `seed`, ascending.
+
+    Raises FactsError when there are fewer.
+    """
+    m = len(file.facts)
+    if (count or 0) > m:
+        raise FactsError(
+            f"{count} edits were asked for, but {file.path} holds {m} facts; name fewer with "
+            "--edits, or all."
+        )
+    return draw_edits(m, m if count is None else count, seed)
+
+
+def draw_edits(m: int, count: int, seed: int) -> list[int]:
+    """`count` of the indexes of m facts, drawn with `seed`, ascending."""
+    return sorted(random.Random(seed).sample(range(m), count))
+
+
+def edit_order(
+    order: Order, leverage: NDArray[np.float64], edits: Sequence[int], seed: int
+) -> list[int]:
+    """The edits in the order asked for.
+
+    `leverage` (m,) is k^T C^-1 k of every fact, `edits` (n) are indexes into it. `random` is drawn
+    with `seed`; `norm` is by ascending leverage, where equals stay in the given order.
+
+    No order of `edits` has a smaller `sequence_interference` than `norm`. With n_i^2 = leverage[i]
+    and s[i, j] = k_i^T C^-1 k_j, which is symmetric, P[i, j] = s[i, j] / n_i^2: whichever of a pair
+    is edited later divides by its own n^2, P[i, j] / P[j, i] = n_j^2 / n_i^2. So a pair costs least
+    when the one of larger leverage is the later one. Ascending leverage gives every pair its least
+    cost at once; their sum cannot be less.
+    """
+    edits = list(edits)
+    if order == "random":
+        random.Random(seed).shuffle(edits)
+    elif order == "norm":
+        edits.sort(key=lambda fact: float(leverage[fact]))
+    return edits
+
+
+def sequence_interference(P: NDArray[np.float64], sequence: Sequence[int]) -> float:
+    """The sum of P[i, j]^2 over later i and earlier j of `sequence`, indexes into P (m, m)."""
+    chosen = P[np.ix_(sequence, sequence)]
+    return float(np.square(np.tril(chosen, -1)).sum())
+
+
+def _indexes(file: FactsFile, name: str) -> list[int]:
+    subjects = [fact.subject for fact in file.facts]
+    same = [index for index, subject in enumerate(subjects) if subject == name]
+    if same:
+        return same
+    if name.isascii() and name.isdecimal() and int(name) < len(subjects):
+        return [int(name)]
+    near = ", ".join(map(repr, get_close_matches(name, dict.fromkeys(subjects), n=3)))
+    remedy = f"there is {near}" if near else f"its facts have the indexes 0 to {len(subjects) - 1}"
+    raise FactsError(f"{file.path} has no fact about {name!r}; {remedy}.")

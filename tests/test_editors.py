@@ -1,0 +1,123 @@
+"""Editors: what each does follows from its four choices; a new one is a module and a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_kit import kscli, one_sentence
+
+from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
+from kscli.editing.editor_p import EditorPMatrixFile
+from kscli.editing.editors import EDITORS, find_editor
+from kscli.editing.edits_file import EditsFile
+
+# ROME without C, as EasyEdit's settings have it: d = k / k^T k.
+TOY = """
+from dataclasses import replace
+import numpy as np
+from kscli.editing.editors.rome import EDITOR as ROME
+
+def direction(white, keys, weight):
+    return keys / np.square(keys).sum(axis=1, keepdims=True)
+
+EDITOR = replace(ROME, title="TOY: without C", direction=direction, predicted=False)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new editor: one module, and one line in the registry."""
+    (tmp_path / "toy_editor.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(EDITORS, "toy", "toy_editor")
+    return "toy"
+
+
+def objects(*arguments: str | Path) -> list[dict[str, Any]]:
+    done = kscli(*arguments, "-f", "json", "-q")
+    assert done.exit_code == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def test_a_new_editor_is_known_to_every_command(
+    toy: str, measured_tiny: Path, tmp_path: Path
+) -> None:
+    """`edit` writes along its direction; `verify`, `report` and `risk` name it and take it."""
+    root, path = measured_tiny.parent, tmp_path / "toy.h5"
+    how = ("--fact", 3, "--value", "random", "--target-new", "text:Rome", "-o", path)
+    (row,) = objects("edit", "--dir", root, "--method", toy, "--layer", 1, *how)
+    assert row["method"] == toy
+    with EditsFile(path) as file, KeysFile(measured_tiny / "keys.h5") as keys:
+        key = keys.keys_of(1)[3]
+        direction = file.values("direction")[0, 0]
+    assert np.allclose(direction, key / (key @ key), rtol=1e-12)
+    (verified,) = objects("verify", path)
+    assert verified["method"] == toy
+    assert verified["linear_error"] is None
+    risk = objects("risk", "--dir", root, "--method", toy, "--layer", 1, "--fact", 3, "-k", "all")
+    with KeysFile(measured_tiny / "keys.h5") as keys:
+        expected = keys.keys_of(1) @ direction
+    assert np.allclose([each["p"] for each in risk], [expected[each["j"]] for each in risk])
+
+
+def test_a_report_names_a_new_editor(toy: str, measured_tiny: Path, tmp_path: Path) -> None:
+    """The page of a model whose runs are of an editor that the report's code never heard of."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for kind in ("cov", "keys", "pmatrix"):
+        (folder / f"{kind}.h5").symlink_to(measured_tiny / f"{kind}.h5")
+    how = ("--edits", 2, "--value", "random", "--dir", tmp_path)
+    assert kscli("edit", "--method", toy, *how, "-q").exit_code == 0
+    page = kscli("report", "--dir", tmp_path, "-q")
+    assert page.exit_code == 0, page.stderr
+    text = Path(page.stdout.strip()).read_text()
+    assert "toy" in text
+
+
+@pytest.mark.parametrize("method", EDITORS)
+def test_p_of_an_editor_is_how_far_its_edit_of_one_fact_moves_the_others(
+    method: str, measured_tiny: Path
+) -> None:
+    """d_i^T k_j, by an inverse in float64; MEMIT: p a / (lambda + a), a = k^T C^-1 k."""
+    with (
+        CovarianceFile(measured_tiny / "cov.h5") as cov,
+        KeysFile(measured_tiny / "keys.h5") as keys,
+        PMatrixFile(measured_tiny / "pmatrix.h5") as pm,
+        EditorPMatrixFile(measured_tiny / "pmatrix.h5", method, cov, keys) as file,
+    ):
+        K, P, leverage = keys.keys_of(0), pm.matrix("P", 0), pm.leverage(0)
+        inverse = np.linalg.pinv(cov.second_moment(0), hermitian=True, rcond=1e-14)
+        G = K @ inverse @ K.T
+        weight = find_editor(method).weight or 0.0
+        found = file.matrix("P", 0)
+    expected = P * (leverage / (weight + leverage))[:, None]
+    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    naive = G / (weight + np.diagonal(G))[:, None]
+    assert np.allclose(found, naive, atol=1e-4 * np.abs(naive).max())
+
+
+@pytest.mark.parametrize("command", ["edit", "risk"])
+def test_an_unknown_editor_is_named_with_those_there_are(command: str, measured_tiny: Path) -> None:
+    found = kscli(command, "--dir", measured_tiny.parent, "--method", "romee")
+    assert found.exit_code == 2
+    sentence = one_sentence(found.stderr)
+    assert "romee" in sentence
+    assert all(name in sentence for name in EDITORS)
+
+
+def test_no_code_but_the_registry_tells_editors_apart() -> None:
+    """`method ==`, or an editor's name as a value, stands in no other module."""
+    package = Path(__file__).parent.parent / "kscli"
+    own = package / "editing" / "editors"
+    # The layouts of other people's files bear the names of their editors.
+    files = {package / "second_moment" / "interchange.py", package / "cli" / "export_cov.py"}
+    for path in package.rglob("*.py"):
+        if own not in path.parents and path not in files:
+            text = path.read_text()
+            assert "method ==" not in text, path
+            assert not [name for name in EDITORS if f'"{name}"' in text], path
