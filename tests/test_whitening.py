@@ -42,7 +42,7 @@ def test_every_matrix_is_its_definition() -> None:
     np.testing.assert_allclose(result.Q, Q, atol=1e-12)
     np.testing.assert_allclose(result.leverage, np.diagonal(G), rtol=1e-9)
     assert (np.diagonal(result.P) == 1).all()
-    assert result.dead == 0
+    assert result.dead_coordinates == 0
 
 
 def test_p_does_not_depend_on_the_scale_of_coordinates() -> None:
@@ -84,7 +84,7 @@ def test_dead_coordinates_are_left_out_and_counted() -> None:
     keys[:, [0, 7, D - 1]] = 0
     result = superposition(C.copy(), 4000, keys)
     np.testing.assert_allclose(result.P, naive_p(C[np.ix_(live, live)], keys[:, live]), atol=1e-10)
-    assert result.dead == 3
+    assert result.dead_coordinates == 3
 
 
 def test_a_key_outside_the_live_coordinates_is_named() -> None:
