@@ -24,7 +24,7 @@ from kscli.analysis.resampling import (
     interval,
     resample_counts,
 )
-from kscli.analysis.statistics import MatrixName
+from kscli.artifacts import MatrixName
 from kscli.cli.plot import counts_of, default_name
 from kscli.errors import KscliError, UsageError
 from kscli.figures import KINDS, FigureOptions, Source, paged

@@ -14,7 +14,7 @@ from cli_kit import kscli
 from numpy.typing import NDArray
 
 from kscli.analysis.pairs import Pair, pair_rows, strongest_rows, top_pairs
-from kscli.analysis.statistics import MatrixName
+from kscli.artifacts import MatrixName
 from kscli.errors import UsageError
 from kscli.facts import Fact
 

@@ -30,7 +30,7 @@ from kscli.analysis.relations import (
     relation_statistics,
     text_before,
 )
-from kscli.analysis.statistics import MatrixName
+from kscli.artifacts import MatrixName
 from kscli.cli.relations import SHOWN_LAYERS
 from kscli.errors import FactsError, UsageError
 from kscli.facts import Fact

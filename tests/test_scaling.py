@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kscli.analysis.fixed_points import fixed_points
 from kscli.analysis.resampling import Resampling, resample_counts
 from kscli.analysis.scaling import Measured, scaling_rows
-from kscli.analysis.statistics import MatrixName
+from kscli.artifacts import MatrixName
 from kscli.errors import UsageError
 from kscli.facts import Fact
 from kscli.models.families import family_of

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from kscli.analysis.resampling import Resampling
-from kscli.analysis.statistics import MatrixName, compute_statistics
+from kscli.analysis.statistics import compute_statistics
+from kscli.artifacts import MatrixName
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import Keys, extract_keys
 from kscli.facts import FactSet, read_facts

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from kscli.analysis.resampling import Resampling, resample_counts
 from kscli.analysis.statistics import (
     STATISTICS,
-    MatrixName,
     caution,
     compute_statistics,
     describe,
@@ -31,7 +30,7 @@ from kscli.analysis.statistics import (
     off_diagonal,
 )
 from kscli.analysis.stats_file import StatisticsFile, statistics_of
-from kscli.artifacts import Existing, PMatrixFile
+from kscli.artifacts import Existing, MatrixName, PMatrixFile
 from kscli.errors import ArtifactError
 from kscli.facts import Fact
 

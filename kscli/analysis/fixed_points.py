@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.matrices import distinct_tokens
 from kscli.analysis.pair_facts import pair_facts
 from kscli.analysis.pairs import FactMatrices, top_pairs
-from kscli.analysis.statistics import distinct_tokens
 from kscli.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.statistics import TokenMatrices, distinct_tokens
+from kscli.analysis.matrices import TokenMatrices, distinct_tokens
 from kscli.errors import UsageError
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.matrices import distinct_tokens
 from kscli.analysis.pairs import FactMatrices
-from kscli.analysis.statistics import distinct_tokens
 from kscli.errors import FactsError, UsageError
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter

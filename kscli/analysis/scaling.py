@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kscli.analysis.matrices import distinct_tokens
 from kscli.analysis.pairs import FactMatrices
 from kscli.analysis.resampling import (
     Array,
@@ -22,7 +23,7 @@ from kscli.analysis.resampling import (
     interval,
     off_diagonal_pairs,
 )
-from kscli.analysis.statistics import DISTINCT, STATISTICS, distinct_tokens
+from kscli.analysis.statistics import DISTINCT, STATISTICS
 from kscli.models.families import family_of
 
 DEPTHS = np.linspace(0, 1, 101)  # where two models' layers are compared, 0 the first, 1 the last

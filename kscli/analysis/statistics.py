@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.matrices import TokenMatrices, distinct_tokens
 from kscli.analysis.resampling import (
     ROUNDING,
     Counts,
@@ -34,34 +35,10 @@ if TYPE_CHECKING:
     from kscli.facts import Fact
 
 Entries = NDArray[np.float64]
-MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 
 DISTINCT = "_distinct"
 TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
 WHOLE_NUMBERS = ("top_pair_i", "top_pair_j", "top_fact", "fourth_moment_pairs")
-
-
-class Matrices(Protocol):
-    """What the statistics and figures read: a pmatrix file that is open, or a stand-in."""
-
-    @property
-    def model(self) -> str:
-        """The model's display name."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that are there, ascending."""
-
-    def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
-        """One layer's (m, m) matrix."""
-
-
-class TokenMatrices(Matrices, Protocol):
-    """Matrices with the token of every fact."""
-
-    @property
-    def token_id(self) -> NDArray[np.int64]:
-        """(m,) the token at which each fact's key was taken."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +78,6 @@ def statistic(
 def off_diagonal(P: NDArray[np.float64]) -> Entries:
     """The m(m-1) entries of P (m, m) off its diagonal, row by row, as a new 1-D float64 array."""
     return np.asarray(P, dtype=np.float64)[off_diagonal_pairs(P.shape[0])]
-
-
-def distinct_tokens(token_id: NDArray[np.int64]) -> PairMask:
-    """Which pairs of facts (m, m) have their keys at different tokens, of the (m,) tokens' ids.
-
-    Two keys at one token are alike whatever the facts say: where attention and MLP run in
-    parallel, layer 0's MLP sees that token's embedding alone and p is 1.
-    """
-    return np.asarray(token_id[:, None] != token_id)
 
 
 def layer_statistics(P: NDArray[np.float64]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.statistics import distinct_tokens
+from kscli.analysis.matrices import distinct_tokens
 
 if TYPE_CHECKING:
     from kscli.editing.edits_file import EditsFile

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kscli.analysis.statistics import MatrixName
+from kscli.artifacts import MatrixName
 from kscli.errors import UsageError
 from kscli.figures import Source
 from kscli.figures.curves import (

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from kscli.analysis.statistics import distinct_tokens, off_diagonal
+from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.statistics import off_diagonal
 from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
     COLOURS,

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from kscli.analysis.statistics import STATISTICS, Entries, distinct_tokens, off_diagonal
+from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.statistics import STATISTICS, Entries, off_diagonal
 from kscli.errors import UsageError
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import (

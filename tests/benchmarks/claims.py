@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.analysis.resampling import interval, resample_counts
-from kscli.analysis.statistics import MatrixName, describe
-from kscli.artifacts import PMatrixFile
+from kscli.analysis.statistics import describe
+from kscli.artifacts import MatrixName, PMatrixFile
 from kscli.figures.angles import angles, mode
 from kscli.figures.curves import make_curve
 

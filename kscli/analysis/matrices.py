@@ -1,0 +1,42 @@
+"""What the statistics, the pairs and the figures read: matrices over facts, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts import MatrixName
+
+
+class Matrices(Protocol):
+    """What the statistics and figures read: a pmatrix file that is open, or a stand-in."""
+
+    @property
+    def model(self) -> str:
+        """The model's display name."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are there, ascending."""
+
+    def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
+        """One layer's (m, m) matrix."""
+
+
+class TokenMatrices(Matrices, Protocol):
+    """Matrices with the token of every fact."""
+
+    @property
+    def token_id(self) -> NDArray[np.int64]:
+        """(m,) the token at which each fact's key was taken."""
+
+
+def distinct_tokens(token_id: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which pairs of facts (m, m) have their keys at different tokens, of the (m,) tokens' ids.
+
+    Two keys at one token are alike whatever the facts say: where attention and MLP run in
+    parallel, layer 0's MLP sees that token's embedding alone and p is 1.
+    """
+    return np.asarray(token_id[:, None] != token_id)
