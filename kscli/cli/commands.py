@@ -29,6 +29,7 @@ COMMANDS = (
     "export-cov",
     "import-cov",
     "facts",
+    "guide",
 )
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
