@@ -107,8 +107,7 @@ def write_keys(
     with write_artifact(path, "keys", about, force=True) as writer:
         writer.layers(keys.layers)
         writer.facts(keys)
-        for index, of_layer in enumerate(keys.keys):
-            writer.put("keys", index, of_layer)
+        writer.write("keys", keys.keys)
 
 
 def _check_lengths(model: LoadedModel, facts: FactSet, prompts: tuple[LocatedPrompt, ...]) -> None:

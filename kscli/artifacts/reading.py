@@ -99,14 +99,25 @@ class Artifact:
         """The hash of what the file holds."""
         return self.stamp.fingerprint
 
-    def datasets(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and type of every dataset, by name."""
-        found: dict[str, tuple[tuple[int, ...], str]] = {}
+    def datasets(self) -> dict[str, dict[str, Any]]:
+        """Every dataset by its name: its `shape` and `dtype`.
+
+        One number a layer has its `least` and `largest`, too: of what is defined, NaN without.
+        """
+        found: dict[str, dict[str, Any]] = {}
 
         def visit(name: str, item: object) -> None:
-            if isinstance(item, h5py.Dataset):
-                kind = "string" if h5py.check_string_dtype(item.dtype) else str(item.dtype)
-                found[name] = (tuple(item.shape), kind)
+            if not isinstance(item, h5py.Dataset):
+                return
+            text = h5py.check_string_dtype(item.dtype)
+            found[name] = {
+                "shape": list(item.shape),
+                "dtype": "string" if text else str(item.dtype),
+            }
+            if item.ndim == 1 and item.dtype.kind in "iuf" and item.dims[0].label == "layer":
+                values = item[()][~np.isnan(item[()])]
+                ends = (values.min().item(), values.max().item()) if values.size else 2 * (np.nan,)
+                found[name] |= {"least": ends[0], "largest": ends[1]}
 
         with self._reading():
             self._file.visititems(visit)

@@ -255,7 +255,7 @@ _EDITS = _table("""
     measured            float64  edit m          the length of the shift that W's change gives
     measured_live       float64  edit m          the length of the live MLP output's shift
     difference          float64  edit m          the length of the predicted less measured shift
-    moved_index         int64    edit moved      the facts that should be moved most
+    moved_index         int64    edit moved      the other facts of largest |p|, in that order
     moved_answer_before  text    edit moved      their answers in the clean model
     moved_answer_after  text     edit moved      their answers after this edit
     step                int64    pass            how many edits were made before this pass

@@ -34,26 +34,21 @@ def show(
       kscli show artifacts/gpt2-small/cov.h5
       kscli show gpt2-small -f json | jq '.[] | {path, corpus, documents}'
     """
-    from kscli.artifacts import SCHEMAS
-    from kscli.layer_values import LayerValues
+    from kscli.artifacts import SCHEMAS, Artifact
     from kscli.layers import format_layers
 
     descriptions = []
     for path in [
         path for name in what or [options.DEFAULT_MODEL] for path in _paths(name, directory)
     ]:
-        with LayerValues(path) as artifact:
-            extremes = artifact.extremes()
+        with Artifact(path) as artifact:
             descriptions.append(
                 {
                     "path": str(path),
                     "holds": SCHEMAS[artifact.kind].title,
                     "layers": format_layers(artifact.layers),
                     **_attributes(artifact.attributes),
-                    "datasets": {
-                        name: {"shape": list(shape), "dtype": dtype} | extremes.get(name, {})
-                        for name, (shape, dtype) in artifact.datasets().items()
-                    },
+                    "datasets": artifact.datasets(),
                 }
             )
     if output_format is Format.json:

@@ -21,6 +21,7 @@ _DATASETS = SCHEMAS["edits"].datasets
 _OF_EDIT = [name for name, dataset in _DATASETS.items() if "edit" in dataset.axes]
 _OF_PASS = [name for name, dataset in _DATASETS.items() if "pass" in dataset.axes]
 _OF_LAYER = ("delta", "direction")
+_SCORED = [f"{of}_{when}" for of in ("true", "new") for when in ("before", "previous", "after")]
 _KEPT_OUT = tuple(name for name, dataset in _DATASETS.items() if "kept_out" in dataset.axes)
 
 
@@ -62,27 +63,12 @@ class EditLog:
 class EditsFile(FactsFile):
     """A run of n edits of m facts' model, measured in s passes over all facts; read-only.
 
-    `edited` (n,) are indexes into `facts`, `target_new` (n,) what was written. `delta`
-    (n, layer, d) and `direction` (n, layer, d_m) give the change of a layer's W after edit i,
-    the sum over edits up to i of delta direction^T. `p`, `whitened_cosine`, `cosine` and
-    `gradient_cosine` (n, m) are the edited fact's rows at the first edited layer.
-
-    `predicted` and `measured` (n, m) are |Delta_j| after each edit, `difference` the length of
-    what parts the two; Delta is since the fact's own edit for those edited already (equation
-    15), else since the clean model (equation 11). `linear_error` (n,) is the largest difference by
-    the largest prediction. `measured_live` (n, m) and `live_error` (n,) are the same of the live
-    model's MLP output: of a whole forward pass where a pass was made, else of the edited
-    down-projection at the live keys, which no edit of its own layer changes. Predictions and live
-    outputs are NaN for memit, which equations 11 and 15 do not describe.
-
-    `logprob_`, `rank_` + `true_`, `new_` + `before`, `previous`, `after` (n,): the edited fact's
-    own targets in the clean model, before this edit, and after it. `moved_...` (n, k): the same
-    of the k facts with the largest |p|, `moved_index`, for their own target and the edit's.
-
-    A pass was made after `step` (s,) edits: `logprob_true`, `rank_true`, `answer_changed` (s, m)
-    of every fact; `logprob_new`, `rank_new` (s, planned) of every edit's new target after its
-    own prompt, made or not; `perplexity` (s,), NaN without held-out text. `known` (m,): the clean
-    model's greedy answer is the fact's target.
+    The schema (`kscli.artifacts.schema`) gives the meaning of every dataset. W of a layer changes
+    by the sum of delta direction^T over the edits so far. A shift is since the fact's own edit for
+    those edited already (equation 15), else since the clean model (equation 11). The live model's
+    shifts are of a whole forward pass where a pass was made, else of the edited down-projection at
+    the live keys, which no edit of its own layer changes. Predictions and live outputs are NaN
+    for editors that equations 11 and 15 do not describe.
     """
 
     of_kind = "edits"
@@ -135,16 +121,8 @@ class EditsFile(FactsFile):
             "target_new": row["target_new"],
             "p_max_other": float(others[np.abs(others).argmax()]) if len(others) else None,
             "delta_norm": row["delta_norm"],
-            **{
-                f"prob_{target}_{when}": math.exp(row[f"logprob_{target}_{when}"])
-                for target in ("true", "new")
-                for when in ("before", "previous", "after")
-            },
-            **{
-                f"rank_{target}_{when}": row[f"rank_{target}_{when}"]
-                for target in ("true", "new")
-                for when in ("before", "previous", "after")
-            },
+            **{f"prob_{end}": math.exp(row[f"logprob_{end}"]) for end in _SCORED},
+            **{f"rank_{end}": row[f"rank_{end}"] for end in _SCORED},
             "linear_error": row["linear_error"],
             "live_error": row["live_error"],
             "weight_change": row["weight_change"],
@@ -154,7 +132,7 @@ class EditsFile(FactsFile):
     def _moved(self, row: Mapping[str, Any], place: int) -> dict[str, Any]:
         index = int(row["moved_index"][place])
         fact = self.facts[index]
-        answers = row["moved_answer_before"][place], row["moved_answer_after"][place]
+        before, after = row["moved_answer_before"][place], row["moved_answer_after"][place]
         return {
             "fact": index,
             "subject": fact.subject,
@@ -163,14 +141,10 @@ class EditsFile(FactsFile):
             "p": float(row["p"][index]),
             "predicted": float(row["predicted"][index]),
             "measured": float(row["measured"][index]),
-            **{
-                f"logprob_{target}_{when}": float(row[f"moved_logprob_{target}_{when}"][place])
-                for target in ("true", "new")
-                for when in ("before", "previous", "after")
-            },
-            "answer_before": answers[0],
-            "answer_after": answers[1],
-            "answer_changed": bool(answers[0] != answers[1]),
+            **{f"logprob_{end}": float(row[f"moved_logprob_{end}"][place]) for end in _SCORED},
+            "answer_before": before,
+            "answer_after": after,
+            "answer_changed": bool(before != after),
         }
 
 
