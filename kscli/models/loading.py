@@ -93,7 +93,7 @@ class LoadedModel:
         return " ".join(self.tokenizer.convert_ids_to_tokens(ids))
 
     def provenance(self) -> dict[str, Any]:
-        """The fields of `kscli.artifacts.Provenance` that every file of this model shares."""
+        """The fields of `kscli.artifacts.About` that every file of this model shares."""
         return {
             "model": self.identity.slug,
             "model_id": self.identity.model_id,
