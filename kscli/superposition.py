@@ -70,7 +70,7 @@ def superposition(
     leverage = np.diagonal(G).copy()
     Q = keys @ keys.T
     return Superposition(
-        P=G / leverage[:, None],
+        P=G / leverage[:, None],  # equation 16, and for all pairs equation 18
         whitened_cosine=_cosine(G),
         cosine=_cosine(Q),
         Q=Q,

@@ -42,7 +42,10 @@ class Whitening:
         return np.flatnonzero(self.scale == 0)
 
     def whiten(self, keys: NDArray[np.float64]) -> NDArray[np.float64]:
-        """L^-1 k for (m, d_m) keys, as (d_m, m) columns; dead coordinates take no part."""
+        """L^-1 k, of which equation 17 makes p, for (m, d_m) keys, as (d_m, m) columns.
+
+        Dead coordinates take no part.
+        """
         columns = np.asfortranarray((keys * self.scale).T)
         whitened, _ = dtrtrs(self.factor.T, columns, lower=0, trans=1, overwrite_b=1)
         return whitened  # type: ignore[no-any-return]

@@ -23,6 +23,9 @@ Mask = NDArray[np.bool_]
 class EditArrays:
     """A run of n edits of m facts, measured in s passes; what `EditsFile` says of a name holds.
 
+    The facts and their keys are in two blocks, equation 6: those that no edit is about, and the
+    edited ones; so are their values, equation 8.
+
     `single`: every edit was made in the clean model and taken back. `about` and `same_last_token`
     (n, m): which facts an edit is about, its own and those of the same text, and which have their
     keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at

@@ -35,12 +35,15 @@ class Interference:
         `p` (b, m) are the facts' rows of P, `deltas` (b, d), `directions` (b, d_m).
         """
         facts = list(facts)
-        self.change += deltas.T @ directions
-        self.predicted += p.T @ deltas
+        self.change += deltas.T @ directions  # equation 5
+        self.predicted += p.T @ deltas  # equation 11; 0 at the own edit makes it equation 15
+        # equation 7, less W_0 K: so equations 9 and 10, equation 10 being equation 9 by C^-1
         values = self._keys @ self.change.T
         self.predicted[facts] = 0
         self._own[facts] = values[facts]
-        self.measured = values - self._own
+        self.measured = (
+            values - self._own
+        )  # equation 12, and its column j: equation 13, equation 14
 
     def since_own_edit(self, shifts: Array) -> Array:
         """Shifts of all values since the clean model, (m, d), as Delta is counted."""

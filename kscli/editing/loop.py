@@ -312,7 +312,7 @@ class EditRun:
         )
 
     def _apply(self, edited: Sequence[int], values: Array) -> tuple[Array, Array]:
-        """Change W of every edited layer; returns its (layer, b, d) deltas and directions."""
+        """Change W of every edited layer (equation 3); returns (layer, b, d) deltas, directions."""
         editor, deltas, directions = self._editor, [], []
         for at in range(len(self._weights)):
             lacking = values if editor.value.site == "mlp" else values - self._state(edited)

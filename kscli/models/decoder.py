@@ -174,6 +174,7 @@ def _entrance(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+# equation 1: W_proj, whose input is the key.
 def find_down_projections(
     model: nn.Module, hidden_size: int, n_layers: int
 ) -> tuple[DownProjection, ...]:

@@ -31,6 +31,8 @@ def edit_directions(
 ) -> NDArray[np.float64]:
     """The rows D (b, d_m) with which residuals R (b, d) of `keys` (b, d_m) change W by R^T D.
 
+    One key and no weight: equation 2, with the denominator of equation 4; Appendix A derives it.
+
     D = (weight I + K^T C^-1 K)^-1 (C^-1 K)^T; `weight` is MEMIT's lambda, 0 for ROME. Raises
     NumericsError where two keys of a batch are the same and `weight` is 0: no W maps one key to
     two values.
