@@ -9,9 +9,7 @@ rewritten: what the file says is what the model reads.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +20,16 @@ from pathlib import Path
 from kscli.errors import FactsError, UsageError
 from kscli.files import replace_file, require_writable
 from kscli.hub_datasets import HubSource, open_dataset, parse_source
+from kscli.records import (
+    FORMATS,
+    Located,
+    RecordFile,
+    cut,
+    format_of,
+    kind_of,
+    known_formats,
+    quote,
+)
 
 DEFAULT_COUNT = 128  # the paper's m
 
@@ -37,9 +45,6 @@ COUNTERFACT = HubSource(
     splits=("train", "test"),
     revision="c01c413f856ee38f5c080c9fc5e87aff478e2ff9",
 )
-
-Located = tuple[str, object]
-"""Where a record stands, for an error to say, and the record as it was parsed."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,12 @@ class Fact:
         if slots != 1:
             found = f"has {slots} {SLOT}" if slots else f"has no {SLOT}"
             raise FactsError(
-                f"the prompt {_quote(self.prompt)} {found}; write {SLOT} once, "
+                f"the prompt {quote(self.prompt)} {found}; write {SLOT} once, "
                 "where the subject goes."
             )
         for name, value in (("subject", self.subject), ("target", self.target)):
             if not value.strip():
-                raise FactsError(f"the {name} {_quote(value)} is empty; fill it in.")
+                raise FactsError(f"the {name} {quote(value)} is empty; fill it in.")
 
     @property
     def text(self) -> str:
@@ -112,9 +117,9 @@ def facts_identity(facts: Sequence[Fact]) -> str:
 def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = False) -> FactSet:
     """The first `count` facts (None: all) of a named set, a Hub data set, or a file.
 
-    `name` is `tiny`, `counterfact`, `hf:OWNER/NAME[:CONFIG[:SPLIT]]` (default split
-    `train`), or the path of a `.json`, `.jsonl` or `.csv` file. With `at_most`, a source of
-    fewer than `count` facts gives all it has. Records after the first `count` are not checked.
+    `name` is `tiny`, `counterfact`, `hf:OWNER/NAME[:CONFIG[:SPLIT]]` (default split `train`), or
+    the path of a file whose records have fields (see `kscli.records`). With `at_most`, a source
+    of fewer than `count` facts gives all it has. Records after the first `count` are not checked.
 
     Raises:
         UsageError: a count below 1, or an `hf:` name of another form.
@@ -191,57 +196,16 @@ def _records(name: str) -> Iterator[Located]:
 
 
 def _file_records(path: Path) -> Iterator[Located]:
-    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records}
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         raise FactsError(
             f"There is no facts file {path}; give tiny, counterfact, hf:OWNER/NAME, "
-            "or the path of a .json, .jsonl or .csv file."
-        ) from None
-    except OSError as error:
-        raise FactsError(f"{path} cannot be read: {error.strerror}.") from error
-    if path.suffix.lower() not in readers:
-        raise FactsError(f"{path} is not a facts file; its name must end in {', '.join(readers)}.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise FactsError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8.") from None
-    if not text.strip():
-        raise FactsError(f"{path} is empty; it should hold facts.")
-    return readers[path.suffix.lower()](path, text)
-
-
-def _json_records(path: Path, text: str) -> Iterator[Located]:
-    records = _load_json(str(path), text, "one object a line belongs in a .jsonl file")
-    if not isinstance(records, list):
-        raise FactsError(f"{path} holds {_kind(records)}, but should hold a list of records.")
-    for number, record in enumerate(records, 1):
-        yield f"{path}, record {number}", record
-
-
-def _jsonl_records(path: Path, text: str) -> Iterator[Located]:
-    # Not splitlines, which also cuts at the line separators that JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, _load_json(where, line, "write one object a line")
-
-
-def _csv_records(path: Path, text: str) -> Iterator[Located]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if None in row:
-                raise FactsError(
-                    f"{where}: more cells than the header's {len(row) - 1}; "
-                    "put text that holds a comma in double quotes."
-                )
-            yield where, row
-    except csv.Error as error:
-        raise FactsError(f"{path}, line {rows.line_num}: not valid CSV ({error}).") from None
+            f"or the path of a file that ends in {known_formats(fields=True)}."
+        )
+    if path.is_dir() or not format_of(path) or not FORMATS[format_of(path)].fields:
+        raise FactsError(
+            f"{path} is not a facts file; its name must end in {known_formats(fields=True)}."
+        )
+    return RecordFile(path, FactsError).records()
 
 
 def _hub_records(name: str, source: HubSource) -> Iterator[Located]:
@@ -270,13 +234,13 @@ def _fields(record: object) -> Mapping[str, object]:
     """The plain fields of a record, which is plain or CounterFact's."""
     if not isinstance(record, Mapping):
         raise FactsError(
-            f"{_kind(record)}, but should be an object with prompt, subject and target."
+            f"{kind_of(record)}, but should be an object with prompt, subject and target."
         )
     rewrite = record.get("requested_rewrite")
     if rewrite is None:
         return record
     if not isinstance(rewrite, Mapping):
-        raise FactsError(f"requested_rewrite is {_kind(rewrite)}, but should be an object.")
+        raise FactsError(f"requested_rewrite is {kind_of(rewrite)}, but should be an object.")
     target = rewrite.get("target_true")
     if not isinstance(target, Mapping) or "str" not in target:
         raise FactsError("requested_rewrite has no target_true with a str in it; add it.")
@@ -302,10 +266,10 @@ def field_text(fields: Mapping[str, object], name: str) -> str | None:
 def _string(fields: Mapping[str, object], name: str) -> str:
     if name not in fields:
         there = ", ".join(map(repr, fields)) or "none"
-        raise FactsError(f"there is no {name}; the fields there are: {_cut(there)}.")
+        raise FactsError(f"there is no {name}; the fields there are: {cut(there)}.")
     value = fields[name]
     if not isinstance(value, str):
-        raise FactsError(f"the {name} is {_kind(value)}, but should be text.")
+        raise FactsError(f"the {name} is {kind_of(value)}, but should be text.")
     return value
 
 
@@ -320,7 +284,7 @@ def _case_id(value: object, index: int) -> int:
             raise ValueError
     except ValueError:
         raise FactsError(
-            f"the case_id {_quote(value)} is not a whole number of 64 bits; give one, or none."
+            f"the case_id {quote(value)} is not a whole number of 64 bits; give one, or none."
         ) from None
     return number
 
@@ -328,28 +292,5 @@ def _case_id(value: object, index: int) -> int:
 def _check_text(name: str, value: str) -> None:
     if UNUSABLE.search(value):
         raise FactsError(
-            f"the {name} {_quote(value)} has a null character or half a surrogate pair; mend it."
+            f"the {name} {quote(value)} has a null character or half a surrogate pair; mend it."
         )
-
-
-def _load_json(where: str, text: str, remedy: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FactsError(f"{where}: not valid JSON ({error}); {remedy}.") from None
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "a list" if isinstance(value, list) else _quote(value)
-
-
-def _quote(value: object) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."

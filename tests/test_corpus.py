@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ import zstandard
 
 from kscli.corpus import Corpus, CorpusSpec, open_corpus
 from kscli.errors import CorpusError
+from kscli.records import COMPRESSIONS, FORMATS
 
 DOCUMENTS = ["The first document.", "", "Zweites: äöü, 東京, 🙂", ' "quoted", with\nlines ', "\t"]
 
@@ -34,9 +36,9 @@ def as_json(documents: list[str], field: str = "text") -> bytes:
     return json.dumps([{field: d} for d in documents], ensure_ascii=False, indent=1).encode()
 
 
-def as_csv(documents: list[str], field: str = "text") -> bytes:
+def as_csv(documents: list[str], field: str = "text", delimiter: str = ",") -> bytes:
     buffer = io.StringIO()
-    writer = csv.writer(buffer)
+    writer = csv.writer(buffer, delimiter=delimiter)
     writer.writerow(["id", field])
     writer.writerows(enumerate(documents))
     return buffer.getvalue().encode()
@@ -53,13 +55,20 @@ WRITERS: dict[str, Callable[..., bytes]] = {
     ".jsonl": as_jsonl,
     ".json": as_json,
     ".csv": as_csv,
+    ".tsv": partial(as_csv, delimiter="\t"),
     ".parquet": as_parquet,
 }
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".xz": lzma.compress,
 }
+
+
+def test_every_format_and_compression_is_tried() -> None:
+    assert FORMATS.keys() == {".txt", *WRITERS}
+    assert COMPRESSIONS.keys() | {""} == COMPRESSORS.keys()
 
 
 def opened(path: Path, text_field: str | None = None) -> Corpus:
@@ -239,7 +248,7 @@ def test_a_name_like_a_hub_data_set_is_told_how_to_write_it() -> None:
 def test_unknown_kind(tmp_path: Path, name: str) -> None:
     message = refusal(lambda: opened(write(tmp_path / name, "a")))
     assert name in message
-    assert ".txt, .jsonl, .json, .csv" in message
+    assert all(kind in message for kind in [*FORMATS, *COMPRESSIONS])
 
 
 @pytest.mark.parametrize(
@@ -318,7 +327,7 @@ def test_json_that_is_no_list(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": 7}', "line 2", "int"),
         ("a.jsonl", b"[1]", "line 1", "list"),
-        ("a.json", b'[{"text": "a"}, {"text": ["b"]}]', "item 2", "list"),
+        ("a.json", b'[{"text": "a"}, {"text": ["b"]}]', "record 2", "list"),
     ],
 )
 def test_text_that_is_no_string(
@@ -361,6 +370,17 @@ def test_half_of_a_surrogate_pair(tmp_path: Path) -> None:
     assert "line 2" in refusal(lambda: next(documents))
 
 
+def test_csv_of_old_macs(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'id,text\r1,"a\rb"\r2,c\r')
+    assert read(path) == ["a\rb", "c"]
+
+
+def test_gzip_files_of_many_members_filled_up_with_zeros(tmp_path: Path) -> None:
+    one, two = gzip.compress(as_jsonl(["a"])), gzip.compress(as_jsonl(["b"]))
+    path = write(tmp_path / "a.jsonl.gz", one + bytes(512) + two + bytes(100_000))
+    assert read(path) == ["a", "b"]
+
+
 def test_csv_with_an_unquoted_comma_or_quote(tmp_path: Path) -> None:
     extra = write(tmp_path / "a.csv", "text\nHello, world\n")
     assert "line 2: more columns" in refusal(lambda: read(extra))
@@ -368,7 +388,7 @@ def test_csv_with_an_unquoted_comma_or_quote(tmp_path: Path) -> None:
     assert "not valid CSV" in refusal(lambda: read(cut))
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_damaged_compressed_files(tmp_path: Path, compression: str) -> None:
     text = as_jsonl([hashlib.sha256(str(n).encode()).hexdigest() for n in range(20_000)])
     whole = COMPRESSORS[compression](text)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -9,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kscli.errors import FactsError, UsageError
 from kscli.facts import DEFAULT_COUNT, Fact, facts_identity, read_facts
+from kscli.records import FORMATS
 
 KNOWN = Path(__file__).parent.parent.parent / "shared" / "data" / "counterfact_known_256.json"
 
@@ -115,9 +120,15 @@ def test_every_format_gives_the_same_facts(tmp_path: Path) -> None:
         "crlf.jsonl": as_jsonl(PLAIN).replace("\n", "\r\n"),
         "blank.jsonl": "\n\n" + as_jsonl(PLAIN).replace("\n", "\n\n"),
         "UPPER.JSON": json.dumps(PLAIN),
+        "f.tsv": as_csv(PLAIN).replace(",", "\t"),
     }
-    for name, text in files.items():
-        (tmp_path / name).write_bytes(text.encode())
+    contents = {name: text.encode() for name, text in files.items()}
+    contents["f.jsonl.gz"] = gzip.compress(contents["f.jsonl"])
+    contents["f.csv.xz"] = lzma.compress(contents["f.csv"])
+    pq.write_table(pa.Table.from_pylist(PLAIN), tmp_path / "f.parquet")
+    contents["f.parquet"] = (tmp_path / "f.parquet").read_bytes()
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
         found = read_facts(str(tmp_path / name))
         assert found.facts == expected, name
         assert found.name == str(tmp_path / name)
@@ -132,6 +143,8 @@ def test_counterfact_record(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_text(text)
         assert read_facts(tmp_path / name).facts == (fact,)
+    pq.write_table(pa.Table.from_pylist([counterfact_record()]), tmp_path / "c.parquet")
+    assert read_facts(tmp_path / "c.parquet").facts == (fact,)
 
 
 def test_optional_fields(tmp_path: Path) -> None:
@@ -234,18 +247,21 @@ def test_identity_tells_every_field_apart() -> None:
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(FactsError, match=r"no facts file .*nowhere\.json; give tiny, counterfact"):
         read_facts(tmp_path / "nowhere.json")
-    with pytest.raises(FactsError, match="cannot be read: Is a directory"):
+    with pytest.raises(FactsError, match="is not a facts file"):
         read_facts(tmp_path)
-    assert ".json, .jsonl, .csv" in message(tmp_path / "f.txt", as_jsonl(PLAIN))
-    assert ".json, .jsonl, .csv" in message(tmp_path / "f", as_jsonl(PLAIN))
+    for name in ("f.txt", "f", "f.parquet.gz"):
+        _, said = message(tmp_path / name, as_jsonl(PLAIN)).split("must end in")
+        assert [kind for kind in FORMATS if kind in said] == [
+            kind for kind, known in FORMATS.items() if known.fields
+        ]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"f{suffix}"
     for text in (b"", b" \n\n", b"\xef\xbb\xbf"):
-        assert "is empty" in message(path, text)
-    assert "line 2: not UTF-8" in message(path, b"abc\nd\xe9f\n")
+        assert "holds no facts" in message(path, text)
+    assert "line 2: not UTF-8" in message(path, b"\nd\xe9f\n")
     assert "not UTF-8" in message(path, as_jsonl(PLAIN).encode("utf-16"))
 
 
@@ -258,7 +274,7 @@ def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
         ("f.json", "[{]", "not valid JSON"),
         ("f.json", "[" * 100_000, "not valid JSON"),
         ("f.json", "[" + "9" * 5000 + "]", "not valid JSON"),
-        ("f.json", as_jsonl(PLAIN), "one object a line belongs in a .jsonl file"),
+        ("f.json", as_jsonl(PLAIN), "a .json file holds one list, a .jsonl file one object a line"),
         ("f.jsonl", json.dumps(PLAIN), "line 1: a list, but should be an object"),
         ("f.jsonl", as_jsonl(PLAIN) + "{", "line 4: not valid JSON"),
         ("f.jsonl", "\n\nnull", "line 3: nothing, but should be an object"),
@@ -274,7 +290,7 @@ def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
             "there are: 'prompt;subject;target'",
         ),
         ("f.csv", "prompt,subject,target\nOf {},a\n", "line 2: the target is nothing"),
-        ("f.csv", "prompt,subject,target\nOf {}, a,b,c\n", "more cells than the header's 3"),
+        ("f.csv", "prompt,subject,target\nOf {}, a,b,c\n", "more columns than the header's 3"),
         ("f.csv", "prompt,subject,target\nOf {},,b\n", "line 2: the subject '' is empty"),
         ("f.csv", 'prompt,subject,target\n"Of {},a,b\n', "not valid CSV"),
         ("f.csv", "prompt,subject,target\nOf {},a,b\nOf a,a,b\n", "line 3: the prompt 'Of a' has"),

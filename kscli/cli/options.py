@@ -10,6 +10,7 @@ import typer
 from kscli.cli.complete import complete_editor, complete_layers, complete_model
 from kscli.cli.output import Format
 from kscli.editing.editors import EDITORS, editors_where, find_editor
+from kscli.records import known_formats
 
 DEFAULT_MODEL = "tiny"
 _LARGEST_SEED = 2**63 - 1  # what a file has room for
@@ -181,7 +182,7 @@ Corpus = Annotated[
         "--corpus",
         metavar="CORPUS",
         help="wikipedia, wikipedia-20220301, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], a file or "
-        "folder of .txt .jsonl .json .csv .parquet (.gz, .zst), or - for stdin.",
+        f"folder of {known_formats()}, or - for stdin.",
         show_default="wikipedia; tiny for the model tiny",
     ),
 ]
@@ -235,8 +236,8 @@ Facts = Annotated[
     typer.Option(
         "--facts",
         metavar="FACTS",
-        help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file: CounterFact's JSON, or "
-        "CSV or JSONL of prompt (with {}), subject, target.",
+        help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file of CounterFact's "
+        f"records, or of prompt (with {{}}), subject, target: {known_formats(fields=True)}.",
         show_default="counterfact; tiny for the model tiny",
     ),
 ]

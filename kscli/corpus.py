@@ -1,0 +1,276 @@
+"""The documents that C is averaged over: local files, folders, standard input, the Hub.
+
+`open_corpus` checks what the user named and says who it is (`identity`); the text itself is
+streamed by `Corpus.documents`, so a corpus larger than memory takes no more memory here than its
+largest document. Each kind of corpus is a function that gives a `Corpus`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kscli.errors import CorpusError
+from kscli.hub_datasets import HubSource, open_dataset, parse_source
+from kscli.records import (
+    Located,
+    RecordFile,
+    format_of,
+    known_formats,
+    lines,
+    parse_json,
+    unreadable,
+)
+
+HUB_ALIASES = {
+    "wikipedia": HubSource("wikimedia/wikipedia", "20231101.en"),
+    # The repository holds this dump as 41 Parquet files, but also the old `wikipedia.py`, for
+    # which `load_dataset(repository, config)` refuses it since datasets 4.0. So the files are
+    # named themselves, at the last commit seen.
+    "wikipedia-20220301": HubSource(
+        "legacy-datasets/wikipedia",
+        "20220301.en",
+        files="data/20220301.en/train-*.parquet",
+        revision="97a0b052c326b45fb68593a14972d9eed884cd17",
+    ),
+}
+ALIASES = (*HUB_ALIASES, "tiny")
+
+_STDIN = "standard input"
+_BEGINS_JSON = re.compile(r'\s*(\[\s*)?\{\s*(["}]|$)|\s*\[\s*$')
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """What the user asked for.
+
+    `name` is one of `ALIASES`, `hf:OWNER/NAME[:CONFIG[:SPLIT]]`, a file, a folder, or `-` for
+    standard input. `text_field` is the field or column of the text, by default `text`.
+    """
+
+    name: str
+    text_field: str | None = None
+
+    @property
+    def field(self) -> str:
+        """The field that holds the text."""
+        return self.text_field or "text"
+
+    @property
+    def identity_part(self) -> str:
+        """What an identity says of the field: nothing where it is the default."""
+        return "" if self.field == "text" else f"#{self.field}"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A fixed sequence of documents.
+
+    `name` is what is shown; `identity` is another string when the documents are others; `records`
+    opens the stream of records whose `field` is the text.
+    """
+
+    name: str
+    identity: str
+    field: str
+    records: Callable[[], Iterable[Located]]
+
+    def documents(self) -> Iterator[str]:
+        """Stream the documents in a fixed order; each call starts anew (standard input: once).
+
+        Empty and blank documents are passed on as they are. Raises CorpusError where the text
+        cannot be read, and at the end if all of it was blank.
+        """
+        return self._texts(self.records())
+
+    def _texts(self, records: Iterable[Located]) -> Iterator[str]:
+        blank = True
+        for where, record in records:
+            text = _text_of(record, self.field, where)
+            blank = blank and (not text or text.isspace())
+            yield text
+        if blank:
+            raise CorpusError(f"The corpus {self.name} is empty: no document in it has any text.")
+
+
+def open_corpus(spec: CorpusSpec) -> Corpus:
+    """Find the corpus that `spec` names; raises CorpusError if there is none of a known kind."""
+    if spec.name == "-":
+        identity = f"stdin:{uuid.uuid4().hex}"  # what it holds is not known before it is read
+        return Corpus(_STDIN, identity, spec.field, _StandardInput())
+    if spec.name == "tiny":
+        return _open_tiny(spec)
+    if spec.name in HUB_ALIASES:
+        return _open_hub(spec, HUB_ALIASES[spec.name])
+    if spec.name.startswith("hf:"):
+        return _open_hub(spec, parse_source(spec.name, CorpusError))
+    return _open_files(spec)
+
+
+def _text_of(record: object, field: str, where: str) -> str:
+    what = "the document"
+    if isinstance(record, dict):
+        what = f"the field '{field}'"
+        if field not in record:
+            known = ", ".join(f"'{str(name)[:40]}'" for name in list(record)[:20]) or "none"
+            raise CorpusError(
+                f"{where}: there is no field '{field}' (there are: {known}); "
+                "name the one that holds the text with --text-field."
+            )
+        # Tables of the Hub have nulls; a row without text is a document without tokens.
+        record = "" if record[field] is None else record[field]
+    if not isinstance(record, str):
+        kind = "null" if record is None else type(record).__name__
+        raise CorpusError(
+            f"{where}: {what} is not a string but {kind}; "
+            "name the field that holds the text with --text-field, or leave this document out."
+        )
+    try:
+        record.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, and no tokenizer accepts one.
+        raise CorpusError(
+            f"{where}: {what} holds half of a surrogate pair (\\ud800 to \\udfff), "
+            "which is no character; remove it."
+        ) from error
+    return record
+
+
+# Files and folders
+
+
+def _open_files(spec: CorpusSpec) -> Corpus:
+    path = Path(spec.name)
+    try:
+        exists = bool(spec.name) and path.exists()
+    except OSError as error:
+        raise unreadable(path, error, CorpusError) from error
+    if not exists:
+        raise CorpusError(_not_found(spec.name))
+    known = (
+        f"known are {known_formats()}. Other text can be sent to standard input, which is the "
+        "corpus `-`."
+    )
+    root, files = (path, _files_under(path)) if path.is_dir() else (path.parent, [path])
+    if path.is_dir() and not files:
+        raise CorpusError(f"The folder {path} holds no corpus file; {known}")
+    if not path.is_dir() and not (path.is_file() and format_of(path)):
+        raise CorpusError(f"{path} is of no known kind; {known}")
+
+    def records() -> Iterator[Located]:
+        for file in files:
+            yield from RecordFile(file, CorpusError, spec.field).records()
+
+    identity = f"files:sha256:{_hash(root, files)}{spec.identity_part}"
+    return Corpus(spec.name, identity, spec.field, records)
+
+
+def _not_found(name: str) -> str:
+    hub = f"hf:{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else "hf:OWNER/NAME"
+    return (
+        f"There is no corpus file or folder '{name}'; "
+        f"give an existing one, {hub} for a data set on the Hub, or one of {', '.join(ALIASES)}."
+    )
+
+
+def _files_under(root: Path) -> list[Path]:
+    """All files of known kinds, by relative path; hidden ones and linked folders are skipped."""
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(Path(error.filename), error, CorpusError) from error
+
+    found = []
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = [path for path in found if format_of(path)]
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _hash(root: Path, files: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the files' relative paths, sizes and contents."""
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            with path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = path.stat().st_size
+        except OSError as error:
+            raise unreadable(path, error, CorpusError) from error
+        digest.update(json.dumps([path.relative_to(root).as_posix(), size, content]).encode())
+    return digest.hexdigest()
+
+
+# The Hub, standard input, and the embedded corpus
+
+
+def _open_hub(spec: CorpusSpec, source: HubSource) -> Corpus:
+    dataset = open_dataset(source, CorpusError, "give a file or folder as --corpus")
+    name = f"hf:{source.repository}:{source.config or 'default'}:{'+'.join(source.splits)}"
+    commit = f"@{dataset.commit}" if dataset.commit else ""
+
+    def records() -> Iterable[Located]:
+        rows = dataset.records()
+        return ((f"{spec.name}, document {number}", row) for _, number, row in rows)
+
+    return Corpus(spec.name, f"{name}{spec.identity_part}{commit}", spec.field, records)
+
+
+def _open_tiny(spec: CorpusSpec) -> Corpus:
+    from kscli.tiny import corpus
+
+    text = json.dumps(list(corpus.documents()))
+    identity = f"tiny:sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return Corpus("tiny", identity, spec.field, lambda: (("tiny", d) for d in corpus.documents()))
+
+
+class _StandardInput:
+    """Standard input, which can be read once: JSON Lines, or plain text with a document a line.
+
+    It is JSON Lines if its first line that is not blank begins a JSON object. Of plain text, each
+    line that is not blank is a document.
+    """
+
+    def __init__(self) -> None:
+        self._read = False
+
+    def __call__(self) -> Iterator[Located]:
+        if self._read:
+            raise CorpusError(
+                "Standard input can be read only once; save it to a file and give that as --corpus."
+            )
+        self._read = True
+        if sys.stdin is None:
+            raise CorpusError("Standard input is closed; send text to it, or name another corpus.")
+        return self._records(_own_stream())
+
+    def _records(self, stream: Iterable[bytes]) -> Iterator[Located]:
+        is_json = None
+        for number, line in enumerate(lines(stream, _STDIN, CorpusError), 1):
+            if not line.strip():
+                continue
+            if is_json is None:
+                is_json = _BEGINS_JSON.match(line) is not None
+            if is_json:
+                record = parse_json(line.strip(), _STDIN, CorpusError, number)
+            else:
+                record = line.rstrip("\r\n")
+            yield f"{_STDIN}, line {number}", record
+
+
+def _own_stream() -> Iterable[bytes]:
+    """Standard input behind a buffer of its own.
+
+    Python locks sys.stdin's own buffer at exit, and aborts where a thread still reads from it.
+    """
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except OSError:
+        return sys.stdin.buffer

@@ -1,0 +1,315 @@
+"""Records in files: the formats and compressions that facts and corpora are read from.
+
+A format is one function and one line of `FORMATS`; a compression is one function and one line of
+`COMPRESSIONS`. Help texts and error messages name what these tables hold. Files are read as
+streams, but for `.txt` and `.json`, which are read whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from kscli.errors import KscliError
+
+Located = tuple[str, object]
+"""Where a record stands, for messages, and the record as it was parsed."""
+
+READ_BYTES = 16 << 10  # of a compressed file: repetitive text grows a thousandfold
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file of a known format. `error` is what is raised, naming the file and the place.
+
+    With `field`, records may lack their other fields (Parquet reads one column alone).
+    """
+
+    path: Path
+    error: type[KscliError]
+    field: str | None = None
+
+    def records(self) -> Iterator[Located]:
+        """Stream the records in the file's order."""
+        return FORMATS[format_of(self.path)].read(self)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """The file's bytes, decompressed."""
+        compression = COMPRESSIONS.get(self.path.suffix.lower())
+        try:
+            with _unpacked(self.path, compression) if compression else self.path.open("rb") as data:
+                yield data
+        except _DamagedError as error:
+            raise self.damaged(error) from error
+        except OSError as error:
+            raise unreadable(self.path, error, self.error) from error
+
+    def text(self) -> str:
+        """The whole file, which is UTF-8 text."""
+        with self.opened() as stream:
+            return decode(stream.read().removeprefix(codecs.BOM_UTF8), str(self.path), self.error)
+
+    def lines(self) -> Iterator[str]:
+        """The file's lines, as they are asked for."""
+        with self.opened() as stream:
+            yield from lines(stream, str(self.path), self.error)
+
+    def damaged(self, reason: Exception) -> KscliError:
+        """The error for a file that is not whole."""
+        return self.error(
+            f"{self.path} is damaged or cut off ({reason}); make or download it again."
+        )
+
+
+def unreadable(path: Path, reason: OSError, error: type[KscliError]) -> KscliError:
+    """The `error` for a file or folder that the system refuses to read."""
+    return error(f"{path} cannot be read ({reason.strerror or reason}).")
+
+
+def decode(data: bytes, name: str, error: type[KscliError], line: int = 1) -> str:
+    """UTF-8 text that begins at `line` of `name`; raises `error` naming the first bad byte."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as bad:
+        line += data.count(b"\n", 0, bad.start)
+        raise error(
+            f"{name}, line {line}: not UTF-8 text (byte 0x{data[bad.start]:02x} at offset "
+            f"{bad.start}); convert it to UTF-8, for example with iconv."
+        ) from bad
+
+
+def lines(stream: Iterable[bytes], name: str, error: type[KscliError]) -> Iterator[str]:
+    """Decode line by line, so that nothing is read ahead; raises `error` naming the line."""
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        yield decode(line, name, error, number)
+
+
+def parse_json(text: str, name: str, error: type[KscliError], first_line: int = 1) -> object:
+    """The value of JSON that begins at `first_line` of `name`; raises `error` naming the line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as bad:
+        line, reason = first_line, str(bad)
+        if isinstance(bad, json.JSONDecodeError):
+            line, reason = first_line + bad.lineno - 1, bad.msg
+        raise error(
+            f"{name}, line {line}: not valid JSON ({reason}); a .json file holds one list, a "
+            ".jsonl file one object a line."
+        ) from bad
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, for messages."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list) else quote(value)
+
+
+def quote(value: object) -> str:
+    """A value as messages show it."""
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """At most 100 characters of a text."""
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# Formats
+
+
+def _text(file: RecordFile) -> Iterator[Located]:
+    # As Python's text files do: the same text is the same document on every system.
+    yield str(file.path), file.text().replace("\r\n", "\n")
+
+
+def _jsonl(file: RecordFile) -> Iterator[Located]:
+    for number, line in enumerate(file.lines(), 1):
+        if text := line.strip():
+            where = f"{file.path}, line {number}"
+            yield where, parse_json(text, str(file.path), file.error, number)
+
+
+def _json(file: RecordFile) -> Iterator[Located]:
+    text = file.text()
+    records = parse_json(text, str(file.path), file.error) if text.strip() else []
+    if not isinstance(records, list):
+        raise file.error(
+            f"{file.path} holds {kind_of(records)}, but should hold a list of records; one object "
+            "a line belongs in a .jsonl file."
+        )
+    for number, record in enumerate(records, 1):
+        yield f"{file.path}, record {number}", record
+
+
+def _csv(file: RecordFile, delimiter: str = ",") -> Iterator[Located]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
+    # Spreadsheets of old Macs end lines with a carriage return alone.
+    pieces = (piece for line in file.lines() for piece in io.StringIO(line, newline=""))
+    rows = csv.DictReader(pieces, delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            where = f"{file.path}, line {rows.line_num}"
+            if None in row:
+                raise file.error(
+                    f"{where}: more columns than the header's {len(row) - 1}; put text that holds "
+                    f"the delimiter {delimiter!r} in double quotes."
+                )
+            yield where, row
+    except csv.Error as bad:
+        raise file.error(f"{file.path}, line {rows.line_num}: not valid CSV ({bad}).") from bad
+
+
+def _tsv(file: RecordFile) -> Iterator[Located]:
+    return _csv(file, "\t")
+
+
+def _parquet(file: RecordFile) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            # Without the field every column is read, so that a message can name them.
+            wanted = [file.field] if file.field in table.schema_arrow.names else None
+            for batch in table.iter_batches(batch_size=256, columns=wanted):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{file.path}, row {number}", record
+    except UnicodeDecodeError as bad:
+        raise file.error(f"{file.path}, after row {number}: not UTF-8 text ({bad}).") from bad
+    except (pyarrow.ArrowException, OSError) as bad:
+        raise file.damaged(bad) from bad
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format is read. Only records with `fields` can be facts; text is a document.
+
+    A format that is not `compressible` is compressed inside.
+    """
+
+    read: Callable[[RecordFile], Iterator[Located]]
+    fields: bool = True
+    compressible: bool = True
+
+
+FORMATS: dict[str, Format] = {
+    ".txt": Format(_text, fields=False),
+    ".jsonl": Format(_jsonl),
+    ".json": Format(_json),
+    ".csv": Format(_csv),
+    ".tsv": Format(_tsv),
+    ".parquet": Format(_parquet, compressible=False),
+}
+
+
+def format_of(path: Path) -> str:
+    """The key of `FORMATS` for a file, by its name; empty where there is none."""
+    compressed = path.suffix.lower() in COMPRESSIONS
+    kind = Path(path.stem).suffix.lower() if compressed else path.suffix.lower()
+    known = kind in FORMATS and (FORMATS[kind].compressible or not compressed)
+    return kind if known else ""
+
+
+def known_formats(*, fields: bool = False) -> str:
+    """The extensions that can be read, for messages; `fields` leaves out text."""
+    known = {kind: form for kind, form in FORMATS.items() if form.fields or not fields}
+    compressible = ", ".join(kind for kind, form in known.items() if form.compressible)
+    others = "".join(f", {kind}" for kind, form in known.items() if not form.compressible)
+    return f"{compressible} (each also with {', '.join(COMPRESSIONS)}){others}"
+
+
+# Compressions
+
+
+class _DamagedError(Exception):
+    """Compressed data that cannot be unpacked."""
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed file as a raw stream of its contents, frame by frame.
+
+    The libraries' own streams take some files that were cut off, or have something behind them,
+    for whole ones.
+    """
+
+    def __init__(self, path: Path, new_frame: Callable[[], Any], error: type[Exception]) -> None:
+        self._file = path.open("rb")
+        self._blocks = self._decompress(new_frame, error)
+        self._block = memoryview(b"")
+
+    def _decompress(self, new_frame: Callable[[], Any], error: type[Exception]) -> Iterator[bytes]:
+        frame = None
+        try:
+            while data := self._file.read(READ_BYTES):
+                # Frames may be filled up with zeros.
+                while data := data if frame else data.lstrip(b"\0"):
+                    frame = frame or new_frame()
+                    yield frame.decompress(data)
+                    data = frame.unused_data if frame.eof else b""
+                    frame = None if frame.eof else frame
+        except error as bad:
+            raise _DamagedError(str(bad)) from bad
+        if frame is not None:
+            raise _DamagedError("the end is missing")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._block:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._block = memoryview(block)
+        count = min(len(buffer), len(self._block))
+        buffer[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+Compression = Callable[[], tuple[Callable[[], Any], type[Exception]]]
+"""Gives what makes the decompressor of one frame, and the error of damaged data."""
+
+
+def _unpacked(path: Path, compression: Compression) -> IO[bytes]:
+    return io.BufferedReader(_Unpacked(path, *compression()))
+
+
+def _gzip() -> tuple[Callable[[], Any], type[Exception]]:
+    return lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), zlib.error
+
+
+def _zstandard() -> tuple[Callable[[], Any], type[Exception]]:
+    import zstandard
+
+    # 2 GiB is what `zstd --long=31` uses; the default refuses more than 128 MiB.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    return decompressor.decompressobj, zstandard.ZstdError
+
+
+def _xz() -> tuple[Callable[[], Any], type[Exception]]:
+    return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError
+
+
+COMPRESSIONS: dict[str, Compression] = {".gz": _gzip, ".zst": _zstandard, ".xz": _xz}
