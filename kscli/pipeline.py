@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,23 +26,9 @@ if TYPE_CHECKING:
     from kscli.positions import KeyToken
     from kscli.resources import MemorySplit
     from kscli.second_moment.checkpoints import Checkpoints
-    from kscli.second_moment.covariance import CovarianceOptions
+    from kscli.second_moment.options import CovarianceOptions, Execution
     from kscli.second_moment.plan import Estimate, MemoryPlan
     from kscli.second_moment.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How cache-cov is run; what it measures does not depend on it, but for rounding.
-
-    `batch_tokens` and `max_memory` (bytes) of None are chosen by the memory plan; a checkpoint
-    is written about every `checkpoint_every` seconds; `ranks` are processes that work together.
-    """
-
-    batch_tokens: int | None = None
-    max_memory: int | None = None
-    checkpoint_every: float = 300.0
-    ranks: Ranks | None = None
 
 
 class Session:
@@ -96,20 +81,22 @@ class Session:
         An imported file cannot be made again, and is replaced by force alone. A run that was
         stopped goes on from its checkpoint.
         """
-        from kscli.second_moment.corpus_run import RunPlan, check_together
-        from kscli.second_moment.covariance import Surroundings, cache_covariance, covariance_recipe
+        from kscli.second_moment.corpus_run import CovarianceRun
+        from kscli.second_moment.covariance import cache_covariance, covariance_recipe
+        from kscli.second_moment.options import Execution
 
         if self.existing is Existing.REMAKE and is_imported(path):
             self.reporter.note(f"{path} was imported, and is used as it is (--force measures C).")
             return False
         execution = execution or Execution()
-        check_together(corpus, options, execution.ranks)
+        ranks = execution.ranks
+        options.check(corpus, ranks)
         recipe = covariance_recipe(self.located.identity, corpus, options, self.dtype)
 
-        if execution.ranks:
-            self._require_alike(execution.ranks, recipe)
+        if ranks:
+            self._require_alike(ranks, recipe)
         if not self._must_make(path, "cov", recipe):
-            if not execution.ranks:
+            if not ranks:
                 # What a run left that was killed between its file and its checkpoints.
                 self._checkpoints_of(path, recipe, execution).discard_own()
             return False
@@ -117,9 +104,8 @@ class Session:
         plan = self.plan(options, execution)
         self._announce(plan, path)
         self._spread = plan.split
-        run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
-        around = Surroundings(checkpoints, execution.ranks, self.reporter)
-        cache_covariance(self.model, corpus, options, path, recipe, plan=run, around=around)
+        run = CovarianceRun(self.model, corpus, options, plan, self.reporter, checkpoints, ranks)
+        cache_covariance(run, path, recipe)
         return True
 
     def _checkpoints(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
@@ -133,7 +119,7 @@ class Session:
     def _checkpoints_of(self, path: Path, recipe: Recipe, execution: Execution) -> Checkpoints:
         from kscli.second_moment.checkpoints import Checkpoints
         from kscli.second_moment.covariance import checkpoint_recipe
-        from kscli.second_moment.shards import WHOLE
+        from kscli.second_moment.options import WHOLE
 
         rank = execution.ranks.shard if execution.ranks else WHOLE
         suffix = "" if rank == WHOLE else f"-{rank.index}-of-{rank.count}"
@@ -170,12 +156,16 @@ class Session:
         """What goes where when cache-cov is run with these options; no weight is read."""
         from kscli.models.loading import resolve_device
         from kscli.resources import measure_resources
-        from kscli.second_moment.plan import PlanRequest, plan_memory
+        from kscli.second_moment.plan import plan_memory
 
         layers = select_layers(options.layers, range(self.shape.n_layers), self.options.model)
-        request = PlanRequest(layers, self.dtype, execution.batch_tokens, execution.max_memory)
         return plan_memory(
-            self.shape, request, measure_resources(resolve_device(self.options.device))
+            self.shape,
+            layers,
+            self.dtype,
+            measure_resources(resolve_device(self.options.device)),
+            batch_tokens=execution.batch_tokens,
+            max_memory=execution.max_memory,
         )
 
     def estimate(
@@ -195,9 +185,8 @@ class Session:
         from kscli.second_moment.token_stream import expected_tokens
 
         tokenizer = load_tokenizer(self.located, self.options)
-        reading = options.reading(self.shape.max_length)
-        reading = replace(reading, shard=ranks.shard) if ranks else reading
-        expected = expected_tokens(tokenizer, corpus, reading)
+        share = options.own_share(self.shape.max_length, ranks)
+        expected = expected_tokens(tokenizer, corpus, share)
         rate = matmul_rate(plan.device, self.dtype)
         each = seconds_a_token(plan, self.shape, expected.length, rate)
         tokens = expected.tokens

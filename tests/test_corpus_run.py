@@ -26,9 +26,8 @@ from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.reporter import Reporter, Task
 from kscli.second_moment import checkpoints as checkpoints_module
 from kscli.second_moment.checkpoints import Checkpoints
-from kscli.second_moment.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, check_together
+from kscli.second_moment.corpus_run import CovarianceRun
 from kscli.second_moment.covariance import (
-    Surroundings,
     cache_covariance,
     checkpoint_recipe,
     covariance_recipe,
@@ -36,8 +35,9 @@ from kscli.second_moment.covariance import (
     second_moments,
 )
 from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.options import WHOLE, CovarianceOptions, Shard
+from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import RankError
-from kscli.second_moment.shards import WHOLE, Shard
 
 OPTIONS = CovarianceOptions(samples=900, max_length=40)
 BATCH_TOKENS = 512
@@ -99,8 +99,8 @@ def run(
     checkpoints = Checkpoints(
         folder_of(path), checkpoint_recipe(recipe, BATCH_TOKENS, WHOLE), every
     )
-    around = Surroundings(checkpoints, None, watcher or Watcher())
-    cache_covariance(model, corpus, options, path, recipe, plan=plan, around=around)
+    measured = CovarianceRun(model, corpus, options, plan, watcher or Watcher(), checkpoints)
+    cache_covariance(measured, path, recipe)
 
 
 def folder_of(path: Path) -> Path:
@@ -406,17 +406,10 @@ def test_a_key_that_is_not_finite_names_layer_and_document_and_keeps_the_checkpo
     recipe = covariance_recipe(model.identity, corpus, options, model.dtype)
     checkpoints = Checkpoints(tmp_path / "c", checkpoint_recipe(recipe, 64, WHOLE), every=0)
     small = replace(plan, batch_tokens=64)
+    spoilt_run = CovarianceRun(model, corpus, options, small, checkpoints=checkpoints)
     try:
         with pytest.raises(NumericsError, match=rf"layer {layer} .* in document 41 "):
-            cache_covariance(
-                model,
-                corpus,
-                options,
-                tmp_path / "cov.h5",
-                recipe,
-                plan=small,
-                around=Surroundings(checkpoints),
-            )
+            cache_covariance(spoilt_run, tmp_path / "cov.h5", recipe)
     finally:
         for handle in handles:
             handle.remove()
@@ -448,9 +441,9 @@ def test_what_cannot_be_is_refused_before_anything_is_run(
         CovarianceRun(model, stdin, OPTIONS, passes).sum_up()
     part = CovarianceOptions(shard=Shard(0, 2))
     with pytest.raises(UsageError, match="each process has a part"):
-        check_together(open_corpus(CorpusSpec("tiny")), replace(part, until_settled=0.1), None)
+        replace(part, until_settled=0.1).check(open_corpus(CorpusSpec("tiny")), None)
     with pytest.raises(UsageError, match="standard input goes to one process"):
-        check_together(stdin, part, None)
+        part.check(stdin, None)
     with pytest.raises(UsageError, match="--until-settled 0"):
         CovarianceOptions(until_settled=0.0)
     with pytest.raises(UsageError, match="beyond the"):

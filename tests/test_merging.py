@@ -18,7 +18,7 @@ from kscli.artifacts import CovarianceAbout, CovarianceFile, difference, write_a
 from kscli.errors import ArtifactError, NumericsError, UsageError
 from kscli.second_moment import merging
 from kscli.second_moment.merging import find_parts, merge_covariances
-from kscli.second_moment.shards import Shard
+from kscli.second_moment.options import Shard
 
 LAYERS = (0, 2)
 D = PROVENANCE["d_m"]

@@ -5,9 +5,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kscli.second_moment.moments import ROWS, SecondMoment, lower_entries
-from kscli.second_moment.products import SYRK_ROWS, lower_products
-from kscli.second_moment.transfers import HostSums
+from kscli.second_moment import moments
+from kscli.second_moment.moments import (
+    ROWS,
+    SYRK_ROWS,
+    HostSums,
+    SecondMoment,
+    lower_entries,
+    lower_products,
+)
 from kscli.superposition import superposition
 
 UNIT = 2**-24
@@ -58,14 +64,12 @@ def test_several_rows_of_blocks_and_a_ragged_last_one(d_m: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_those_of_the_keys_on_and_below_the_diagonal(dtype: torch.dtype) -> None:
     """Each kind of product: BLAS, oneDNN through bfloat16, and blocks as on a device."""
-    from kscli.second_moment import products
-
     torch.manual_seed(4)
     d_m = 1100
     keys = torch.randn(90, d_m).to(dtype)
     wide = keys.double()
     expected = wide.T @ wide
-    ways = [lower_products(keys), products._on_device(keys), products._by_syrk(keys.float())]
+    ways = [lower_products(keys), moments._on_device(keys), moments._by_syrk(keys.float())]
     for rows in ways:
         assert [row.start for row in rows] == [0, *(row.end for row in rows[:-1])]
         assert rows[-1].end == d_m

@@ -8,7 +8,6 @@ from kscli.resources import Resources
 from kscli.second_moment.moments import lower_entries
 from kscli.second_moment.plan import (
     MemoryPlan,
-    PlanRequest,
     batch_tokens_for,
     plan_memory,
     seconds_a_token,
@@ -28,7 +27,7 @@ def card(gib: float, host: float = 128) -> Resources:
 
 def plan(shape: ModelShape, resources: Resources, **bounds: int) -> MemoryPlan:
     dtype = "float32" if resources.kind == "cpu" else "bfloat16"
-    return plan_memory(shape, PlanRequest(range(shape.n_layers), dtype, **bounds), resources)
+    return plan_memory(shape, range(shape.n_layers), dtype, resources, **bounds)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.n_layers}x{s.d_m}")

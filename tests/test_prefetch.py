@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kscli.second_moment.prefetch import ahead
+from kscli.second_moment.token_stream import ahead
 
 
 def test_items_come_in_order_and_are_made_ahead() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kscli.errors import UsageError
-from kscli.second_moment.shards import WHOLE, Shard, parse_shard
+from kscli.second_moment.options import WHOLE, Shard, parse_shard
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

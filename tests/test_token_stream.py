@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from kscli.errors import CorpusError
-from kscli.second_moment.shards import WHOLE, Shard
-from kscli.second_moment.token_stream import Cursor, Reading, TokenStream, Window, WindowSizes
+from kscli.second_moment.options import WHOLE, CovarianceOptions, Shard
+from kscli.second_moment.token_stream import Cursor, TokenStream, Window
 
-SIZES = WindowSizes(first=50, most=300)
+FIRST, MOST = 50, 300
 
 
 class Words:
@@ -45,12 +45,14 @@ def corpus(seed: int = 0, count: int = 300) -> Texts:
 
 
 def stream(
-    reading: Reading, start: Cursor | None = None, texts: Texts | None = None
+    reading: CovarianceOptions, start: Cursor | None = None, texts: Texts | None = None
 ) -> TokenStream:
-    return TokenStream(Words(), texts or corpus(), reading, SIZES, start)
+    return TokenStream(Words(), texts or corpus(), reading, FIRST, MOST, start)
 
 
-def naive(reading: Reading, texts: Texts | None = None) -> list[tuple[int, tuple[int, ...]]]:
+def naive(
+    reading: CovarianceOptions, texts: Texts | None = None
+) -> list[tuple[int, tuple[int, ...]]]:
     """Which (document, token ids) a reading takes, by the definition."""
     taken = []
     left = reading.tokens
@@ -71,7 +73,7 @@ def flat(windows: list[Window]) -> list[tuple[int, tuple[int, ...]]]:
 
 
 READINGS = [
-    Reading(samples, tokens, max_length, shard)
+    CovarianceOptions(samples, tokens, max_length, shard=shard)
     for samples in (None, 1, 64, 117)
     for tokens in (None, 1, 700, 10**6)
     for max_length in (5, 1000)
@@ -80,7 +82,7 @@ READINGS = [
 
 
 @pytest.mark.parametrize("reading", READINGS, ids=str)
-def test_documents_are_those_of_the_definition(reading: Reading) -> None:
+def test_documents_are_those_of_the_definition(reading: CovarianceOptions) -> None:
     windows = list(stream(reading))
     assert flat(windows) == naive(reading)
     assert all(window.sequences for window in windows)
@@ -96,7 +98,7 @@ def test_documents_are_those_of_the_definition(reading: Reading) -> None:
 
 
 @pytest.mark.parametrize("reading", READINGS[::5], ids=str)
-def test_from_any_window_on_the_stream_is_the_same(reading: Reading) -> None:
+def test_from_any_window_on_the_stream_is_the_same(reading: CovarianceOptions) -> None:
     windows = list(stream(reading))
     for number, window in enumerate(windows):
         assert list(stream(reading, window.start)) == windows[number:]
@@ -106,32 +108,35 @@ def test_from_any_window_on_the_stream_is_the_same(reading: Reading) -> None:
 
 def test_shards_are_the_whole_whatever_bounds_it() -> None:
     for tokens in (None, 431):
-        whole = naive(Reading(200, tokens, 9))
-        parts = [flat(list(stream(Reading(200, tokens, 9, Shard(i, 4))))) for i in range(4)]
+        whole = naive(CovarianceOptions(200, tokens, 9))
+        parts = [
+            flat(list(stream(CovarianceOptions(200, tokens, 9, shard=Shard(i, 4)))))
+            for i in range(4)
+        ]
         assert sorted(item for part in parts for item in part) == whole
 
 
 def test_windows_grow_with_what_was_read() -> None:
-    windows = list(stream(Reading(None, None, 1000)))
+    windows = list(stream(CovarianceOptions(None, None, 1000)))
     held = [window.end.tokens - window.start.tokens for window in windows]
     for window, size in zip(windows[:-1], held[:-1], strict=True):
-        wanted = min(max(SIZES.first, window.start.tokens), SIZES.most)
+        wanted = min(max(FIRST, window.start.tokens), MOST)
         assert wanted <= size < wanted + 25
 
 
 @pytest.mark.parametrize(("samples", "exhausted"), [(None, True), (299, False), (301, True)])
 def test_whether_the_corpus_has_more_is_told(samples: int | None, exhausted: bool) -> None:
-    read = stream(Reading(samples, None, 9))
+    read = stream(CovarianceOptions(samples, None, 9))
     assert not read.exhausted
     windows = list(read)
     assert (read.exhausted, read.finished) == (exhausted, True)
-    again = stream(Reading(samples, None, 9), windows[-1].end)
+    again = stream(CovarianceOptions(samples, None, 9), windows[-1].end)
     assert list(again) == []
     assert again.exhausted == exhausted
 
 
 def test_text_that_changed_before_the_place_is_refused() -> None:
-    reading = Reading(None, None, 1000)
+    reading = CovarianceOptions(None, None, 1000)
     start = list(stream(reading))[2].start
     changed = corpus()
     changed.texts[start.documents - 1] += " more"
@@ -145,8 +150,8 @@ def test_text_that_changed_before_the_place_is_refused() -> None:
 
 
 def test_no_document_at_all() -> None:
-    read = stream(Reading(None, None, 9), texts=Texts([]))
+    read = stream(CovarianceOptions(None, None, 9), texts=Texts([]))
     assert list(read) == []
     assert read.exhausted
-    empty = list(stream(Reading(None, None, 9), texts=Texts(["", " "])))
+    empty = list(stream(CovarianceOptions(None, None, 9), texts=Texts(["", " "])))
     assert [window.end for window in empty] == [replace(empty[0].end, own=2, empty=2, tokens=0)]

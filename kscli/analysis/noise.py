@@ -21,7 +21,7 @@ from kscli.analysis.pairs import FactMatrices, Pair, top_pairs
 from kscli.analysis.statistics import off_diagonal
 from kscli.artifacts import PMatrixFile, require_same_identity
 from kscli.errors import ArtifactError
-from kscli.second_moment.shards import parse_shard
+from kscli.second_moment.options import parse_shard
 
 # Beyond three times the rms difference, with one sign, in both: were P Gaussian noise alone,
 # one pair in 10^9 would be.

@@ -12,8 +12,8 @@ from kscli.tables import Column
 
 if TYPE_CHECKING:
     from kscli.corpus import Corpus
-    from kscli.pipeline import Execution, Session
-    from kscli.second_moment.corpus_run import CovarianceOptions
+    from kscli.pipeline import Session
+    from kscli.second_moment.options import CovarianceOptions, Execution
 
 
 def cache_cov(
@@ -58,12 +58,11 @@ def cache_cov(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, device_of_rank, number_or_all
     from kscli.models.loading import ModelOptions
-    from kscli.pipeline import Execution, Session
+    from kscli.pipeline import Session
     from kscli.places import Places
     from kscli.resources import parse_size
-    from kscli.second_moment.covariance import CovarianceOptions
+    from kscli.second_moment.options import WHOLE, CovarianceOptions, Execution, parse_shard
     from kscli.second_moment.ranks import join_ranks
-    from kscli.second_moment.shards import WHOLE, parse_shard
 
     part = parse_shard(shard) if shard else WHOLE
     measured = CovarianceOptions(

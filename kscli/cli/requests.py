@@ -47,9 +47,11 @@ def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:
 
 def device_of_rank(device: str, ranks: Ranks | None) -> str:
     """The device of one of several ranks: each has the card of its number on its machine."""
+    if ranks is None or device not in ("auto", "cuda"):
+        return device
     import torch
 
-    if ranks is None or device not in ("auto", "cuda") or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return device
     return f"cuda:{ranks.local % torch.cuda.device_count()}"
 

@@ -57,7 +57,7 @@ def run(
     from kscli.models.loading import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
-    from kscli.second_moment.covariance import CovarianceOptions
+    from kscli.second_moment.options import CovarianceOptions
     from kscli.superposition import write_pmatrix
 
     refuse_ranks()

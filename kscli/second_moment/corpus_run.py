@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,89 +22,18 @@ from kscli.interrupts import HeldSignals, InterruptedRunError, held_signals
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter, Task
 from kscli.second_moment.checkpoints import Checkpoint, Checkpoints, Position
-from kscli.second_moment.layer_sums import FLUSH_BATCHES, LayerSums, Placement, SumsPlan
+from kscli.second_moment.layer_sums import LayerSums
 from kscli.second_moment.moments import SecondMoment
-from kscli.second_moment.prefetch import ahead
+from kscli.second_moment.options import WHOLE, CovarianceOptions, reads_stdin
+from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import RankError, Ranks
 from kscli.second_moment.settling import Settled, Settling, watched_layers
-from kscli.second_moment.shards import WHOLE, Shard
-from kscli.second_moment.token_stream import Reading, TokenStream, WindowSizes
+from kscli.second_moment.token_stream import TokenStream, ahead
 
 WINDOW_BATCHES = 64
 WINDOWS_AHEAD = 2
-
-
-@dataclass(frozen=True)
-class CovarianceOptions:
-    """How much of a corpus is read, and which layers are measured.
-
-    `samples` documents at most and `tokens` tokens at most (None: no limit), each document
-    cut at `max_length` tokens (None: the model's positions, 2048 at most). `until_settled` stops
-    as soon as p is settled to so much (rms; see `settling`). A `shard` is every Nth of these
-    documents.
-    """
-
-    samples: int | None = 100_000
-    tokens: int | None = None
-    max_length: int | None = None
-    layers: str = "all"
-    until_settled: float | None = None
-    shard: Shard = WHOLE
-
-    def reading(self, longest: int) -> Reading:
-        """What is read of the corpus, for a model whose documents are `longest` by default."""
-        return Reading(self.samples, self.tokens, self.max_length or longest, self.shard)
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "tokens", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1.")
-        if self.until_settled is not None and not 0 < self.until_settled < float("inf"):
-            raise UsageError(f"--until-settled {self.until_settled} must be more than 0.")
-
-
-def check_together(corpus: Corpus, options: CovarianceOptions, ranks: Ranks | None) -> None:
-    """Raise UsageError for a corpus, options and ranks that do not go together."""
-    parts = ranks is not None or options.shard != WHOLE
-    if ranks and options.shard != WHOLE:
-        raise UsageError(
-            f"--shard {options.shard} was given to {ranks.shard.count} ranks, which share the "
-            "documents by themselves; leave it out, or start one process a shard."
-        )
-    if parts and reads_stdin(corpus):
-        raise UsageError(
-            "standard input goes to one process, and cannot be shared; save it to a file that all "
-            "can read, and give that as --corpus."
-        )
-    if parts and options.until_settled is not None:
-        raise UsageError(
-            "--until-settled looks at the whole stream of documents, of which each process has a "
-            "part here; bound the run with --tokens or --samples."
-        )
-
-
-def reads_stdin(corpus: Corpus) -> bool:
-    """Whether the corpus is standard input, which can be read once."""
-    return corpus.identity.startswith("stdin:")
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """How the sums are computed; but for rounding, what they are does not depend on it.
-
-    `groups` of layers are summed one pass each; `placement` says where the sums lie; a batch
-    holds `batch_tokens` tokens at most, padding included.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    placement: Placement
-    batch_tokens: int
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """All layers, ascending."""
-        return tuple(layer for group in self.groups for layer in group)
+# Where float32 sums are kept on the device, they are added to the float64 ones after so many.
+FLUSH_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -170,7 +99,7 @@ class CovarianceRun:
         checkpoints: Checkpoints | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        check_together(corpus, options, ranks)
+        options.check(corpus, ranks)
         if model.positions and (options.max_length or 0) > model.positions:
             raise UsageError(
                 f"--max-length {options.max_length:,} is beyond the {model.positions:,} positions "
@@ -181,11 +110,10 @@ class CovarianceRun:
         self.options = options
         self.plan = plan
         self.reporter = reporter
+        self.checkpoints = checkpoints
+        self.ranks = ranks
         self.settled: list[Settled] = []
-        self._checkpoints = checkpoints
-        self._ranks = ranks
-        reading = options.reading(model.max_length)
-        self._reading = replace(reading, shard=ranks.shard) if ranks else reading
+        self._share = options.own_share(model.max_length, ranks)
 
     def sum_up(self) -> tuple[dict[int, SecondMoment], Totals]:
         """Sum all layers; returns those of the last pass, and what was summed.
@@ -199,7 +127,7 @@ class CovarianceRun:
         self._refuse_impossible()
         first = saved.number if saved else 0
         result = self._sum_group(first, saved)
-        for number in range(first + 1, len(self.plan.groups)):
+        for number in range(first + 1, self.plan.passes):
             # They lie in the checkpoints; two groups' sums must not stand in memory at once.
             result[0].clear()
             result = self._sum_group(number, None)
@@ -207,20 +135,20 @@ class CovarianceRun:
 
     def _saved(self) -> Checkpoint | None:
         """The checkpoint to go on from; its groups of layers and its batches are the plan's."""
-        if self._checkpoints is None:
+        if self.checkpoints is None:
             return None
-        saved = self._checkpoints.latest()
+        saved = self.checkpoints.latest()
         if saved is None:
-            if self._checkpoints.exist():
+            if self.checkpoints.exist():
                 self.reporter.warn(
-                    f"no checkpoint in {self._checkpoints.folder} can be read; starting anew."
+                    f"no checkpoint in {self.checkpoints.folder} can be read; starting anew."
                 )
             return None
         groups = tuple(tuple(group) for group in saved.plan["groups"])
         self.plan = replace(self.plan, groups=groups, batch_tokens=saved.plan["batch_tokens"])
         passes = "" if len(groups) == 1 else f" in pass {saved.number + 1} of {len(groups)}"
         self.reporter.note(
-            f"going on from {self._checkpoints.folder}, where {saved.position.tokens:,} tokens are "
+            f"going on from {self.checkpoints.folder}, where {saved.position.tokens:,} tokens are "
             f"summed{passes}, in batches of {self.plan.batch_tokens:,} tokens."
         )
         return saved
@@ -229,16 +157,16 @@ class CovarianceRun:
         """The sums of a layer, of the last pass or read from the checkpoints."""
         if layer in last:
             return last[layer]
-        if self._checkpoints is None:
+        if self.checkpoints is None:
             raise ArtifactError(f"layer {layer} was not summed.")
         number = next(i for i, group in enumerate(self.plan.groups) if layer in group)
-        saved = self._checkpoints.finished_pass(number)
+        saved = self.checkpoints.finished_pass(number)
         moment = SecondMoment(self.model.decoder.d_m)
         moment.restore(saved.sums(layer), saved.position.tokens)
         return moment
 
     def _refuse_impossible(self) -> None:
-        passes = len(self.plan.groups)
+        passes = self.plan.passes
         if passes == 1:
             return
         if reads_stdin(self.corpus):
@@ -260,16 +188,14 @@ class CovarianceRun:
         stream = TokenStream(
             self.model.tokenizer,
             self.corpus,
-            self._reading,
-            WindowSizes(
-                Settling((), self.model.decoder.d_m).next_at,
-                WINDOW_BATCHES * self.plan.batch_tokens,
-            ),
+            self._share,
+            Settling((), self.model.decoder.d_m).next_at,
+            WINDOW_BATCHES * self.plan.batch_tokens,
             current.position.window,
         )
-        passes = len(self.plan.groups)
+        passes = self.plan.passes
         label = "second moments" if passes == 1 else f"second moments, pass {number + 1}/{passes}"
-        hold = held_signals() if self._checkpoints else nullcontext(HeldSignals())
+        hold = held_signals() if self.checkpoints else nullcontext(HeldSignals())
         with (
             hold as signals,
             self.reporter.task(label, unit="tokens", done=current.position.tokens) as task,
@@ -278,8 +204,8 @@ class CovarianceRun:
             if signals.received is not None:
                 self._stop(current, signals.received)
         current.sums.flush()
-        if self._checkpoints and number + 1 < passes:
-            self._checkpoints.finish_pass(self._checkpoint(current), current.packed)
+        if self.checkpoints and number + 1 < passes:
+            self.checkpoints.finish_pass(self._checkpoint(current), current.packed)
         if current.settling:
             self.settled = current.settling.history
         position = current.position
@@ -296,8 +222,8 @@ class CovarianceRun:
     def _begin(self, number: int, saved: Checkpoint | None) -> _Pass:
         group = self.plan.groups[number]
         flush_tokens = FLUSH_BATCHES * self.plan.batch_tokens
-        sums = LayerSums(self.model.decoder, SumsPlan(group, self.plan.placement, flush_tokens))
-        watch = len(self.plan.groups) == 1 and self._reading.shard == WHOLE
+        sums = LayerSums(self.model.decoder, group, self.plan.placement, flush_tokens)
+        watch = self.plan.passes == 1 and self._share.shard == WHOLE
         settling = Settling(watched_layers(group), self.model.decoder.d_m) if watch else None
         if saved is None:
             return _Pass(number, sums, settling)
@@ -316,8 +242,8 @@ class CovarianceRun:
             # A signal often goes to all ranks: each saves its own sums before it hears of others.
             if signals.received is not None:
                 self._stop(current, signals.received)
-            if self._ranks:
-                self._check_ranks(current, self._ranks)
+            if self.ranks:
+                self._check_ranks(current, self.ranks)
 
         for window in ahead(stream, WINDOWS_AHEAD, stop_if_asked):
             if current.position.batches and current.position.digest != window.end.digest:
@@ -329,7 +255,7 @@ class CovarianceRun:
                 current.position = _after(current, batch)
                 self._show(current, stream, task)
                 stop_if_asked()
-                if self._checkpoints and current.sums.flushed and self._checkpoints.due():
+                if self.checkpoints and current.sums.flushed and self.checkpoints.due():
                     self._save(current)
             current.position = replace(current.position, window=window.end, batches=0)
             if self._has_settled(current):
@@ -366,30 +292,30 @@ class CovarianceRun:
 
     def _expected(self, stream: TokenStream) -> float | None:
         """How many tokens this pass will have summed at its end, as far as that can be told."""
-        read, reading = stream.read, self._reading
+        read, share = stream.read, self._share
         if stream.finished:
             return read.tokens
-        if reading.tokens is not None:
-            return reading.tokens / reading.shard.count
-        if reading.samples is None or read.documents == 0:
+        if share.tokens is not None:
+            return share.tokens / share.shard.count
+        if share.samples is None or read.documents == 0:
             return None
-        return read.tokens * reading.samples / read.documents
+        return read.tokens * share.samples / read.documents
 
     def _checkpoint(self, current: _Pass) -> Checkpoint:
         return Checkpoint(
             number=current.number,
             layers=self.plan.groups[current.number],
-            plan=asdict(self.plan),
+            plan={"groups": self.plan.groups, "batch_tokens": self.plan.batch_tokens},
             position=current.position,
             arrays=current.settling.state() if current.settling else {},
         )
 
     def _save(self, current: _Pass) -> bool:
         """Save the run as it stands; whether that could be done. A full disk does not stop it."""
-        if self._checkpoints is None:
+        if self.checkpoints is None:
             return False
         try:
-            self._checkpoints.save(self._checkpoint(current), current.packed)
+            self.checkpoints.save(self._checkpoint(current), current.packed)
         except ArtifactError as error:
             self.reporter.warn(f"no checkpoint at {current.position.tokens:,} tokens: {error}")
             return False

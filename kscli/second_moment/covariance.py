@@ -16,16 +16,16 @@ from kscli.errors import CorpusError
 from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.reporter import SILENT, Reporter
-from kscli.second_moment.checkpoints import Checkpoints
-from kscli.second_moment.corpus_run import CovarianceOptions, CovarianceRun, RunPlan, Totals
+from kscli.second_moment.corpus_run import CovarianceRun, Totals
 from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.options import WHOLE, CovarianceOptions, Shard
+from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import Ranks
 from kscli.second_moment.settling import Settled, watched_layers
-from kscli.second_moment.shards import WHOLE, Shard
 
 BATCH_TOKENS = 4096
 
-__all__ = ["CovarianceOptions", "RunPlan", "SecondMoments", "cache_covariance", "second_moments"]
+__all__ = ["CovarianceOptions", "SecondMoments", "cache_covariance", "second_moments"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,6 @@ class SecondMoments:
     def tokens(self) -> int:
         """The number of tokens that C is a mean over."""
         return self.totals.tokens
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Where a run of cache-cov saves itself, which processes work with it, and who hears of it."""
-
-    checkpoints: Checkpoints | None = None
-    ranks: Ranks | None = None
-    reporter: Reporter = SILENT
 
 
 def covariance_recipe(
@@ -103,20 +94,11 @@ def second_moments(
     plan = plan or one_pass(model, options.layers)
     run = CovarianceRun(model, corpus, options, plan, reporter)
     moments, totals = run.sum_up()
-    _check_totals(totals, corpus, options, reporter)
+    _check_totals(run, totals)
     return SecondMoments(plan.layers, moments, totals, run.settled)
 
 
-def cache_covariance(
-    model: LoadedModel,
-    corpus: Corpus,
-    options: CovarianceOptions,
-    path: Path,
-    recipe: Recipe,
-    *,
-    plan: RunPlan | None = None,
-    around: Surroundings | None = None,
-) -> Totals:
+def cache_covariance(run: CovarianceRun, path: Path, recipe: Recipe) -> Totals:
     """Measure the second moments and write them to cov.h5 at `path`, replacing what is there.
 
     Where there is a checkpoint the run goes on from it, by the checkpoint's plan, and removes it
@@ -124,41 +106,34 @@ def cache_covariance(
     `second_moments` and `write_artifact` raise, RankError when another rank fails, and
     InterruptedRunError when a signal stopped the run.
     """
-    around = around or Surroundings()
-    plan = plan or one_pass(model, options.layers)
-    run = CovarianceRun(
-        model, corpus, options, plan, around.reporter, around.checkpoints, around.ranks
-    )
     last, own = run.sum_up()
-    totals = _of_all_ranks(own, around.ranks)
-    _check_totals(totals, corpus, options, around.reporter)
-    matrices = _matrices(run, last, totals, around.ranks)
-    if around.ranks is None or around.ranks.leader:
-        about = _about(run, totals, recipe)
-        with write_artifact(path, "cov", about, force=True) as writer:
-            _write(writer, run, totals, matrices, around.reporter)
+    totals = _of_all_ranks(own, run.ranks)
+    _check_totals(run, totals)
+    matrices = _matrices(run, last, totals, run.ranks)
+    if run.ranks is None or run.ranks.leader:
+        with write_artifact(path, "cov", _about(run, totals, recipe), force=True) as writer:
+            _write(writer, run, totals, matrices)
     else:
         for _ in matrices:
             pass
-    if around.ranks:
+    if run.ranks:
         # Until the first has written the file, the others' checkpoints may still be needed.
-        around.ranks.wait()
-    if around.checkpoints:
-        around.checkpoints.remove()
+        run.ranks.wait()
+    if run.checkpoints:
+        run.checkpoints.remove()
     return totals
 
 
-def _check_totals(
-    totals: Totals, corpus: Corpus, options: CovarianceOptions, reporter: Reporter
-) -> None:
+def _check_totals(run: CovarianceRun, totals: Totals) -> None:
+    corpus, options, note = run.corpus, run.options, run.reporter.note
     if totals.tokens == 0:
         if options.shard != WHOLE:
             raise CorpusError(f"shard {options.shard} of {corpus.name} has no token; use fewer.")
         raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
     if totals.whole and options.samples is not None and options.shard == WHOLE:
-        reporter.note(f"{corpus.name} has {totals.documents:,} documents; all of them were taken.")
+        note(f"{corpus.name} has {totals.documents:,} documents; all of them were taken.")
     if totals.empty:
-        reporter.note(f"{totals.empty:,} documents had no token and were passed over.")
+        note(f"{totals.empty:,} documents had no token and were passed over.")
 
 
 def _of_all_ranks(own: Totals, ranks: Ranks | None) -> Totals:
@@ -208,7 +183,6 @@ def _write(
     run: CovarianceRun,
     totals: Totals,
     matrices: Iterator[NDArray[np.float32]],
-    reporter: Reporter,
 ) -> None:
     layers = run.plan.layers
     writer.layers(layers)
@@ -217,7 +191,7 @@ def _write(
         writer.write("settling/layer", watched_layers(layers))
         writer.write("settling/tokens", [s.tokens for s in run.settled])
         writer.write("settling/rms", [s.by_layer for s in run.settled])
-    with reporter.task("writing", len(layers), unit="layers") as task:
+    with run.reporter.task("writing", len(layers), unit="layers") as task:
         for index, C in enumerate(matrices):
             writer.put("second_moment", index, C)
             task.advance()

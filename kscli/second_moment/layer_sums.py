@@ -7,8 +7,6 @@ were added already is left out then, so that no token is lost or counted twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,49 +14,42 @@ from torch import Tensor
 from kscli.batching import TokenBatch
 from kscli.errors import ModelError, NumericsError
 from kscli.models.decoder import Decoder, is_out_of_memory
-from kscli.second_moment.moments import SecondMoment
-from kscli.second_moment.transfers import HostSums
+from kscli.second_moment.moments import HostSums, SecondMoment
+from kscli.second_moment.plan import Placement
 
-Placement = Literal["device", "split", "host"]
 # Called with a layer, the keys (batch x length, d_m) of a batch, those of padding 0, and the batch.
 Watch = Callable[[int, Tensor, TokenBatch], None]
 
-# Where float32 sums are kept on the device, they are added to the float64 ones after so many.
-FLUSH_BATCHES = 16
-
-
-@dataclass(frozen=True)
-class SumsPlan:
-    """Where the sums of one pass lie, and after how many tokens float32 sums are flushed.
-
-    `device`: float64 on each layer's own device. `split`: float32 there and float64 on the
-    host. `host`: float64 on the host, each batch's products going there.
-    """
-
-    layers: tuple[int, ...]
-    placement: Placement
-    flush_tokens: int
-
 
 class LayerSums:
-    """k k^T of several layers, summed over batches."""
+    """k k^T of several layers, summed over batches.
 
-    def __init__(self, decoder: Decoder, plan: SumsPlan) -> None:
-        self.layers = plan.layers
+    `placement` says where the sums lie (`plan`); float32 sums are added to the float64 ones when
+    they are over `flush_tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layers: tuple[int, ...],
+        placement: Placement = "host",
+        flush_tokens: int = 0,
+    ) -> None:
+        self.layers = layers
         self.halved = False
         self._decoder = decoder
-        self._flush_tokens = plan.flush_tokens if plan.placement == "split" else 0
+        self._flush_tokens = flush_tokens if placement == "split" else 0
         self._unflushed = 0
         self._most: int | None = None
         host = HostSums()
         self.moments = {
             layer: SecondMoment(
                 decoder.d_m,
-                home=decoder.device_of(layer) if plan.placement == "device" else "cpu",
-                partial=plan.placement == "split",
+                home=decoder.device_of(layer) if placement == "device" else "cpu",
+                partial=placement == "split",
                 host=host,
             )
-            for layer in plan.layers
+            for layer in layers
         }
 
     @property
@@ -67,7 +58,7 @@ class LayerSums:
         return self._unflushed == 0
 
     def add(self, batch: TokenBatch, watch: Watch | None = None) -> None:
-        """Add a batch's keys at every layer, and flush when the plan's number of tokens is full.
+        """Add a batch's keys at every layer, and flush when enough tokens are in float32.
 
         Raises NumericsError, naming layer and document, when a key is not finite; the sums are
         spoilt then. Raises ModelError when not even one sequence fits in memory.

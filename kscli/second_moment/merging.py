@@ -29,7 +29,7 @@ from kscli.errors import ArtifactError, NumericsError, UsageError
 from kscli.files import require_writable
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
-from kscli.second_moment.shards import Shard, parse_shard
+from kscli.second_moment.options import Shard, parse_shard
 
 BLOCK_BYTES = 2**24
 # Beside identity, these must agree; what the recipe says of layers and length is compared as

@@ -1,32 +1,57 @@
 """The second moment C = (1/N) sum k k^T of one layer, summed over batches of keys.
 
-Only rows of blocks of the lower triangle are held. A batch's products are summed in float32
-(`products`), and what was summed over at most b tokens in float32 is then added in float64, so
+Only rows of blocks of the lower triangle are held. A batch's products are summed in float32, and
+what was summed over at most b tokens in float32 is then added in float64, so
 the error does not grow with the corpus: every entry of C is within
 b 2^-24 sqrt(C_ii C_jj) of the exact mean of products of the keys (float32 rounding of b
 products and sums, to first order; Higham, Accuracy and Stability, 3.1), plus one float32
 rounding of the result. Where nothing is kept in float32 between batches, b is a batch's tokens;
 otherwise the tokens from one `flush` to the next and a batch more.
+
+A batch's products are n d_m^2 multiplications for n keys, of which half are enough, C being
+symmetric. They come as rows of blocks, whose height is what was fastest on each kind of hardware:
+
+- float32 on a CPU: BLAS `ssyrk`, the whole triangle at once up to 4,096 columns;
+- bfloat16 on a CPU that multiplies it: oneDNN takes float32 tensors through bfloat16, which is
+  exact for keys that are bfloat16 already, and sums in float32 (`mkldnn.matmul.fp32_precision`
+  is global, and put back after each product);
+- bfloat16 and float16 on CUDA: `torch.mm` with float32 output, for products of 16-bit values
+  are exact in float32; float32 as it is, without TF32 unless the user has asked torch for it.
+
+Products on another device than their sums are copied through pinned buffers on a stream of their
+own, and a thread adds them in float64 when the copy is done; the device computes meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
-from kscli.second_moment.products import BlockRow, lower_products
-from kscli.second_moment.transfers import HostSums
+from kscli.resources import fast_bfloat16
 
 ROWS = 256
+SYRK_ROWS = 4096
+BFLOAT16_ROWS = 256
+DEVICE_ROWS = 1024
+# Layers under way at most: one is copied while another is added.
+UNDER_WAY = 2
+
+Float = TypeVar("Float", np.float32, np.float64)
 
 
 def lower_entries(d_m: int) -> int:
     """How many entries of a (d_m, d_m) lower triangle are held, blocks being whole."""
-    return sum((end - start) * end for start, end in _spans(d_m))
+    return sum((end - start) * end for start, end in _spans(d_m, ROWS))
 
 
 class SecondMoment:
@@ -52,7 +77,7 @@ class SecondMoment:
         self._host = host or HostSums()
         self._sums = [
             torch.zeros(end - start, end, dtype=torch.float64, device=home)
-            for start, end in _spans(d_m)
+            for start, end in _spans(d_m, ROWS)
         ]
 
     def add(self, keys: Tensor, tokens: int | None = None) -> Tensor:
@@ -78,29 +103,24 @@ class SecondMoment:
         if self._partial:
             self._host.add(self._sums, self._partial)
         self._host.wait()
-        # They came to be inside a forward pass, and no others may change such tensors.
+        # They were created in inference mode, so only inference mode may change them.
         with torch.inference_mode():
             for partial in self._partial:
                 partial.zero_()
 
     def matrix(self) -> NDArray[np.float32]:
         """C as a (d_m, d_m) float32 array, both triangles. `count` must not be 0."""
-        self.flush()
-        C = np.empty((self.d_m, self.d_m), dtype=np.float32)
-        for (start, end), total in zip(_spans(self.d_m), self._sums, strict=True):
-            rows = total.cpu().numpy()
-            np.divide(rows, self.count, out=C[start:end, :end], casting="same_kind")
-            C[:start, start:end] = C[start:end, :start].T
-            corner = np.tril(C[start:end, start:end])
-            C[start:end, start:end] = corner + np.tril(corner, -1).T
-        return C
+        return self._square(np.float32, self.count)
 
     def sums(self) -> NDArray[np.float64]:
         """The sum of k k^T, not divided, as a new (d_m, d_m) float64 array, both triangles."""
+        return self._square(np.float64, 1)
+
+    def _square(self, dtype: type[Float], divisor: int) -> NDArray[Float]:
         self.flush()
-        S = np.empty((self.d_m, self.d_m))
-        for (start, end), total in zip(_spans(self.d_m), self._sums, strict=True):
-            S[start:end, :end] = total.cpu().numpy()
+        S = np.empty((self.d_m, self.d_m), dtype)
+        for (start, end), total in zip(_spans(self.d_m, ROWS), self._sums, strict=True):
+            np.divide(total.cpu().numpy(), divisor, out=S[start:end, :end], casting="same_kind")
             S[:start, start:end] = S[start:end, :start].T
             corner = np.tril(S[start:end, start:end])
             S[start:end, start:end] = corner + np.tril(corner, -1).T
@@ -125,7 +145,7 @@ class SecondMoment:
 
     def _packing(self) -> Iterator[tuple[slice, NDArray[np.bool_], Tensor]]:
         """For each row of blocks: its place in `packed`, which entries lie there, and its sums."""
-        for (start, end), total in zip(_spans(self.d_m), self._sums, strict=True):
+        for (start, end), total in zip(_spans(self.d_m, ROWS), self._sums, strict=True):
             place = slice(start * (start + 1) // 2, end * (end + 1) // 2)
             yield place, np.tri(end - start, end, start, dtype=bool), total
 
@@ -134,11 +154,134 @@ class SecondMoment:
         return [
             row.product[start - row.start : end - row.start, :end]
             for row in products
-            for start, end in _spans(self.d_m)
+            for start, end in _spans(self.d_m, ROWS)
             if row.start <= start < row.end
         ]
 
 
-def _spans(d_m: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, d_m, ROWS):
-        yield start, min(start + ROWS, d_m)
+@dataclass(frozen=True)
+class BlockRow:
+    """Rows `start` to `end` of the lower triangle of k^T k: `product` (end - start, end) float32.
+
+    What lies above the diagonal is not defined.
+    """
+
+    start: int
+    end: int
+    product: Tensor
+
+
+def lower_products(keys: Tensor) -> list[BlockRow]:
+    """The lower triangle of keys^T keys for (n, d_m) keys, on the device of the keys."""
+    if keys.device.type != "cpu":
+        return _on_device(keys)
+    if keys.dtype == torch.bfloat16 and fast_bfloat16("cpu"):
+        with _through_bfloat16():
+            return _in_bfloat16(keys.float())
+    return _by_syrk(keys.float())
+
+
+def _on_device(keys: Tensor) -> list[BlockRow]:
+    narrow = keys.dtype in (torch.bfloat16, torch.float16) and keys.device.type == "cuda"
+    wide = keys if narrow else keys.float()
+    rows = []
+    for start, end in _spans(keys.shape[1], DEVICE_ROWS):
+        own, before = wide[:, start:end].T, wide[:, :end]
+        product = (
+            torch.mm(own, before, out_dtype=torch.float32) if narrow else torch.mm(own, before)
+        )
+        rows.append(BlockRow(start, end, product))
+    return rows
+
+
+def _in_bfloat16(keys: Tensor) -> list[BlockRow]:
+    return [
+        BlockRow(start, end, torch.mm(keys[:, start:end].T, keys[:, :end]))
+        for start, end in _spans(keys.shape[1], BFLOAT16_ROWS)
+    ]
+
+
+def _by_syrk(keys: Tensor) -> list[BlockRow]:
+    rows = []
+    for start, end in _spans(keys.shape[1], SYRK_ROWS):
+        own = keys[:, start:end].contiguous()
+        # The transposes are views: BLAS is column-major, where this is the upper triangle.
+        square = torch.from_numpy(ssyrk(1.0, own.numpy().T, lower=0).T)
+        if start == 0:
+            rows.append(BlockRow(start, end, square))
+            continue
+        product = torch.empty(end - start, end)
+        torch.mm(own.T, keys[:, :start], out=product[:, :start])
+        product[:, start:] = square
+        rows.append(BlockRow(start, end, product))
+    return rows
+
+
+def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
+
+
+@contextmanager
+def _through_bfloat16() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class HostSums:
+    """Adds float32 tensors to float64 sums, in the order in which they come."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._under_way: deque[Future[None]] = deque()
+
+    def add(self, totals: Sequence[Tensor], products: Sequence[Tensor]) -> None:
+        """totals += products, one by one, all or (for want of memory) none.
+
+        On one device at once; from CUDA to the host before `wait` returns.
+        """
+        if products[0].device.type == "cuda" and totals[0].device.type == "cpu":
+            self._add_later(totals, products)
+            return
+        here = [product.to(totals[0].device) for product in products]
+        for total, product in zip(totals, here, strict=True):
+            total.add_(product)
+
+    def wait(self) -> None:
+        """Return when everything was added; raises what went wrong in the thread."""
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    def _add_later(self, totals: Sequence[Tensor], products: Sequence[Tensor]) -> None:
+        while len(self._under_way) >= UNDER_WAY:
+            self._under_way.popleft().result()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "host sums")
+        buffers = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in products]
+        device = products[0].device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for buffer, product in zip(buffers, products, strict=True):
+                buffer.copy_(product, non_blocking=True)
+                # Its memory must not go to another tensor before the copy has read it.
+                product.record_stream(stream)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(stream)
+        self._under_way.append(self._thread.submit(_add_when_copied, totals, buffers, copied))
+
+
+def _add_when_copied(
+    totals: Sequence[Tensor], buffers: Sequence[Tensor], copied: torch.cuda.Event
+) -> None:
+    copied.synchronize()
+    for total, buffer in zip(totals, buffers, strict=True):
+        total.add_(buffer)

@@ -17,13 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from kscli.errors import ModelError
 from kscli.layers import format_layers
 from kscli.models.shape import ModelShape
 from kscli.resources import MemorySplit, Resources, format_size
-from kscli.second_moment.layer_sums import Placement
 from kscli.second_moment.moments import lower_entries
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,9 +39,35 @@ SPARE_SHARE = 1 / 32
 EFFICIENCY = 0.6
 
 
+Placement = Literal["device", "split", "host"]
+
+
 @dataclass(frozen=True)
-class MemoryPlan:
-    """What goes where. Sizes are bytes; `spread`: the model is laid over all devices.
+class RunPlan:
+    """How the sums are computed; but for rounding, what they are does not depend on it.
+
+    `groups` of layers are summed one pass each; `placement` says where the sums lie; a batch
+    holds `batch_tokens` tokens at most, padding included.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    placement: Placement
+    batch_tokens: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers, ascending."""
+        return tuple(layer for group in self.groups for layer in group)
+
+    @property
+    def passes(self) -> int:
+        """How often the corpus is read."""
+        return len(self.groups)
+
+
+@dataclass(frozen=True)
+class MemoryPlan(RunPlan):
+    """A plan with what it takes, in bytes. `spread`: the model is laid over all devices.
 
     `model`, `device_sums`, `host_sums` and `work` (activations, products, one layer in the making,
     and what libraries take) are what memory is for; `output` and `checkpoints` are on the disk.
@@ -51,9 +76,6 @@ class MemoryPlan:
     """
 
     device: str
-    groups: tuple[tuple[int, ...], ...]
-    placement: Placement
-    batch_tokens: int
     spread: bool
     model: int
     device_sums: int
@@ -69,14 +91,8 @@ class MemoryPlan:
         """How the model is laid over devices, if it is."""
         return MemorySplit(self.work, self.max_memory) if self.spread else None
 
-    @property
-    def passes(self) -> int:
-        """How often the corpus is read."""
-        return len(self.groups)
-
     def sentences(self) -> list[str]:
         """The plan for people."""
-        layers = sum(map(len, self.groups))
         where = []
         if self.device_sums:
             kind = "float64" if self.placement == "device" else "float32"
@@ -84,7 +100,7 @@ class MemoryPlan:
         if self.host_sums:
             where.append(f"{format_size(self.host_sums)} on the host (float64)")
         passes = (
-            f"one pass over {layers} layers"
+            f"one pass over {len(self.layers)} layers"
             if self.passes == 1
             else f"{self.passes} passes, over layers "
             + ", ".join(format_layers(group) for group in self.groups)
@@ -106,7 +122,8 @@ class MemoryPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for programs: sizes in bytes."""
-        return {**asdict(self), "groups": [list(g) for g in self.groups], "passes": self.passes}
+        groups = [list(group) for group in self.groups]
+        return {**asdict(self), "groups": groups, "passes": self.passes}
 
 
 @dataclass(frozen=True)
@@ -122,16 +139,6 @@ class Estimate:
     at_most: bool
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """What the user wants of the plan: layers, dtype, and bounds (None: chosen here)."""
-
-    layers: Sequence[int]
-    dtype: str
-    batch_tokens: int | None = None
-    max_memory: int | None = None
-
-
 def batch_tokens_for(shape: ModelShape, dtype: str, kind: str) -> int:
     """How many tokens a batch holds: a pure function of model, dtype and kind of device.
 
@@ -145,26 +152,34 @@ def batch_tokens_for(shape: ModelShape, dtype: str, kind: str) -> int:
     return int(min(max(2 ** math.floor(math.log2(fitting)), least), most))
 
 
-def plan_memory(shape: ModelShape, request: PlanRequest, resources: Resources) -> MemoryPlan:
-    """Lay out the sums of `request.layers` in what is free, in the fewest passes.
+def plan_memory(
+    shape: ModelShape,
+    layers: Sequence[int],
+    dtype: str,
+    resources: Resources,
+    *,
+    batch_tokens: int | None = None,
+    max_memory: int | None = None,
+) -> MemoryPlan:
+    """Lay out the sums of `layers` in what is free, in the fewest passes.
 
-    `max_memory` bounds what is used of each device, on a CPU of this process. Raises ModelError
-    when not even one layer fits.
+    `batch_tokens` of None is chosen here; `max_memory` bounds what is used of each device, on a
+    CPU of this process. Raises ModelError when not even one layer fits.
     """
-    batch_tokens = request.batch_tokens or batch_tokens_for(shape, request.dtype, resources.kind)
+    batch_tokens = batch_tokens or batch_tokens_for(shape, dtype, resources.kind)
     entries = lower_entries(shape.d_m)
-    model = shape.parameters * ITEM_BYTES[request.dtype]
+    model = shape.parameters * ITEM_BYTES[dtype]
     # One layer's products, and C on its way to the file or to the settling estimate.
     products, layer = 4 * entries, 12 * shape.d_m**2
-    work = batch_tokens * _bytes_a_token(shape, request.dtype) + products
+    work = batch_tokens * _bytes_a_token(shape, dtype) + products
     on_device = resources.device_memory is not None
     free = resources.host_memory if resources.device_memory is None else resources.device_memory
-    free = min(free, request.max_memory or free)
+    free = min(free, max_memory or free)
     spread, host_model = False, 0
     if on_device:
         work += max(OVERHEAD, int(SPARE_SHARE * free))
         spread = model + work > free
-        host_model = _beside_devices(shape, request, resources, work) if spread else 0
+        host_model = _beside_devices(shape, dtype, resources, work, max_memory) if spread else 0
         left = 0 if spread else free - model - work
         host = resources.host_memory - layer - OVERHEAD - host_model
         room = {
@@ -177,10 +192,10 @@ def plan_memory(shape: ModelShape, request: PlanRequest, resources: Resources) -
     else:
         work += layer + OVERHEAD
         room = {"host": (free - model - work) // (8 * entries)}
-    placement, groups = _fewest_passes(request.layers, room)
+    placement, groups = _fewest_passes(layers, room)
     if not groups:
         host_needs = layer + OVERHEAD if on_device else 0
-        raise _too_large(request, resources, model + work + 8 * entries + host_needs, free)
+        raise _too_large(max_memory, resources, model + work + 8 * entries + host_needs, free)
     most = max(map(len, groups))
     packed = 4 * shape.d_m * (shape.d_m + 1)
     return MemoryPlan(
@@ -193,10 +208,10 @@ def plan_memory(shape: ModelShape, request: PlanRequest, resources: Resources) -
         device_sums={"device": 8, "split": 4, "host": 0}[placement] * entries * most,
         host_sums=(0 if placement == "device" else 8) * entries * most,
         work=work,
-        output=4 * shape.d_m**2 * len(request.layers),
-        checkpoints=packed * (2 * most + len(request.layers) - most),
+        output=4 * shape.d_m**2 * len(layers),
+        checkpoints=packed * (2 * most + len(layers) - most),
         host_model=host_model,
-        max_memory=request.max_memory,
+        max_memory=max_memory,
     )
 
 
@@ -238,7 +253,7 @@ def _fewest_passes(
 
 
 def _beside_devices(
-    shape: ModelShape, request: PlanRequest, resources: Resources, work: int
+    shape: ModelShape, dtype: str, resources: Resources, work: int, max_memory: int | None
 ) -> int:
     """Bytes of weights for which all devices together have no room, beside `work` on each.
 
@@ -246,17 +261,17 @@ def _beside_devices(
     layer, or the embeddings and the head.
     """
     count = resources.device_count
-    room = min(resources.all_devices, count * (request.max_memory or resources.all_devices))
+    room = min(resources.all_devices, count * (max_memory or resources.all_devices))
     outside = shape.parameters - shape.layer_parameters
-    largest = max(shape.layer_parameters // shape.n_layers, outside) * ITEM_BYTES[request.dtype]
+    largest = max(shape.layer_parameters // shape.n_layers, outside) * ITEM_BYTES[dtype]
     room -= count * work + largest
     if room < 0:
-        raise _too_large(request, resources, work + largest, resources.all_devices // count)
-    return max(0, shape.parameters * ITEM_BYTES[request.dtype] - room)
+        raise _too_large(max_memory, resources, work + largest, resources.all_devices // count)
+    return max(0, shape.parameters * ITEM_BYTES[dtype] - room)
 
 
-def _too_large(request: PlanRequest, resources: Resources, needed: int, free: int) -> ModelError:
-    bound = "--max-memory allows" if request.max_memory else "are free"
+def _too_large(max_memory: int | None, resources: Resources, needed: int, free: int) -> ModelError:
+    bound = "--max-memory allows" if max_memory else "are free"
     there = "" if resources.device_memory is None else f" on {resources.device}"
     host = f" and {format_size(resources.host_memory)} are free on the host" if there else ""
     return ModelError(

@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from kscli.errors import KscliError, UsageError
-from kscli.second_moment.shards import Shard
+from kscli.second_moment.options import Shard
 
 if TYPE_CHECKING:
     from torch import Tensor

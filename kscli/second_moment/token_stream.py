@@ -11,31 +11,24 @@ go on from there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 from kscli.batching import TokenSequence, encode
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
-from kscli.second_moment.shards import WHOLE, Shard
+from kscli.models.loading import LONGEST_DOCUMENT
+from kscli.second_moment.options import CovarianceOptions
 
 # How many documents an expectation is taken from.
 LOOKED_AT = 256
+POLL_SECONDS = 0.1
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What is read of a corpus: `samples` documents and `tokens` tokens at most (None: all).
-
-    Documents are cut at `max_length` tokens. A `shard` takes its share of these documents.
-    """
-
-    samples: int | None
-    tokens: int | None
-    max_length: int
-    shard: Shard = WHOLE
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,20 +44,12 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class WindowSizes:
-    """How many tokens the first window holds at least, and how many none exceeds by a document."""
-
-    first: int
-    most: int
-
-
-@dataclass(frozen=True)
 class Cursor:
     """A place between two documents of the stream, at a window's end.
 
-    `documents` of the stream lie before it, with the chained hash `digest`; `limited` is how many
-    of the tokens that `Reading.tokens` allows are used up. Of this shard's documents there,
-    `own` in number, `empty` had no token, and the others `tokens`.
+    `documents` of the stream lie before it, with the chained hash `digest`; of the tokens that the
+    options allow, `limited` are used up. This shard has `own` of these documents: `empty` of them
+    had no token, and the others had `tokens` in all.
     """
 
     documents: int = 0
@@ -85,8 +70,9 @@ class Window:
 
 
 class TokenStream:
-    """The windows of a corpus after `start`; iterate over it once.
+    """The windows of a corpus after `start`, by what `options` read; iterate over it once.
 
+    The first window holds `first` tokens at least, and none exceeds `most` by more than a document.
     Raises CorpusError where the documents before `start` are not those it was made from.
     `exhausted` says, at the end, whether the corpus has no more documents; `read` is how far the
     stream was read, and `finished` that nothing is left of it.
@@ -96,14 +82,17 @@ class TokenStream:
         self,
         tokenizer: Any,
         corpus: Corpus,
-        reading: Reading,
-        sizes: WindowSizes,
+        options: CovarianceOptions,
+        first: int,
+        most: int,
         start: Cursor | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._corpus = corpus
-        self._reading = reading
-        self._sizes = sizes
+        self._options = options
+        self._max_length = options.max_length or LONGEST_DOCUMENT
+        self._first = first
+        self._most = most
         self.start = start or Cursor()
         self.read = self.start
         self.exhausted = False
@@ -115,7 +104,7 @@ class TokenStream:
         start = self.start
         window: list[TokenSequence] = []
         for sequence in self._sequences():
-            mine = self._reading.shard.holds(sequence.index)
+            mine = self._options.shard.holds(sequence.index)
             if mine:
                 window.append(sequence)
             self.read = _after(self.read, sequence, mine)
@@ -127,7 +116,7 @@ class TokenStream:
             yield self._window(start, window)
 
     def _size_after(self, start: Cursor) -> int:
-        return min(max(self._sizes.first, start.tokens), self._sizes.most)
+        return min(max(self._first, start.tokens), self._most)
 
     def _window(self, start: Cursor, sequences: list[TokenSequence]) -> Window:
         end = self.read.documents
@@ -137,15 +126,15 @@ class TokenStream:
 
     def _sequences(self) -> Iterator[TokenSequence]:
         """This shard's sequences; with a limit on tokens, which all shards use up, everyone's."""
-        reading = self._reading
-        if reading.tokens is None:
-            texts = ((i, text) for i, text in self._documents() if reading.shard.holds(i))
-            yield from encode(self._tokenizer, texts, reading.max_length)
+        options = self._options
+        if options.tokens is None:
+            texts = ((i, text) for i, text in self._documents() if options.shard.holds(i))
+            yield from encode(self._tokenizer, texts, self._max_length)
             return
-        left = reading.tokens - self.start.limited
+        left = options.tokens - self.start.limited
         if left <= 0:
             return
-        for sequence in encode(self._tokenizer, self._documents(), reading.max_length):
+        for sequence in encode(self._tokenizer, self._documents(), self._max_length):
             yield TokenSequence(sequence.index, sequence.token_ids[:left])
             left -= len(sequence.token_ids)
             if left <= 0:
@@ -154,7 +143,7 @@ class TokenStream:
     def _documents(self) -> Iterator[tuple[int, str]]:
         """The documents after `start`, numbered; those before it are read and compared."""
         number, digest = 0, ""
-        for text in islice(self._texts(), self._reading.samples):
+        for text in islice(self._texts(), self._options.samples):
             number += 1
             digest = hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
             if number == self.start.documents and digest != self.start.digest:
@@ -189,16 +178,71 @@ def _after(cursor: Cursor, sequence: TokenSequence, mine: bool) -> Cursor:
     )
 
 
-def expected_tokens(tokenizer: Any, corpus: Corpus, reading: Reading) -> Expected:
-    """What `reading` comes to, by the corpus's first documents: exact where it has no more."""
-    most = min(reading.samples or LOOKED_AT, LOOKED_AT)
+def expected_tokens(tokenizer: Any, corpus: Corpus, options: CovarianceOptions) -> Expected:
+    """What `options` read, by the corpus's first documents: exact where it has no more."""
+    most = min(options.samples or LOOKED_AT, LOOKED_AT)
     texts = enumerate(islice(corpus.documents(), most + 1))
-    lengths = [len(s.token_ids) for s in encode(tokenizer, texts, reading.max_length)]
+    sequences = encode(tokenizer, texts, options.max_length or LONGEST_DOCUMENT)
+    lengths = [len(sequence.token_ids) for sequence in sequences]
     ended = len(lengths) <= most
     lengths = lengths[:most]
     mean = sum(lengths) / max(len(lengths), 1)
-    documents = len(lengths) if ended else reading.samples
+    documents = len(lengths) if ended else options.samples
     tokens = None if documents is None else mean * documents
-    if reading.tokens is not None:
-        tokens = min(tokens or reading.tokens, reading.tokens)
-    return Expected(None if tokens is None else tokens / reading.shard.count, mean, not ended)
+    if options.tokens is not None:
+        tokens = min(tokens or options.tokens, options.tokens)
+    return Expected(None if tokens is None else tokens / options.shard.count, mean, not ended)
+
+
+@dataclass(frozen=True)
+class _End:
+    """What comes after the last item: nothing, or the error that the items ended with."""
+
+    error: BaseException | None = None
+
+
+def ahead(
+    items: Iterable[Item], most: int, while_waiting: Callable[[], None] = lambda: None
+) -> Iterator[Item]:
+    """Iterate over `items` in a thread, at most `most` of them ahead of what was taken.
+
+    An error of `items` is raised here, in its place. `while_waiting` is called now and then
+    while there is nothing to take, and may raise to stop waiting.
+    """
+    queue: Queue[Item | _End] = Queue(most)
+    left = Event()
+
+    def put(item: Item | _End) -> bool:
+        while not left.is_set():
+            try:
+                queue.put(item, timeout=POLL_SECONDS)
+            except Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(_End())
+        except BaseException as error:
+            put(_End(error))
+
+    # A daemon, since it may be waiting for a pipe that nobody writes to any more.
+    Thread(target=work, name="ahead", daemon=True).start()
+    try:
+        while True:
+            try:
+                item = queue.get(timeout=POLL_SECONDS)
+            except Empty:
+                while_waiting()
+                continue
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+    finally:
+        left.set()

@@ -31,10 +31,11 @@ from torch import Tensor
 from kscli.batching import TokenBatch, make_batches
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
-from kscli.second_moment.corpus_run import WINDOW_BATCHES, CovarianceOptions
+from kscli.second_moment.corpus_run import WINDOW_BATCHES
 from kscli.second_moment.covariance import BATCH_TOKENS, second_moments
+from kscli.second_moment.options import CovarianceOptions
 from kscli.second_moment.settling import Settling
-from kscli.second_moment.token_stream import Reading, TokenStream, WindowSizes
+from kscli.second_moment.token_stream import TokenStream
 
 MAX_LENGTH = 512
 REPEATS = 3
@@ -55,8 +56,9 @@ def batches_of(model: LoadedModel, corpus: str, tokens: int | None = None) -> li
     stream = TokenStream(
         model.tokenizer,
         open_corpus(CorpusSpec(corpus)),
-        Reading(None, tokens, MAX_LENGTH),
-        WindowSizes(Settling((), model.decoder.d_m).next_at, WINDOW_BATCHES * BATCH_TOKENS),
+        CovarianceOptions(None, tokens, MAX_LENGTH),
+        Settling((), model.decoder.d_m).next_at,
+        WINDOW_BATCHES * BATCH_TOKENS,
     )
     return [batch for w in stream for batch in make_batches(w.sequences, BATCH_TOKENS)]
 

@@ -26,12 +26,13 @@ from kscli.models.decoder import Decoder
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.models.shape import ModelShape
 from kscli.resources import format_size, matmul_rate, measure_resources
-from kscli.second_moment.corpus_run import WINDOW_BATCHES, CovarianceOptions, RunPlan
+from kscli.second_moment.corpus_run import WINDOW_BATCHES
 from kscli.second_moment.covariance import second_moments
-from kscli.second_moment.plan import PlanRequest, plan_memory
-from kscli.second_moment.products import lower_products
+from kscli.second_moment.moments import lower_products
+from kscli.second_moment.options import CovarianceOptions
+from kscli.second_moment.plan import plan_memory
 from kscli.second_moment.settling import Settling
-from kscli.second_moment.token_stream import TokenStream, WindowSizes
+from kscli.second_moment.token_stream import TokenStream
 
 ARTICLE_TOKENS = 800
 ARTICLES = 100_000
@@ -136,12 +137,11 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
         None if resources.device_memory is None else resources.device_memory + weights,
         resources.all_devices + weights,
     )
-    plan = plan_memory(shape, PlanRequest(range(n_layers), arguments.dtype), grown)
+    plan = plan_memory(shape, range(n_layers), arguments.dtype, grown)
     print(f"{name}: {plan.sentences()[0]}")
-    run = RunPlan(plan.groups, plan.placement, plan.batch_tokens)
     options = CovarianceOptions(None, arguments.tokens, MAX_LENGTH)
     warm_up = CovarianceOptions(None, 2 * plan.batch_tokens, MAX_LENGTH)
-    second_moments(model, Numbers(), warm_up, plan=run)
+    second_moments(model, Numbers(), warm_up, plan=plan)
     batches = batches_of(model, options, plan.batch_tokens)
     tokens = sum(batch.tokens for batch in batches)
     every = max(1, len(batches) // 12)
@@ -157,7 +157,7 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
     product = min(seconds(lambda: lower_products(keys), arguments.device) for _ in range(5))
     products = product * n_layers * tokens / plan.batch_tokens
     reset_peak(arguments.device)
-    wall = seconds(lambda: second_moments(model, Numbers(), options, plan=run), arguments.device)
+    wall = seconds(lambda: second_moments(model, Numbers(), options, plan=plan), arguments.device)
     flops = tokens * (2 * shape.layer_parameters + n_layers * decoder.d_m**2)
     hours = ARTICLES * ARTICLE_TOKENS / tokens * wall / 3600
     print(
@@ -169,8 +169,8 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
 
 
 def batches_of(model: LoadedModel, options: CovarianceOptions, budget: int) -> list[Any]:
-    sizes = WindowSizes(Settling((), model.decoder.d_m).next_at, WINDOW_BATCHES * budget)
-    stream = TokenStream(model.tokenizer, Numbers(), options.reading(MAX_LENGTH), sizes)
+    first = Settling((), model.decoder.d_m).next_at
+    stream = TokenStream(model.tokenizer, Numbers(), options, first, WINDOW_BATCHES * budget)
     return [batch for window in stream for batch in make_batches(window.sequences, budget)]
 
 

@@ -27,12 +27,11 @@ from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
-from kscli.second_moment.corpus_run import CovarianceOptions
 from kscli.second_moment.covariance import second_moments
-from kscli.second_moment.layer_sums import LayerSums, SumsPlan
+from kscli.second_moment.layer_sums import LayerSums
+from kscli.second_moment.options import CovarianceOptions, Shard
 from kscli.second_moment.settling import watched_layers
-from kscli.second_moment.shards import Shard
-from kscli.second_moment.token_stream import Reading, TokenStream, WindowSizes
+from kscli.second_moment.token_stream import TokenStream
 from kscli.superposition import superposition
 
 MAX_LENGTH = 2048
@@ -84,14 +83,15 @@ def moments_at(
 ) -> dict[int, MATRICES]:
     """C of every layer over the first tokens of a shard, at several numbers of them."""
     layers = tuple(range(model.decoder.n_layers))
-    sums = LayerSums(model.decoder, SumsPlan(layers, "host", 0))
+    sums = LayerSums(model.decoder, layers)
     found: dict[int, MATRICES] = {}
     before = 0
     stream = TokenStream(
         model.tokenizer,
         open_corpus(CorpusSpec(corpus)),
-        Reading(None, None, MAX_LENGTH, shard),
-        WindowSizes(1, 1),
+        CovarianceOptions(None, None, MAX_LENGTH, shard=shard),
+        1,
+        1,
     )
     waiting = []
     for window in stream:
