@@ -61,3 +61,8 @@ def spread(layers: Sequence[int], count: int) -> tuple[int, ...]:
         return tuple(layers)
     step = (len(layers) - 1) / (count - 1)
     return tuple(layers[round(step * at)] for at in range(count))
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers in words: `layer 3`, `layers 0-19`."""
+    return f"layer{'s' * (len(layers) > 1)} {format_layers(layers)}"

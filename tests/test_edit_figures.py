@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from kscli.analysis.binding import cluster_order
+from kscli.analysis.edit_runs import course_of, points_of
 from kscli.editing.edit_arrays import read_arrays
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.verification import measure_outcomes
@@ -27,9 +29,7 @@ from kscli.errors import UsageError
 from kscli.facts import Fact
 from kscli.figures import KINDS, Source
 from kscli.figures.edit_runs import run_names
-from kscli.figures.forgetting import course_of
-from kscli.figures.interference import points_of
-from kscli.figures.risk import cluster_order, panel_of, spread
+from kscli.figures.risk import panel_of, spread
 from kscli.figures.saving import render
 from kscli.figures.style import house_style
 

@@ -17,6 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from kscli.analysis.angles import angles, mode
+from kscli.analysis.convergence import (
+    Convergence,
+    convergence_of,
+    default_counts,
+    largest_difference,
+)
+from kscli.analysis.density import kernel_density, make_curve, robust_bandwidth
 from kscli.analysis.resampling import (
     Interval,
     Resampling,
@@ -28,9 +36,6 @@ from kscli.artifacts import MatrixName
 from kscli.cli.plot import counts_of, default_name
 from kscli.errors import KscliError, UsageError
 from kscli.figures import KINDS, FigureOptions, Source, paged
-from kscli.figures.angles import angles, mode
-from kscli.figures.curves import make_curve
-from kscli.figures.density import kernel_density, robust_bandwidth
 from kscli.figures.saving import (
     FORMATS,
     check_target,
@@ -39,7 +44,6 @@ from kscli.figures.saving import (
     save_figure,
     save_pages,
 )
-from kscli.figures.settled import Settling, default_counts, largest_difference, settle
 from kscli.figures.style import (
     Caption,
     Legend,
@@ -47,11 +51,11 @@ from kscli.figures.style import (
     house_style,
     legend_below,
     names,
-    number,
     shades,
     text_width,
 )
 from kscli.models.families import family, parameters
+from kscli.numbers import number
 
 SMALL = np.array([[0, 0.1, 0.2], [0.1, 0, -0.3], [0.2, -0.3, 0]])
 LONG = "HuggingFaceTB/SmolLM2-135M-Instruct_with-a$name$-that-goes-on-and-on-Q4_1-revision-2f"
@@ -634,7 +638,7 @@ def test_density_within_bounds_loses_nothing_beyond_them() -> None:
 
 def test_settling_is_the_kurtosis_of_the_first_facts() -> None:
     P = heavy_tailed(32)
-    found = settle(P, (16, 8, 32, 8), Resampling(seed=1))
+    found = convergence_of(P, (16, 8, 32, 8), Resampling(seed=1))
     assert found.counts == (8, 16, 32)
     for count, value, of in zip(found.counts, found.kurtosis, found.intervals, strict=True):
         part = P[:count, :count]
@@ -651,13 +655,13 @@ def test_settling_is_the_kurtosis_of_the_first_facts() -> None:
 def test_the_sentence_says_whether_the_kurtosis_has_converged() -> None:
     rng = np.random.default_rng(0)
     alike = rng.normal(0, 0.1, (64, 64))
-    found = settle(alike, (), Resampling())
+    found = convergence_of(alike, (), Resampling())
     assert found.converged
     assert "has converged at m = 64 to within its error: it was" in found.sentence
     assert f"was {found.kurtosis[3]:.1f} with 32 facts" in found.sentence
     then_bound = alike.copy()
     then_bound[40:46, 40:46] = 1.0
-    found = settle(then_bound, (), Resampling())
+    found = convergence_of(then_bound, (), Resampling())
     assert found.converged is False
     assert "has not converged at m = 64" in found.sentence
 
@@ -676,9 +680,9 @@ def test_the_sentence_tells_a_wide_interval(
     now: float, ends: tuple[float, float], said: str
 ) -> None:
     none = Interval(float("nan"), float("nan"))
-    found = Settling((64, 128), (ends[0], now), (none, Interval(*ends)), 0.01)
+    found = Convergence((64, 128), (ends[0], now), (none, Interval(*ends)), 0.01)
     assert said in found.sentence
-    assert "wide" not in Settling((64, 128), (99.0, now), found.intervals, 0.01).sentence
+    assert "wide" not in Convergence((64, 128), (99.0, now), found.intervals, 0.01).sentence
 
 
 @pytest.mark.parametrize(
@@ -695,7 +699,7 @@ def test_the_sentence_tells_a_wide_interval(
 def test_the_sentence_where_convergence_cannot_be_told(
     P: NDArray[np.float64], counts: tuple[int, ...], said: str
 ) -> None:
-    found = settle(P, counts, Resampling(repeats=100))
+    found = convergence_of(P, counts, Resampling(repeats=100))
     assert found.converged is None
     assert said in found.sentence
 
@@ -728,17 +732,17 @@ def test_convergence_draws_density_and_kurtosis_of_the_first_facts() -> None:
         density = kernel_density(off_diagonal(P[:count, :count]))
         x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
         np.testing.assert_array_equal(y, density.y[np.isin(density.x, x)])
-    settling = settle(P, (8, 16, 32), Resampling())
+    found = convergence_of(P, (8, 16, 32), Resampling())
     np.testing.assert_array_equal(right.lines[1].get_xdata(), [8, 16, 32])
-    np.testing.assert_allclose(right.lines[1].get_ydata(), settling.kurtosis)
+    np.testing.assert_allclose(right.lines[1].get_ydata(), found.kurtosis)
     bars = [bar.get_segments()[0][:, 1] for bar in right.collections]  # type: ignore[attr-defined]
-    np.testing.assert_allclose(bars, [(of.low, of.high) for of in settling.intervals])
-    assert settling.sentence in texts(fig).replace("\n", " ")
+    np.testing.assert_allclose(bars, [(of.low, of.high) for of in found.intervals])
+    assert found.sentence in texts(fig).replace("\n", " ")
 
 
 def test_a_sentence_has_the_minus_signs_of_the_figures() -> None:
     P = np.random.default_rng(0).uniform(-0.1, 0.1, (32, 32))
-    found = settle(P, (), Resampling(repeats=100))
+    found = convergence_of(P, (), Resampling(repeats=100))
     then, now = number(found.kurtosis[3], 1), number(found.kurtosis[-1], 1)
     assert now.startswith("\N{MINUS SIGN}")
     assert f"was {then} with 16 facts and is {now} now" in found.sentence

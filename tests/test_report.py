@@ -472,7 +472,7 @@ def test_convergence_is_the_sentence_of_the_figure(tmp_path: Path, matrices: lis
     file = write_p(tmp_path / "a.h5", matrices)
     one = examined(file)
     assert said(file)["Number of facts"] == (
-        f"Layer 0: {one.settlings[0].sentence} Layer 4: {one.settlings[1].sentence}"
+        f"Layer 0: {one.convergences[0].sentence} Layer 4: {one.convergences[1].sentence}"
     )
 
 

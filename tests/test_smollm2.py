@@ -13,14 +13,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kscli.analysis.angles import angles, mode
+from kscli.analysis.density import make_curve
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import compute_statistics
 from kscli.artifacts import MatrixName
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import Keys, extract_keys
 from kscli.facts import FactSet, read_facts
-from kscli.figures.angles import angles, mode
-from kscli.figures.curves import make_curve
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.second_moment.covariance import CovarianceOptions, SecondMoments, second_moments
 from kscli.superposition import Superposition, superposition

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.analysis.matrices import distinct_tokens
-from kscli.analysis.pair_facts import pair_facts
-from kscli.analysis.pairs import FactMatrices, top_pairs
+from kscli.analysis.pairs import FactMatrices, pair_facts, top_pairs
 from kscli.errors import UsageError
 
 if TYPE_CHECKING:

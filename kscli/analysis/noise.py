@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.pair_facts import pair_facts
-from kscli.analysis.pairs import FactMatrices, Pair, top_pairs
+from kscli.analysis.pairs import FactMatrices, Pair, pair_facts, top_pairs
 from kscli.analysis.statistics import off_diagonal
 from kscli.artifacts import PMatrixFile, require_same_identity
 from kscli.errors import ArtifactError

@@ -93,8 +93,7 @@ def pair_record(pm: FactMatrices, layer: int, rank: int, pair: Pair) -> dict[str
         "p": pair.p,
         "i": pair.i,
         "j": pair.j,
-        **_fact_fields(pm.facts[pair.i], "i"),
-        **_fact_fields(pm.facts[pair.j], "j"),
+        **pair_facts(pm.facts, pair.i, pair.j),
         "same_last_token": bool(pm.token_id[pair.i] == pm.token_id[pair.j]),
     }
 
@@ -113,9 +112,10 @@ def _strongest(
     return best, layer_of
 
 
-def _fact_fields(fact: Fact, which: str) -> dict[str, str]:
+def pair_facts(facts: Sequence[Fact], i: int, j: int) -> dict[str, str]:
+    """Subject, prompt (with `{}` where the subject goes) and target of facts `i` and `j`."""
     return {
-        f"subject_{which}": fact.subject,
-        f"prompt_{which}": fact.prompt,
-        f"target_{which}": fact.target,
+        f"{name}_{which}": getattr(facts[at], name)
+        for which, at in (("i", i), ("j", j))
+        for name in ("subject", "prompt", "target")
     }

@@ -1,6 +1,6 @@
 """Statistics of P: what the distribution of its off-diagonal entries looks like, layer by layer.
 
-A new statistic is one function under `@statistic(name, label)`; the stats file and the printed
+A new statistic is one function under `@statistic(name)`; the stats file and the printed
 fields follow from the registry. Each is given for all pairs and, as `NAME_distinct`, without the
 pairs whose facts share the last token: these are bound by that token before they are by what
 they say.
@@ -46,14 +46,10 @@ class StatisticKind:
     """A named statistic; `compute` takes the 1-D float64 array of off-diagonal entries.
 
     `compute` is never called without entries: every statistic of m < 2 facts is NaN.
-    `heading` and `spec` are the column's head and number format where a table is printed.
     """
 
     name: str
-    label: str
     compute: Callable[[Entries], float]
-    heading: str
-    spec: str
 
     def __call__(self, entries: Entries) -> float:
         """The statistic of `entries`; NaN where it is not defined."""
@@ -64,12 +60,12 @@ STATISTICS: dict[str, StatisticKind] = {}
 
 
 def statistic(
-    name: str, label: str, *, heading: str = "", spec: str = ".4f"
+    name: str,
 ) -> Callable[[Callable[[Entries], float]], Callable[[Entries], float]]:
     """Register a function of the off-diagonal entries under `name`, the field that is printed."""
 
     def register(compute: Callable[[Entries], float]) -> Callable[[Entries], float]:
-        STATISTICS[name] = StatisticKind(name, label, compute, heading or name, spec)
+        STATISTICS[name] = StatisticKind(name, compute)
         return compute
 
     return register
@@ -233,43 +229,50 @@ def _standardised(entries: Entries) -> Entries:
     return np.asarray(deviations / deviations.std())
 
 
-@statistic("mean", "mean", spec=".3f")
+@statistic("mean")
 def _mean(entries: Entries) -> float:
+    """Mean."""
     return float(entries.mean())
 
 
-@statistic("std", "standard deviation (biased)", spec=".3f")
+@statistic("std")
 def _std(entries: Entries) -> float:
+    """Standard deviation (biased)."""
     return float(entries.std())
 
 
-@statistic("skewness", "skewness (biased)", spec=".2f")
+@statistic("skewness")
 def _skewness(entries: Entries) -> float:
+    """Skewness (biased)."""
     return float(np.mean(_standardised(entries) ** 3))
 
 
-@statistic("kurtosis", "excess kurtosis (Fisher, biased): 0 for a Gaussian", spec=".2f")
+@statistic("kurtosis")
 def _kurtosis(entries: Entries) -> float:
+    """Excess kurtosis (Fisher, biased): 0 for a Gaussian."""
     return float(np.mean(np.square(np.square(_standardised(entries)))) - 3.0)
 
 
-@statistic("min", "smallest entry", spec=".2f")
+@statistic("min")
 def _min(entries: Entries) -> float:
+    """Smallest entry."""
     return float(entries.min())
 
 
-@statistic("max", "largest entry", spec=".2f")
+@statistic("max")
 def _max(entries: Entries) -> float:
+    """Largest entry."""
     return float(entries.max())
 
 
-@statistic("largest", "largest |p|", spec=".2f")
+@statistic("largest")
 def _largest(entries: Entries) -> float:
+    """Largest |p|."""
     return float(np.abs(entries).max())
 
 
 def _register_tail(name: str, threshold: float) -> None:
-    @statistic(name, f"share of entries with |p| > {threshold}", heading=f"|p|>{threshold}")
+    @statistic(name)
     def _(entries: Entries) -> float:
         return float(np.mean(np.abs(entries) > threshold))
 
@@ -277,7 +280,7 @@ def _register_tail(name: str, threshold: float) -> None:
 def _register_quantile(level: float) -> None:
     name = f"quantile_{f'{level:.2f}'.replace('.', '_')}"
 
-    @statistic(name, f"{level:.0%} of entries are at most this")
+    @statistic(name)
     def _(entries: Entries) -> float:
         return float(np.quantile(entries, level))
 

@@ -166,7 +166,7 @@ def print_moved(
 
 def sentence_of(file: PMatrixFile, index: int) -> str:
     """A fact of the file as the paper writes it."""
-    from kscli.analysis.pair_facts import pair_facts
+    from kscli.analysis.pairs import pair_facts
 
     return sentence(pair_facts(file.facts, index, index), "i")
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.pair_facts import pair_facts
-from kscli.analysis.pairs import Pair, pair_record
+from kscli.analysis.pairs import Pair, pair_facts, pair_record
 from kscli.editing.choice import Order, edit_order, sequence_interference
 
 if TYPE_CHECKING:

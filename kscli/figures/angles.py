@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from kscli.analysis.angles import BOUNDS, angle_curve, mode
+from kscli.analysis.density import Curve
 from kscli.artifacts import MatrixName
 from kscli.errors import UsageError
 from kscli.figures import Source
 from kscli.figures.curves import (
-    Curve,
     Window,
     common_window,
     draw_curve,
-    make_curve,
     no_pairs,
     note_outside,
 )
@@ -33,13 +32,12 @@ from kscli.figures.style import (
     legend_below,
     line_style,
     names,
-    number,
     open_axes,
     title,
 )
+from kscli.numbers import number
 
 _AXES_HEIGHT = 1.9
-_BOUNDS = (0.0, 180.0)
 _SPACES: tuple[tuple[MatrixName, str], ...] = (
     ("whitened_cosine", "whitening space"),
     ("cosine", "activation space"),
@@ -109,21 +107,7 @@ def draw(sources: Sequence[Source]) -> Figure:
 def _line(source: Source, layer: int) -> _Line:
     cosines = [source.matrices.matrix(name, layer) for name, _ in _SPACES]
     named = (source.matrices.model, f"layer {layer}", f"m = {len(cosines[0])}")
-    return _Line(named, tuple(make_curve(angles(cosine), _BOUNDS) for cosine in cosines))
-
-
-def angles(cosine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The angles in degrees of the m(m-1)/2 pairs i < j, of their cosines (m, m)."""
-    pairs = cosine[np.triu_indices(len(cosine), 1)]
-    # Rounding takes the cosine of two equal keys beyond 1.
-    return np.asarray(np.degrees(np.arccos(np.clip(pairs, -1, 1))))
-
-
-def mode(curve: Curve) -> float:
-    """Where the density is highest; where all values are equal, there; else NaN."""
-    if curve.density is not None:
-        return float(curve.density.x[curve.density.y.argmax()])
-    return float(curve.values[0]) if curve.values.size else float("nan")
+    return _Line(named, tuple(angle_curve(cosine) for cosine in cosines))
 
 
 def _label(curve: Curve, own: tuple[str, ...], width: float) -> str:
@@ -134,7 +118,7 @@ def _label(curve: Curve, own: tuple[str, ...], width: float) -> str:
 
 def _window(curves: Sequence[Curve]) -> Window:
     """The bulk, and 90 degrees in any case."""
-    window = common_window(curves, Window(*_BOUNDS, 1.0))
+    window = common_window(curves, Window(*BOUNDS, 1.0))
     return Window(
-        max(_BOUNDS[0], min(window.low, 85.0)), min(_BOUNDS[1], max(window.high, 95.0)), window.top
+        max(BOUNDS[0], min(window.low, 85.0)), min(BOUNDS[1], max(window.high, 95.0)), window.top
     )

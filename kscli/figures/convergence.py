@@ -12,21 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
+from kscli.analysis.convergence import Convergence, convergence_of
+from kscli.analysis.density import Curve, make_curve
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import off_diagonal
 from kscli.errors import UsageError
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import (
-    Curve,
     Window,
     common_window,
     draw_curve,
-    make_curve,
     no_pairs,
     note,
     note_outside,
 )
-from kscli.figures.settled import Settling, settle
 from kscli.figures.style import (
     GREY,
     PAGE,
@@ -53,7 +52,7 @@ class _Row:
     """One model and layer."""
 
     names: tuple[str, ...]
-    settling: Settling
+    convergence: Convergence
     curves: tuple[Curve, ...]
 
 
@@ -73,8 +72,8 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     rows = [_row(source, layer, options) for source in sources for layer in source.layers]
     named = names([row.names for row in rows])
     half = PAGE / 2
-    legends = [Legend(tuple(f"m = {n}" for n in row.settling.counts)) for row in rows]
-    captions = [Caption(row.settling.sentence) for row in rows]
+    legends = [Legend(tuple(f"m = {n}" for n in row.convergence.counts)) for row in rows]
+    captions = [Caption(row.convergence.sentence) for row in rows]
     below = [part for pair in zip(legends, captions, strict=True) for part in pair]
     fig, places = axes_with_legends(PAGE, _AXES_HEIGHT, 2, below)
     for at, (row, own) in enumerate(zip(rows, named.own, strict=True)):
@@ -82,7 +81,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
         colours = layer_colours(len(row.curves))
         head = fitted(own, half - 0.6, TEXT) if own else ""
         handles = _draw_densities(left, row, colours)
-        _draw_kurtosis(right, row.settling, colours)
+        _draw_kurtosis(right, row.convergence, colours)
         for ax in (left, right):
             ax.set_title(head, pad=11.5 if head else 6, parse_math=False)
             open_axes(ax)
@@ -94,10 +93,10 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
 
 def _row(source: Source, layer: int, options: FigureOptions) -> _Row:
     P = source.matrices.matrix("P", layer)
-    settling = settle(P, options.facts_counts, Resampling(seed=options.seed))
-    curves = tuple(make_curve(off_diagonal(P[:count, :count])) for count in settling.counts)
-    named = (source.matrices.model, f"layer {layer}", f"m = {settling.counts[-1]}")
-    return _Row(named, settling, curves)
+    convergence = convergence_of(P, options.facts_counts, Resampling(seed=options.seed))
+    curves = tuple(make_curve(off_diagonal(P[:count, :count])) for count in convergence.counts)
+    named = (source.matrices.model, f"layer {layer}", f"m = {convergence.counts[-1]}")
+    return _Row(named, convergence, curves)
 
 
 def _draw_densities(ax: Axes, row: _Row, colours: Sequence[Any]) -> list[Line2D]:
@@ -116,23 +115,23 @@ def _draw_densities(ax: Axes, row: _Row, colours: Sequence[Any]) -> list[Line2D]
     return handles
 
 
-def _draw_kurtosis(ax: Axes, settling: Settling, colours: Sequence[Any]) -> None:
+def _draw_kurtosis(ax: Axes, convergence: Convergence, colours: Sequence[Any]) -> None:
     ax.axhline(0, color=GREY, linewidth=0.5, zorder=1)
-    ax.plot(settling.counts, settling.kurtosis, color=GREY, linewidth=0.6, zorder=2)
+    ax.plot(convergence.counts, convergence.kurtosis, color=GREY, linewidth=0.6, zorder=2)
     for count, value, of, colour in zip(
-        settling.counts, settling.kurtosis, settling.intervals, colours, strict=True
+        convergence.counts, convergence.kurtosis, convergence.intervals, colours, strict=True
     ):
         ax.vlines(count, of.low, of.high, color=colour, linewidth=1.1, zorder=2.5)
         ax.plot([count], [value], "o", color=colour, markersize=3.6, markeredgewidth=0, zorder=3)
-    if all(map(math.isnan, settling.kurtosis)):
+    if all(map(math.isnan, convergence.kurtosis)):
         no_pairs(
-            ax, "no pairs of facts" if settling.counts[-1] < 2 else "the kurtosis is undefined"
+            ax, "no pairs of facts" if convergence.counts[-1] < 2 else "the kurtosis is undefined"
         )
-    elif not all(math.isnan(of.low) for of in settling.intervals):
+    elif not all(math.isnan(of.low) for of in convergence.intervals):
         note(ax, "bar: 95 % interval, facts resampled", "right")
-    room = max(0.5, 0.04 * settling.counts[-1])
-    ax.set_xlim(max(0, settling.counts[0] - room), settling.counts[-1] + room)
-    step = math.ceil(len(settling.counts) / _MOST_TICKS)
-    ax.xaxis.set_major_locator(FixedLocator(list(settling.counts[::-step])))
+    room = max(0.5, 0.04 * convergence.counts[-1])
+    ax.set_xlim(max(0, convergence.counts[0] - room), convergence.counts[-1] + room)
+    step = math.ceil(len(convergence.counts) / _MOST_TICKS)
+    ax.xaxis.set_major_locator(FixedLocator(list(convergence.counts[::-step])))
     ax.set_xlabel("number of facts m")
     ax.set_ylabel("excess kurtosis")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from kscli.analysis.resampling import ROUNDING
-from kscli.analysis.statistics import Entries
-from kscli.figures.density import Density, kernel_density
-from kscli.figures.style import GREY, NOTE, number
+from kscli.analysis.density import Curve
+from kscli.figures.style import GREY, NOTE
+from kscli.numbers import number, percent
 
 # The share of a line's values that may lie outside the axes, at either end.
 _OUTSIDE = 0.005
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Values, and their density; None where they are all equal or there are none."""
-
-    values: Entries
-    density: Density | None
 
 
 @dataclass(frozen=True)
@@ -35,20 +25,6 @@ class Window:
     low: float
     high: float
     top: float
-
-
-def make_curve(values: Entries, bounds: tuple[float, float] | None = None) -> Curve:
-    """The curve of 1-D `values`, none of which lies beyond `bounds`."""
-    if not varies(values):
-        return Curve(values, None)
-    return Curve(
-        values, kernel_density(values, bounds=bounds) if bounds else kernel_density(values)
-    )
-
-
-def varies(values: Entries) -> bool:
-    """Whether the values differ by more than rounding."""
-    return bool(values.size) and float(np.ptp(values)) > ROUNDING * float(np.abs(values).max())
 
 
 def common_window(curves: Sequence[Curve], default: Window) -> Window:
@@ -120,11 +96,3 @@ def no_pairs(ax: Axes, text: str = "no pairs of facts") -> None:
         color=GREY,
         bbox={"facecolor": "white", "edgecolor": "none"},
     )
-
-
-def percent(share: float) -> str:
-    """A share as a figure shows it; only all of it is 100 %."""
-    value = 100 * share
-    if 99.5 <= value < 100:
-        return f"{math.floor(10 * value) / 10:.1f} %"
-    return f"{value:.2g} %" if value < 10 else f"{value:.0f} %"

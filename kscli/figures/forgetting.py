@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import NDArray
 
+from kscli.analysis.edit_runs import Course, course_of, is_sequence
 from kscli.editing.edits_file import EditsFile
 from kscli.errors import UsageError
-from kscli.figures.edit_runs import is_about, is_sequence, run_names
+from kscli.figures.edit_runs import run_names
 from kscli.figures.style import (
     COLUMN,
     MARKERS,
@@ -34,37 +33,6 @@ _SHARE, _PERPLEXITY = 1.15, 0.8  # heights of the panels, inches
 _FEW = 15
 # Perplexities of which one is so many times another are drawn on a logarithmic scale.
 _WIDE = 10
-
-Real = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a run's passes found after `step` (s,) edits, each (s,).
-
-    `retained` is the share of the edits made so far whose new target the model still puts first
-    (the rank of the target's first token is 1), NaN before the first edit. `kept` is the share of
-    the facts that the clean model answered rightly, and that no edit of the run is about, which it
-    still answers as it did; NaN where there is none. `perplexity` is NaN where it was not measured.
-    """
-
-    step: NDArray[np.int64]
-    retained: Real
-    kept: Real
-    perplexity: Real
-
-
-def course_of(run: EditsFile) -> Course:
-    """The course of a sequence of edits."""
-    step = run.values("step").astype(np.int64)
-    first = run.values("rank_new")[:, _made(run)] == 1
-    known = run.values("known") & ~is_about(run)
-    return Course(
-        step,
-        np.array([_share(row[:n]) for row, n in zip(first, step.tolist(), strict=True)]),
-        np.array([_share(~changed[known]) for changed in run.values("answer_changed")]),
-        run.values("perplexity").astype(np.float64),
-    )
 
 
 def draw(runs: Sequence[EditsFile]) -> Figure:
@@ -110,16 +78,6 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     legend_below(axes[-1], handles, legend, COLUMN)
     title(fig, "What edits leave", named.shared)
     return fig
-
-
-def _made(run: EditsFile) -> NDArray[np.intp]:
-    """Which of the planned edits were made, as columns of `rank_new`."""
-    planned = np.arange(run.values("rank_new").shape[1])
-    return np.delete(planned, run.values("kept_out/number"))
-
-
-def _share(held: NDArray[np.bool_]) -> float:
-    return float(held.mean()) if held.size else math.nan
 
 
 def _label(own: tuple[str, ...], course: Course | None) -> str:

@@ -26,13 +26,13 @@ from kscli.figures.style import (
     TEXT,
     fitted,
     grid_columns,
-    layers_text,
     names,
     new_figure,
-    number,
     text_width,
     title,
 )
+from kscli.layers import layers_text
+from kscli.numbers import number
 
 # Beyond the scale by less than this is rounding of a p of 1.
 _ROUNDING = 1e-9

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from kscli.analysis.edit_runs import Points, is_sequence, points_of
 from kscli.editing.edits_file import EditsFile
 from kscli.errors import UsageError
-from kscli.figures.edit_runs import is_edited, is_sequence, run_names
+from kscli.figures.edit_runs import run_names
 from kscli.figures.style import (
     COLOURS,
     COLUMN,
@@ -31,37 +30,6 @@ from kscli.figures.style import (
 _MAX_COLUMNS = 3
 # Beyond this many points, an image of them is smaller than they are.
 _RASTERIZED = 2000
-
-Real = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Points:
-    """Predicted and measured |Delta| of facts, each (points,), and which facts were edited."""
-
-    predicted: Real
-    measured: Real
-    edited: NDArray[np.bool_]
-
-    @property
-    def correlation(self) -> float:
-        """Pearson's r of predicted and measured; NaN where either does not vary."""
-        if len(self.predicted) < 2 or not np.ptp(self.predicted) or not np.ptp(self.measured):
-            return math.nan
-        return float(np.corrcoef(self.predicted, self.measured)[0, 1])
-
-
-def points_of(run: EditsFile) -> Points:
-    """What a log-log figure of a run shows: the facts moved, after the last edit of a sequence.
-
-    Of single edits, the facts that each of them moves. What no edit moves, or is not predicted,
-    has no point.
-    """
-    rows = slice(-1, None) if is_sequence(run) else slice(None)
-    predicted, measured = run.values("predicted")[rows], run.values("measured")[rows]
-    edited = np.broadcast_to(is_edited(run) & is_sequence(run), predicted.shape)
-    shown = (predicted > 0) & (measured > 0)
-    return Points(predicted[shown], measured[shown], edited[shown])
 
 
 def draw(runs: Sequence[EditsFile]) -> Figure:

@@ -7,26 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
+from kscli.analysis.density import Curve, make_curve, marked_densities
 from kscli.analysis.matrices import distinct_tokens
 from kscli.analysis.statistics import STATISTICS, Entries, off_diagonal
 from kscli.errors import UsageError
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import (
-    Curve,
     Window,
     common_window,
     draw_curve,
-    make_curve,
     no_pairs,
     note_outside,
 )
-from kscli.figures.density import Density
 from kscli.figures.style import (
     COLOURS,
     COLUMN,
@@ -39,28 +35,24 @@ from kscli.figures.style import (
     fitted,
     grid_columns,
     layer_colours,
-    layers_text,
     legend_below,
     line_style,
     names,
     new_figure,
-    number,
     open_axes,
     title,
     wrapped,
 )
+from kscli.layers import layers_text
+from kscli.numbers import number
 
 _AXES_HEIGHT = 2.1
 _PANEL_HEIGHT = 1.05
 _DEFAULT = Window(-1.0, 1.0, 1.0)
 # Lines that some axes hold while each has a dashed one beside it.
 _MOST_MARKED = 6
-# Where single pairs are to be seen, a kernel of this share of the range; and how few entries
-# within one kernel of the bulk are single pairs.
+# Where single pairs are to be seen, a kernel of this share of the range.
 _MARKED_BANDWIDTH = 1 / 80
-_FEW_ENTRIES = 100
-_BINS_PER_BANDWIDTH = 10
-_FINEST = 1 / 8192
 _TITLE = "Density of P off the diagonal"
 
 
@@ -199,40 +191,11 @@ def _draw_group(ax: Axes, group: _Group, scale: _Scale) -> list[Line2D]:
 def _draw_line(ax: Axes, line: _Line, scale: _Scale, style: dict[str, Any]) -> Line2D:
     if line.distinct is None or line.curve.density is None:
         return draw_curve(ax, line.curve, scale.window, style)
-    x, every, others = _marked(line.curve.values, line.distinct, line.curve.density, scale)
+    window = scale.window.low, scale.window.high
+    x, every, others = marked_densities(line.curve, line.distinct, window, scale.bandwidth)
     drawn = ax.plot(x, every, **style)[0]
     ax.plot(x, others, **(style | {"linestyle": (0, (2.5, 1.2)), "linewidth": 0.8}))
     return drawn
-
-
-def _marked(
-    values: Entries, distinct: Entries, density: Density, scale: _Scale
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Points, the density of `values` there, and the part of it that `distinct` make.
-
-    The bulk has the kernel of `density`, as where nothing is marked. On a logarithmic scale it
-    would make a comb of the tail: entries that have few others within that kernel have the
-    scale's wider one, more so the fewer they are, and the same in both lines.
-    """
-    from scipy.ndimage import gaussian_filter1d
-
-    low, high = scale.window.low, scale.window.high
-    # Beside a line of a far wider range there is nothing finer to be seen.
-    width = max(density.bandwidth, (high - low) * _FINEST)
-    bins = math.ceil((high - low) / width * _BINS_PER_BANDWIDTH)
-    step = (high - low) / bins
-    every, edges = np.histogram(values, bins, (low, high))
-    others = np.histogram(distinct, bins, (low, high))[0]
-    a_kernel = math.sqrt(2 * math.pi) * width / step
-    beside = a_kernel * gaussian_filter1d(every.astype(float), width / step)
-    bulk = beside**2 / (beside**2 + _FEW_ENTRIES**2)
-    smooth = [
-        gaussian_filter1d(counts * bulk, width / step)
-        + gaussian_filter1d(counts * (1 - bulk), max(width, scale.bandwidth) / step)
-        for counts in (every, others)
-    ]
-    x = (edges[:-1] + edges[1:]) / 2
-    return x, smooth[0] / (values.size * step), smooth[1] / (values.size * step)
 
 
 def _finish(ax: Axes, curves: Sequence[Curve], scale: _Scale) -> None:

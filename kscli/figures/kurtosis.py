@@ -28,7 +28,6 @@ from kscli.figures.style import (
     Legend,
     axes_with_legends,
     fitted,
-    layers_text,
     legend_below,
     line_style,
     names,
@@ -36,6 +35,7 @@ from kscli.figures.style import (
     shades,
     title,
 )
+from kscli.layers import layers_text
 from kscli.models.families import family
 
 _AXES_HEIGHT = 2.2

@@ -25,10 +25,10 @@ from kscli.figures.style import (
     fitted,
     names,
     new_figure,
-    number,
     text_width,
     title,
 )
+from kscli.numbers import number
 
 _MAX_COLUMNS = 3
 _MOST_PANELS = 12

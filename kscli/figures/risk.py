@@ -13,6 +13,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from kscli.analysis.binding import cluster_order, rms_to_others
 from kscli.figures import Source
 from kscli.figures.style import (
     GREY,
@@ -103,32 +104,13 @@ def panel_of(source: Source, layer: int) -> Panel:
     matrices = source.matrices
     size = np.abs(matrices.matrix("P", layer))
     m = len(size)
-    damage = np.sqrt((np.square(size).sum(axis=1) - np.square(np.diag(size))) / max(m - 1, 1))
+    damage = rms_to_others(size)
     order = cluster_order(size)
     labels = tuple(
         (matrices.facts[at].subject, f" {damage[at]:.2f}" if m > 1 else "") for at in order
     )
     named = (matrices.model, f"layer {layer}", f"m = {m}")
     return Panel(named, order, size[np.ix_(order, order)], damage[order], labels)
-
-
-def cluster_order(size: Real) -> NDArray[np.intp]:
-    """An order of the m facts of |P| in which those that are bound are neighbours.
-
-    Average linkage, its leaves turned so that neighbours are near (Bar-Joseph et al., 2001). The
-    distance of a pair is 1 less the larger of its two |p|, 0 at least.
-    """
-    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-    from scipy.spatial.distance import squareform
-
-    m = len(size)
-    if m < 3:
-        return np.arange(m)
-    distance = np.clip(1 - np.maximum(size, size.T), 0, None)
-    np.fill_diagonal(distance, 0)
-    condensed = squareform(distance, checks=False)
-    tree = optimal_leaf_ordering(linkage(condensed, "average"), condensed)
-    return np.asarray(leaves_list(tree), dtype=np.intp)
 
 
 def spread(wanted: Real, gap: float, low: float, high: float) -> Real:

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 from kscli.figures import PER_PAGE
-from kscli.layers import format_layers
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -129,18 +128,6 @@ def shades(colour: str, count: int) -> list[Any]:
         for at in np.linspace(-0.5, 0.5, count)
     ]
     return [tuple(map(float, rgb)) for rgb in mixed]
-
-
-def number(value: float, digits: int) -> str:
-    """A number as a figure shows it: a true minus sign, no negative zero, NaN in words."""
-    return (
-        "undefined" if math.isnan(value) else f"{value:z.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    )
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """Layers in words: `layer 3`, `layers 0-19`."""
-    return f"layer{'s' * (len(layers) > 1)} {format_layers(layers)}"
 
 
 def text_width(text: str, size: float) -> float:

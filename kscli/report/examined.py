@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.angles import angle_curve, mode
+from kscli.analysis.convergence import Convergence, convergence_of
+from kscli.analysis.edit_runs import is_sequence
 from kscli.analysis.relations import Permutations, RelationStatistics, relation_statistics
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import Statistics
@@ -21,16 +24,12 @@ from kscli.editing.predictors import Prediction, predict_behaviour
 from kscli.editing.verification import Verification, verify
 from kscli.errors import ArtifactError, FactsError
 from kscli.figures import Source
-from kscli.figures.angles import angles, mode
-from kscli.figures.curves import make_curve
-from kscli.figures.edit_runs import is_sequence, run_names
-from kscli.figures.settled import Settling, settle
+from kscli.figures.edit_runs import run_names
 from kscli.layers import spread
 from kscli.report.words import layers_text
 from kscli.reporter import SILENT, Reporter
 
 _SHOWN = 4
-_BOUNDS = (0.0, 180.0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Examined:
     """One model, measured. `key` begins the ids of its part of the page, `seed` is of the draws.
 
     `modes[l]` are the most frequent angles at the l-th layer, in degrees, in the whitening and
-    in the activation space, NaN where there is none. `settlings` are of `ends`. `relations` is
+    in the activation space, NaN where there is none. `convergences` are of `ends`. `relations` is
     None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
     the cov.h5 that P was made with is not beside it. `risk_rows` are `layer_rows` of edits of all
     facts (`kscli.editing.predicted_damage`), with what the order norm `saved`.
@@ -92,7 +91,7 @@ class Examined:
     seed: int
     statistics: Statistics
     modes: tuple[tuple[float, float], ...]
-    settlings: tuple[Settling, ...]
+    convergences: tuple[Convergence, ...]
     relations: RelationStatistics | None
     no_relations: str
     corpus: Corpus | None
@@ -168,8 +167,8 @@ def examine(
         for layer in file.layers:
             modes.append((_mode(file, "whitened_cosine", layer), _mode(file, "cosine", layer)))
             task.advance()
-    settlings = [
-        settle(file.matrix("P", layer), (), resampling) for layer in spread(file.layers, 2)
+    convergences = [
+        convergence_of(file.matrix("P", layer), (), resampling) for layer in spread(file.layers, 2)
     ]
     relations, reason = _relations(file, seed, reporter)
     return Examined(
@@ -178,7 +177,7 @@ def examine(
         seed,
         statistics,
         tuple(modes),
-        tuple(settlings),
+        tuple(convergences),
         relations,
         reason,
         _corpus(file),
@@ -188,7 +187,7 @@ def examine(
 
 
 def _mode(file: PMatrixFile, name: Any, layer: int) -> float:
-    return mode(make_curve(angles(file.matrix(name, layer)), _BOUNDS))
+    return mode(angle_curve(file.matrix(name, layer)))
 
 
 def _relations(

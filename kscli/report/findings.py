@@ -251,7 +251,7 @@ def convergence(examined: Examined) -> list[str]:
     """Whether kurtosis has converged in the number of facts."""
     return [
         f"Layer {layer}: {settling.sentence}"
-        for layer, settling in zip(examined.ends, examined.settlings, strict=True)
+        for layer, settling in zip(examined.ends, examined.convergences, strict=True)
     ]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kscli.figures.curves import percent
-from kscli.figures.style import layers_text, number
+from kscli.layers import layers_text
+from kscli.numbers import number, percent
 
 __all__ = [
     "at_layers",

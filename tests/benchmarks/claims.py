@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.angles import angles, mode
+from kscli.analysis.density import make_curve
 from kscli.analysis.resampling import interval, resample_counts
 from kscli.analysis.statistics import describe
 from kscli.artifacts import MatrixName, PMatrixFile
-from kscli.figures.angles import angles, mode
-from kscli.figures.curves import make_curve
 
 BOUNDS = (0.0, 180.0)
 

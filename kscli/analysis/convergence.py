@@ -1,4 +1,4 @@
-"""Whether the distribution of P has settled at m facts (Appendix C); draws nothing."""
+"""Whether the distribution of P has converged at m facts (Appendix C)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kscli.analysis.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.analysis.statistics import STATISTICS, Entries, off_diagonal
 from kscli.errors import UsageError
+from kscli.numbers import number
 
 _COUNTS = 8
 # An interval that reaches further to either side than this share of the kurtosis is wide; of
@@ -20,7 +21,7 @@ _WIDE, _LEAST = 0.25, 3.0
 
 
 @dataclass(frozen=True)
-class Settling:
+class Convergence:
     """The kurtosis of P of the first so many facts, one entry a count, ascending.
 
     `moved` is the greatest difference between the cumulative distributions of the entries at
@@ -72,9 +73,9 @@ class Settling:
             else (f"has not converged at m = {m}", "outside")
         )
         return (
-            f"The kurtosis {verdict}: it was {_tenths(then)} with {half} facts and is "
-            f"{_tenths(now)} now, {where} the 95 % interval, {_tenths(last.low)} to "
-            f"{_tenths(last.high)}. "
+            f"The kurtosis {verdict}: it was {number(then, 1)} with {half} facts and is "
+            f"{number(now, 1)} now, {where} the 95 % interval, {number(last.low, 1)} to "
+            f"{number(last.high, 1)}. "
             f"The two distributions differ by at most {100 * self.moved:.1f} % of their entries."
         )
 
@@ -85,7 +86,9 @@ def default_counts(m: int) -> tuple[int, ...]:
     return tuple(count for count in counts if count >= 4 or count == m)
 
 
-def settle(P: NDArray[np.float64], counts: Sequence[int], resampling: Resampling) -> Settling:
+def convergence_of(
+    P: NDArray[np.float64], counts: Sequence[int], resampling: Resampling
+) -> Convergence:
     """The kurtosis of the first `counts` facts of P (m, m), with intervals of resampled facts.
 
     Raises UsageError for a count below 2 where there are 2 facts, and for one beyond m.
@@ -100,7 +103,7 @@ def settle(P: NDArray[np.float64], counts: Sequence[int], resampling: Resampling
     kurtosis = STATISTICS["kurtosis"]
     parts = [P[:count, :count] for count in chosen]
     before = _before(chosen)
-    return Settling(
+    return Convergence(
         chosen,
         tuple(kurtosis(off_diagonal(part)) for part in parts),
         tuple(
@@ -128,13 +131,8 @@ def _if_wide(kurtosis: float, of: Interval) -> str:
     reach = (of.high - of.low) / 2
     if reach <= _WIDE * max(abs(kurtosis), _LEAST):
         return ""
-    far = f"{100 * reach / abs(kurtosis):.0f} %" if abs(kurtosis) >= _LEAST else _tenths(reach)
+    far = f"{100 * reach / abs(kurtosis):.0f} %" if abs(kurtosis) >= _LEAST else number(reach, 1)
     return f", which is wide (\N{PLUS-MINUS SIGN} {far})"
-
-
-def _tenths(value: float) -> str:
-    """A number as the figures show it; their own function would import matplotlib."""
-    return f"{value:z.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _before(counts: Sequence[int]) -> int | None:

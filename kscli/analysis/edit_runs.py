@@ -1,0 +1,99 @@
+"""What runs of edits did, as their figures show it: the values moved, and what is left."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.editing.edits_file import EditsFile
+
+Real = NDArray[np.float64]
+
+
+def is_sequence(run: EditsFile) -> bool:
+    """Whether the edits were made one upon the other, and not each in the clean model."""
+    return run.about.protocol == "sequential"
+
+
+def is_edited(run: EditsFile) -> NDArray[np.bool_]:
+    """Which facts were edited, (m,)."""
+    edited = np.zeros(len(run.facts), dtype=bool)
+    edited[run.values("edited")] = True
+    return edited
+
+
+def is_about(run: EditsFile) -> NDArray[np.bool_]:
+    """Which facts an edit is about, (m,): those edited and their copies, facts of the same text."""
+    edited = {run.facts[int(fact)].text for fact in run.values("edited")}
+    return np.array([fact.text in edited for fact in run.facts], dtype=bool)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Predicted and measured |Delta| of facts, each (points,), and which facts were edited."""
+
+    predicted: Real
+    measured: Real
+    edited: NDArray[np.bool_]
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's r of predicted and measured; NaN where either does not vary."""
+        if len(self.predicted) < 2 or not np.ptp(self.predicted) or not np.ptp(self.measured):
+            return math.nan
+        return float(np.corrcoef(self.predicted, self.measured)[0, 1])
+
+
+def points_of(run: EditsFile) -> Points:
+    """What a log-log figure of a run shows: the facts moved, after the last edit of a sequence.
+
+    Of single edits, the facts that each of them moves. What no edit moves, or is not predicted,
+    has no point.
+    """
+    rows = slice(-1, None) if is_sequence(run) else slice(None)
+    predicted, measured = run.values("predicted")[rows], run.values("measured")[rows]
+    edited = np.broadcast_to(is_edited(run) & is_sequence(run), predicted.shape)
+    shown = (predicted > 0) & (measured > 0)
+    return Points(predicted[shown], measured[shown], edited[shown])
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run's passes found after `step` (s,) edits, each (s,).
+
+    `retained` is the share of the edits made so far whose new target the model still puts first
+    (the rank of the target's first token is 1), NaN before the first edit. `kept` is the share of
+    the facts that the clean model answered rightly, and that no edit of the run is about, which it
+    still answers as it did; NaN where there is none. `perplexity` is NaN where it was not measured.
+    """
+
+    step: NDArray[np.int64]
+    retained: Real
+    kept: Real
+    perplexity: Real
+
+
+def course_of(run: EditsFile) -> Course:
+    """The course of a sequence of edits."""
+    step = run.values("step").astype(np.int64)
+    first = run.values("rank_new")[:, _made(run)] == 1
+    known = run.values("known") & ~is_about(run)
+    return Course(
+        step,
+        np.array([_share(row[:n]) for row, n in zip(first, step.tolist(), strict=True)]),
+        np.array([_share(~changed[known]) for changed in run.values("answer_changed")]),
+        run.values("perplexity").astype(np.float64),
+    )
+
+
+def _made(run: EditsFile) -> NDArray[np.intp]:
+    """Which of the planned edits were made, as columns of `rank_new`."""
+    planned = np.arange(run.values("rank_new").shape[1])
+    return np.delete(planned, run.values("kept_out/number"))
+
+
+def _share(held: NDArray[np.bool_]) -> float:
+    return float(held.mean()) if held.size else math.nan
