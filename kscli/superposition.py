@@ -1,6 +1,6 @@
 """pmatrix: P, the cosines and Q of a set of facts, layer by layer.
 
-P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i (equations 16 to 18 of the paper): row i is the
+P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i (equation 16 and equation 18 of the paper). Row i is the
 fact that is edited, column j the fact that is moved.
 """
 

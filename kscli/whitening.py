@@ -1,10 +1,10 @@
 """The whitening of one layer: the Cholesky factor of its C, and whitened keys.
 
 With C = L L^T every quantity of the paper is a product of whitened keys L^-1 k: any W with
-W^T W = C^-1 gives the same p. C is first scaled to unit diagonal, which changes no p, makes
-the factor as accurate as its scaling allows, and gives the condition number that float32
-storage of C is to be judged by. Everything is done in place on one (d_m, d_m) array: the factor
-takes C's lower triangle, and C's upper one stays, for the result to be checked against.
+W^T W = C^-1 gives the same p (equation 17, Appendix B). C is first scaled to unit diagonal. That
+changes no p, makes the factor as accurate as its scaling allows, and gives the condition number
+that float32 storage of C is to be judged by. Everything is done in place on one (d_m, d_m) array.
+The factor takes C's lower triangle. C's upper one stays, for the result to be checked against.
 """
 
 from __future__ import annotations

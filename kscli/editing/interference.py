@@ -1,5 +1,9 @@
 """The linear theory of a run of edits: what each fact's value is predicted to become, and becomes.
 
+W_n - W_0 is a sum over edits (equation 5). The keys of original and edited facts stand in one
+array (equation 6), and so do their values W_n k (equation 7, equation 8). Equation 9, equation 10
+and equation 12 to equation 14 are these values less what they were.
+
 Equation 11: an original fact's value moves by Delta_j = sum_i p(k_i, k_j) delta_i. Equation 15: an
 edited one's, since its own edit t, by the same sum over i > t. Measured is (W_n - W_0) k_j in
 float64, of which an edited fact's is taken from where its own edit left it.
