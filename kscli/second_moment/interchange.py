@@ -6,7 +6,7 @@ ROME, MEMIT, EasyEdit and AlphaEdit keep one file a layer,
 `sample_size`. Their code finds a file by its name alone and takes it if its `sample_size` is
 the one of their hyper-parameters; otherwise it runs the corpus again.
 
-Matrices are read and written in blocks of rows, so that one layer at most is in memory.
+One layer at most is in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.lib import format as npy
@@ -35,6 +35,7 @@ from kscli.reporter import SILENT, Reporter
 
 Editor = Literal["rome", "memit", "easyedit", "alphaedit"]
 
+COUNT, MATRIX, NOTE = "mom2.count", "mom2.mom2", "kscli.note"
 CONSTRUCTOR = "util.runningstats.SecondMoment()"
 DATASET = "wikipedia"
 PRECISION = "float32"
@@ -50,8 +51,7 @@ OLDER_IDS = {
     "EleutherAI/gpt-j-6b": "EleutherAI/gpt-j-6B",
 }
 
-BLOCK_BYTES = 2**22
-BLOCK = 512
+BLOCK = 64  # rows that are made symmetric at once
 # Entries (i, j) and (j, i) of a sum in float32 drift apart by the rounding of each of some
 # 1e5 additions: sqrt(1e5) 2^-24 is 2e-5 of sqrt(S_ii S_jj), and the largest of 1e8 pairs is
 # six times as far. What differs by more than this is no second moment.
@@ -155,7 +155,6 @@ def import_covariance(
     require_writable(path, force=force)
     files = find_statistics(source, model)
     _check_together(files, model)
-    C = np.empty((files[0].d_m, files[0].d_m), dtype=np.float32)
     about = _about(files, model, note or files[0].note)
     with (
         write_artifact(path, "cov", about, force=force) as writer,
@@ -164,8 +163,7 @@ def import_covariance(
         writer.layers([file.layer for file in files])
         writer.write("count", files[0].count)
         for index, file in enumerate(files):
-            read_second_moment(file, C)
-            writer.put("second_moment", index, C)
+            writer.put("second_moment", index, read_second_moment(file))
             task.advance()
     return files
 
@@ -199,85 +197,77 @@ def describe_statistics(path: Path) -> StatisticsFile | None:
     Raises ArtifactError when it is damaged, lacks an array, or its matrix cannot be one of
     second moments by its shape, type or count, or its name gives no layer.
     """
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with _opened(path) as archive:
         names = set(archive.namelist())
-        if "mom2.mom2.npy" not in names and "mom2" not in path.name:
+        if f"{MATRIX}.npy" not in names and "mom2" not in path.name:
             return None
-        for name in ("mom2.count", "mom2.mom2"):
+        for name in (COUNT, MATRIX):
             if f"{name}.npy" not in names:
                 raise ArtifactError(f"{path} has no array {name}.")
-        with _open_matrix(path, archive) as (_, dtype, shape):
-            _check_matrix(path, dtype, shape)
-        count = _scalar(path, archive, "mom2.count")
-        note = _scalar(path, archive, "kscli.note") if "kscli.note.npy" in names else ""
+        d_m = _width(path, archive)
+        count = _scalar(path, archive, COUNT)
+        note = _scalar(path, archive, NOTE) if f"{NOTE}.npy" in names else ""
     if not isinstance(count, int):
         raise ArtifactError(f"{path}: mom2.count is {count!r}, where an integer is needed.")
     if count < 1:
         raise NumericsError(f"{path}: mom2.count is {count}, so that there is no mean.")
     layer, hook = _layer_and_hook(path)
-    return StatisticsFile(path, layer, hook, count, shape[0], str(note))
+    return StatisticsFile(path, layer, hook, count, d_m, str(note))
 
 
-def read_second_moment(file: StatisticsFile, out: NDArray[np.float32]) -> None:
-    """Read the file's C, its sum divided by its count, into `out` (d_m, d_m), symmetric.
+def read_second_moment(file: StatisticsFile) -> NDArray[np.float32]:
+    """The file's C, its sum divided by its count, (d_m, d_m) and symmetric.
 
     Raises NumericsError when an entry is NaN or infinite, a diagonal entry is negative, or the
     matrix is not symmetric to within a float32 sum's rounding, and ArtifactError when the file
     is damaged.
     """
-    for start, stop, rows in _rows_of(file):
-        # A sum that is stored column by column is read as its transpose, which is itself.
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.divide(rows, file.count, out=out[start:stop], dtype=np.float64, casting="same_kind")
-        if not np.isfinite(out[start:stop]).all():
-            raise NumericsError(f"{file.path}: mom2.mom2 holds NaN or infinite entries.")
-    negative = np.flatnonzero(np.diagonal(out) < 0)
+    with _opened(file.path) as archive:
+        sums = _array(archive, MATRIX)
+    if sums.shape != (file.d_m, file.d_m):
+        raise ArtifactError(f"{file.path} changed while it was read.")
+    C = sums if sums.dtype == np.float32 else np.empty(sums.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.divide(sums, file.count, out=C, dtype=np.float64, casting="same_kind")
+    if not np.isfinite(C).all():
+        raise NumericsError(f"{file.path}: {MATRIX} holds NaN or infinite entries.")
+    negative = np.flatnonzero(np.diagonal(C) < 0)
     if len(negative):
         raise NumericsError(
-            f"{file.path}: entry ({negative[0]}, {negative[0]}) of mom2.mom2 is negative, which "
+            f"{file.path}: entry ({negative[0]}, {negative[0]}) of {MATRIX} is negative, which "
             "no sum of squares is."
         )
-    _make_symmetric(out, file.path)
+    _make_symmetric(C, file.path)
+    return C
 
 
-def _sums(cov: CovarianceFile, layer: int) -> Iterator[NDArray[np.float32]]:
-    """The rows of C times the count, block by block, in float32."""
-    d_m, count = cov.about.d_m, cov.count
-    for start, stop in _blocks(d_m, d_m * 4):
-        rows = np.empty((stop - start, d_m), dtype=np.float32)
-        cov.read_rows(layer, start, rows)
-        with np.errstate(over="ignore"):
-            np.multiply(rows, count, out=rows, dtype=np.float64, casting="same_kind")
-        if not np.isfinite(rows).all():
-            raise NumericsError(
-                f"layer {layer} of {cov.path}: the sum over {count:,} tokens is not finite in "
-                "float32, in which the editors keep it."
-            )
-        yield rows
+def _sums(cov: CovarianceFile, layer: int) -> NDArray[np.float32]:
+    """C times the count, (d_m, d_m)."""
+    sums = np.empty((cov.about.d_m, cov.about.d_m), dtype=np.float32)
+    cov.read_rows(layer, 0, sums)
+    with np.errstate(over="ignore"):
+        np.multiply(sums, cov.count, out=sums, dtype=np.float64, casting="same_kind")
+    if not np.isfinite(sums).all():
+        raise NumericsError(
+            f"layer {layer} of {cov.path}: the sum over {cov.count:,} tokens is not finite in "
+            "float32, in which the editors keep it."
+        )
+    return sums
 
 
 def _write_statistics(
     path: Path, cov: CovarianceFile, layer: int, note: str | None, force: bool
 ) -> None:
-    scalars: dict[str, ArrayLike] = {
+    arrays: dict[str, ArrayLike] = {
         "mom2.constructor": CONSTRUCTOR,
-        "mom2.count": np.int64(cov.count),
+        COUNT: np.int64(cov.count),
         "sample_size": np.int64(SAMPLE_SIZE),
+        MATRIX: _sums(cov, layer),
     }
     if note is not None:
-        scalars["kscli.note"] = note
-    with (
-        replace_file(path, force=force) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-    ):
-        for name, value in scalars.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                npy.write_array(member, np.asarray(value), allow_pickle=False)
-        with archive.open("mom2.mom2.npy", "w", force_zip64=True) as member:
-            header = {"descr": "<f4", "fortran_order": False, "shape": 2 * (cov.about.d_m,)}
-            npy.write_array_header_1_0(member, header)
-            for rows in _sums(cov, layer):
-                member.write(rows.astype("<f4", copy=False).data)
+        arrays[NOTE] = note
+    with replace_file(path, force=force) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _folder_of_model(stats_dir: Path, model: str) -> Path:
@@ -365,103 +355,65 @@ def _layer_and_hook(path: Path) -> tuple[int, str]:
     return layer, ".".join(parts)
 
 
-def _check_matrix(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+def _width(path: Path, archive: zipfile.ZipFile) -> int:
+    """d_m by the header of `mom2.mom2`, once its shape, type and length are those of a C."""
+    name = f"{MATRIX}.npy"
+    with archive.open(name) as member:
+        old = npy.read_magic(member) == (1, 0)
+        read_header = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        held = archive.getinfo(name).file_size - member.tell()
+    if dtype.hasobject:
+        raise ArtifactError(f"{path} holds pickled objects, which are not read.")
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise NumericsError(f"{path}: mom2.mom2 is of shape {shape}, not a square matrix.")
+        raise NumericsError(f"{path}: {MATRIX} is of shape {shape}, not a square matrix.")
     if dtype.kind != "f" or dtype.itemsize not in (4, 8):
-        raise NumericsError(f"{path}: mom2.mom2 is {dtype}, where float32 or float64 is needed.")
+        raise NumericsError(f"{path}: {MATRIX} is {dtype}, where float32 or float64 is needed.")
+    if held != dtype.itemsize * shape[0] ** 2:
+        raise ValueError("the matrix is longer or shorter than its header says")
+    return int(shape[0])
 
 
 def _make_symmetric(C: NDArray[np.float32], path: Path) -> None:
     """Replace C by (C + C^T) / 2 in place; NumericsError when the two are far apart."""
     scale = np.sqrt(np.diagonal(C).astype(np.float64))
-    spans = [slice(start, start + BLOCK) for start in range(0, len(C), BLOCK)]
-    for index, rows in enumerate(spans):
-        for columns in spans[: index + 1]:
-            lower = C[rows, columns].astype(np.float64)
-            upper = C[columns, rows].T.astype(np.float64)
-            apart = np.abs(lower - upper) > SYMMETRIC * scale[rows, None] * scale[columns]
-            if apart.any():
-                i, j = np.argwhere(apart)[0]
-                raise NumericsError(
-                    f"{path}: mom2.mom2 is not symmetric: entries ({rows.start + i}, "
-                    f"{columns.start + j}) and ({columns.start + j}, {rows.start + i}) differ by "
-                    "more than rounding."
-                )
-            mean = (lower + upper) / 2
-            C[rows, columns] = mean
-            C[columns, rows] = mean.T
+    for start in range(0, len(C), BLOCK):
+        rows, columns = slice(start, start + BLOCK), slice(min(start + BLOCK, len(C)))
+        lower = C[rows, columns].astype(np.float64)
+        upper = C[columns, rows].T.astype(np.float64)
+        apart = np.abs(lower - upper) > SYMMETRIC * scale[rows, None] * scale[columns]
+        if apart.any():
+            i, j = np.argwhere(apart)[0]
+            raise NumericsError(
+                f"{path}: {MATRIX} is not symmetric: entries ({start + i}, {j}) and ({j}, "
+                f"{start + i}) differ by more than rounding."
+            )
+        mean = (lower + upper) / 2
+        C[rows, columns] = mean
+        C[columns, rows] = mean.T
 
 
-def _blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def _rows_of(file: StatisticsFile) -> Iterator[tuple[int, int, NDArray[Any]]]:
-    """The matrix as (start, stop, rows) in blocks."""
-    with (
-        _reading(file.path),
-        zipfile.ZipFile(file.path) as archive,
-        _open_matrix(file.path, archive) as (member, dtype, shape),
-    ):
-        if shape != (file.d_m, file.d_m):
-            raise ArtifactError(f"{file.path} changed while it was read.")
-        row_bytes = shape[1] * dtype.itemsize
-        for start, stop in _blocks(shape[0], row_bytes):
-            block = np.frombuffer(_exactly(member, (stop - start) * row_bytes), dtype)
-            yield start, stop, block.reshape(stop - start, shape[1])
+def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with archive.open(f"{name}.npy") as member:
+        array: NDArray[Any] = npy.read_array(member, allow_pickle=False)
         # The checksum is compared where the member ends.
         member.read()
-
-
-@contextmanager
-def _open_matrix(
-    path: Path, archive: zipfile.ZipFile
-) -> Iterator[tuple[IO[bytes], np.dtype[Any], tuple[int, ...]]]:
-    """The member `mom2.mom2`, open after its header, with its type and shape."""
-    with archive.open("mom2.mom2.npy") as member:
-        dtype, shape = _header(path, member)
-        held = archive.getinfo("mom2.mom2.npy").file_size - member.tell()
-        if held != dtype.itemsize * int(np.prod(shape, dtype=object)):
-            raise ValueError("the matrix is longer or shorter than its header says")
-        yield member, dtype, shape
-
-
-def _header(path: Path, member: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    version = npy.read_magic(member)
-    if version == (1, 0):
-        shape, _, dtype = npy.read_array_header_1_0(member)
-    elif version == (2, 0):
-        shape, _, dtype = npy.read_array_header_2_0(member)
-    else:
-        raise ValueError(f"an array of .npy version {version}")
-    if dtype.hasobject:
-        raise ArtifactError(f"{path} holds pickled objects, which are not read.")
-    return dtype, shape
+        return array
 
 
 def _scalar(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
-    with archive.open(f"{name}.npy") as member:
-        dtype, shape = _header(path, member)
-        if np.prod(shape, dtype=object) != 1:
-            raise ArtifactError(f"{path}: {name} is of shape {shape}, where one value is needed.")
-        return np.frombuffer(_exactly(member, dtype.itemsize), dtype)[0].item()
-
-
-def _exactly(member: IO[bytes], length: int) -> bytes:
-    data = member.read(length)
-    if len(data) != length:
-        raise EOFError
-    return data
+    array = _array(archive, name)
+    if array.size != 1:
+        raise ArtifactError(f"{path}: {name} is of shape {array.shape}, where one value is needed.")
+    return array.item()
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what a file that is no sound .npz raises into one sentence."""
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; what a file that is no sound .npz raises becomes one sentence."""
     try:
-        yield
+        with zipfile.ZipFile(path) as archive:
+            yield archive
     except PermissionError as error:
         raise ArtifactError(f"{path} cannot be read: permission denied.") from error
     except (
