@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kscli.resources import MemorySplit
     from kscli.second_moment.checkpoints import Checkpoints
     from kscli.second_moment.options import CovarianceOptions, Execution
-    from kscli.second_moment.plan import Estimate, MemoryPlan
+    from kscli.second_moment.plan import MemoryPlan, RunTime
     from kscli.second_moment.ranks import Ranks
 
 
@@ -174,14 +174,14 @@ class Session:
         corpus: Corpus,
         options: CovarianceOptions,
         ranks: Ranks | None = None,
-    ) -> Estimate:
+    ) -> RunTime:
         """What cache-cov comes to by `plan`: tokens, and seconds.
 
         From the corpus's first documents, and the rate of a matrix product measured now.
         """
         from kscli.models.loading import load_tokenizer
         from kscli.resources import matmul_rate
-        from kscli.second_moment.plan import Estimate, seconds_a_token
+        from kscli.second_moment.plan import RunTime, seconds_a_token
         from kscli.second_moment.token_stream import expected_tokens
 
         tokenizer = load_tokenizer(self.located, self.options)
@@ -191,7 +191,7 @@ class Session:
         each = seconds_a_token(plan, self.shape, expected.length, rate)
         tokens = expected.tokens
         seconds = None if tokens is None else tokens * each
-        return Estimate(tokens, seconds, 1 / each, expected.at_most)
+        return RunTime(tokens, seconds, 1 / each, expected.at_most)
 
     def extract(self, facts: FactSet, token: KeyToken, layers: str, path: Path) -> bool:
         """Make keys.h5 at `path` unless it is up to date; whether it was made."""

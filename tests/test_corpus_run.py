@@ -460,7 +460,7 @@ def test_shards_add_up_to_the_whole(
     ]
     expected = contents(undisturbed[0])
     assert sum(part.tokens for part in parts) == expected["count"]
-    assert sum(part.totals.documents for part in parts) == expected["documents"]
+    assert sum(part.totals.window.own for part in parts) == expected["documents"]
     for layer in range(4):
         total = sum(part.moments[layer].sums() for part in parts) / expected["count"]
         C = expected["second_moment"][layer]
@@ -486,7 +486,7 @@ def test_a_corpus_without_tokens_is_refused(model: LoadedModel, tmp_path: Path) 
     corpus = open_corpus(CorpusSpec(str(path)))
     with pytest.raises(CorpusError, match="gave no token"):
         second_moments(model, corpus, CovarianceOptions(samples=1))
-    assert second_moments(model, corpus, CovarianceOptions()).totals.empty == 1
+    assert second_moments(model, corpus, CovarianceOptions()).totals.window.empty == 1
 
 
 def test_a_signal_in_the_last_evaluation_is_not_lost(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kscli.errors import UsageError
-from kscli.layers import format_layers, select_layers
+from kscli.layers import format_layers, select_layers, spread
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,11 @@ def test_a_file_may_hold_some_layers_only() -> None:
 def test_formatting_is_read_back() -> None:
     assert format_layers((5, 0, 1, 2)) == "0-2,5"
     assert select_layers(format_layers((0, 2, 3, 9)), range(10), "m") == (0, 2, 3, 9)
+
+
+def test_layers_spread_over_the_depth() -> None:
+    assert spread(range(30), 4) == (0, 10, 19, 29)
+    assert spread([3, 7], 4) == (3, 7)
+    assert spread([5], 4) == (5,)
+    assert spread([0, 2, 4, 6, 8, 10, 12], 4) == (0, 4, 8, 12)
+    assert spread(range(30), 2) == (0, 29)

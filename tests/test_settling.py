@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kscli.second_moment.settling import FIRST, KEYS, MOST_LAYERS, Settled, Settling, watched_layers
+from kscli.second_moment.settling import FIRST, KEYS, Settled, Settling
 
 D = 64
 START = FIRST * 2 * KEYS
@@ -77,14 +77,6 @@ def rms_off_diagonal(matrix: Array) -> float:
 def fast_p(C: Array, keys: Array) -> Array:
     G = keys @ np.linalg.solve(C, keys.T)
     return G / np.diagonal(G)[:, None]
-
-
-def test_the_layers_that_are_watched() -> None:
-    assert MOST_LAYERS == 4
-    assert watched_layers(range(30)) == (0, 10, 19, 29)
-    assert watched_layers([3, 7]) == (3, 7)
-    assert watched_layers([5]) == (5,)
-    assert watched_layers([0, 2, 4, 6, 8, 10, 12]) == (0, 4, 8, 12)
 
 
 def test_an_estimate_is_its_definition_layer_by_layer() -> None:

@@ -36,9 +36,9 @@ class Position:
     """How far a pass over the corpus has come.
 
     `batches` of the window that begins at `window`, and whose documents have the hash `digest`,
-    were summed; `tokens` and `padded` (padding
-    included) count all batches of the pass, `documents` those that had a token. `halved` says
-    that a batch did not fit in memory.
+    were summed; `tokens` and `padded` (padding included) count all batches of the pass, `documents`
+    those that had a token. `halved` says that a batch did not fit in memory, and `whole` that the
+    corpus has no more.
     """
 
     window: Cursor = field(default_factory=Cursor)
@@ -48,6 +48,7 @@ class Position:
     padded: int = 0
     documents: int = 0
     halved: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)

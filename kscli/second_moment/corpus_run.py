@@ -19,6 +19,7 @@ from kscli.batching import TokenBatch, make_batches
 from kscli.corpus import Corpus
 from kscli.errors import ArtifactError, UsageError
 from kscli.interrupts import HeldSignals, InterruptedRunError, held_signals
+from kscli.layers import spread
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter, Task
 from kscli.second_moment.checkpoints import Checkpoint, Checkpoints, Position
@@ -27,29 +28,13 @@ from kscli.second_moment.moments import SecondMoment
 from kscli.second_moment.options import WHOLE, CovarianceOptions, reads_stdin
 from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import RankError, Ranks
-from kscli.second_moment.settling import Settled, Settling, watched_layers
+from kscli.second_moment.settling import MOST_LAYERS, Settled, Settling
 from kscli.second_moment.token_stream import TokenStream, ahead
 
 WINDOW_BATCHES = 64
 WINDOWS_AHEAD = 2
 # Where float32 sums are kept on the device, they are added to the float64 ones after so many.
 FLUSH_BATCHES = 16
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What was summed: `documents` with and without a token, `empty` of them without.
-
-    `whole` says that the corpus has no more; `padded` counts the tokens that the model was given,
-    padding included; `halved` says that a batch did not fit in memory.
-    """
-
-    tokens: int
-    documents: int
-    empty: int
-    whole: bool
-    padded: int
-    halved: bool
 
 
 @dataclass
@@ -115,8 +100,8 @@ class CovarianceRun:
         self.settled: list[Settled] = []
         self._share = options.own_share(model.max_length, ranks)
 
-    def sum_up(self) -> tuple[dict[int, SecondMoment], Totals]:
-        """Sum all layers; returns those of the last pass, and what was summed.
+    def sum_up(self) -> tuple[dict[int, SecondMoment], Position]:
+        """Sum all layers; returns those of the last pass, and how far it came.
 
         The sums of earlier passes lie in the checkpoints until these are removed. Raises
         NumericsError, naming layer and document, when a key is not finite, CorpusError when the
@@ -182,7 +167,7 @@ class CovarianceRun:
 
     def _sum_group(
         self, number: int, saved: Checkpoint | None
-    ) -> tuple[dict[int, SecondMoment], Totals]:
+    ) -> tuple[dict[int, SecondMoment], Position]:
         """One pass over the corpus, from where `saved` stands."""
         current = self._begin(number, saved)
         stream = TokenStream(
@@ -208,23 +193,14 @@ class CovarianceRun:
             self.checkpoints.finish_pass(self._checkpoint(current), current.packed)
         if current.settling:
             self.settled = current.settling.history
-        position = current.position
-        totals = Totals(
-            position.tokens,
-            position.window.own,
-            position.window.empty,
-            whole,
-            position.padded,
-            position.halved,
-        )
-        return current.sums.moments, totals
+        return current.sums.moments, replace(current.position, whole=whole)
 
     def _begin(self, number: int, saved: Checkpoint | None) -> _Pass:
         group = self.plan.groups[number]
         flush_tokens = FLUSH_BATCHES * self.plan.batch_tokens
         sums = LayerSums(self.model.decoder, group, self.plan.placement, flush_tokens)
         watch = self.plan.passes == 1 and self._share.shard == WHOLE
-        settling = Settling(watched_layers(group), self.model.decoder.d_m) if watch else None
+        settling = Settling(spread(group, MOST_LAYERS), self.model.decoder.d_m) if watch else None
         if saved is None:
             return _Pass(number, sums, settling)
         for layer in group:

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from kscli.artifacts import ArtifactWriter, CovarianceAbout, Recipe, write_artifact
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
-from kscli.layers import select_layers
+from kscli.layers import select_layers, spread
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.reporter import SILENT, Reporter
-from kscli.second_moment.corpus_run import CovarianceRun, Totals
+from kscli.second_moment.checkpoints import Position
+from kscli.second_moment.corpus_run import CovarianceRun
 from kscli.second_moment.moments import SecondMoment
 from kscli.second_moment.options import WHOLE, CovarianceOptions, Shard
 from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import Ranks
-from kscli.second_moment.settling import Settled, watched_layers
+from kscli.second_moment.settling import MOST_LAYERS, Settled
 
 BATCH_TOKENS = 4096
 
@@ -34,7 +35,7 @@ class SecondMoments:
 
     layers: tuple[int, ...]
     moments: dict[int, SecondMoment]
-    totals: Totals
+    totals: Position
     settled: list[Settled] = field(default_factory=list)
 
     @property
@@ -98,7 +99,7 @@ def second_moments(
     return SecondMoments(plan.layers, moments, totals, run.settled)
 
 
-def cache_covariance(run: CovarianceRun, path: Path, recipe: Recipe) -> Totals:
+def cache_covariance(run: CovarianceRun, path: Path, recipe: Recipe) -> Position:
     """Measure the second moments and write them to cov.h5 at `path`, replacing what is there.
 
     Where there is a checkpoint the run goes on from it, by the checkpoint's plan, and removes it
@@ -124,29 +125,36 @@ def cache_covariance(run: CovarianceRun, path: Path, recipe: Recipe) -> Totals:
     return totals
 
 
-def _check_totals(run: CovarianceRun, totals: Totals) -> None:
+def _check_totals(run: CovarianceRun, totals: Position) -> None:
     corpus, options, note = run.corpus, run.options, run.reporter.note
     if totals.tokens == 0:
         if options.shard != WHOLE:
             raise CorpusError(f"shard {options.shard} of {corpus.name} has no token; use fewer.")
         raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
     if totals.whole and options.samples is not None and options.shard == WHOLE:
-        note(f"{corpus.name} has {totals.documents:,} documents; all of them were taken.")
-    if totals.empty:
-        note(f"{totals.empty:,} documents had no token and were passed over.")
+        note(f"{corpus.name} has {totals.window.own:,} documents; all of them were taken.")
+    if totals.window.empty:
+        note(f"{totals.window.empty:,} documents had no token and were passed over.")
 
 
-def _of_all_ranks(own: Totals, ranks: Ranks | None) -> Totals:
+def _of_all_ranks(own: Position, ranks: Ranks | None) -> Position:
     if ranks is None:
         return own
-    names = ("tokens", "documents", "empty", "padded")
-    sums = ranks.sum_counts([*(getattr(own, name) for name in names), own.halved, own.whole])
-    counts = dict(zip(names, sums, strict=False))
-    return replace(own, **counts, halved=sums[-2] > 0, whole=sums[-1] == ranks.shard.count)
+    window = own.window
+    tokens, padded, halved, whole, documents, empty = ranks.sum_counts(
+        [own.tokens, own.padded, own.halved, own.whole, window.own, window.empty]
+    )
+    return Position(
+        replace(window, own=documents, empty=empty),
+        tokens=tokens,
+        padded=padded,
+        halved=halved > 0,
+        whole=whole == ranks.shard.count,
+    )
 
 
 def _matrices(
-    run: CovarianceRun, last: dict[int, SecondMoment], totals: Totals, ranks: Ranks | None
+    run: CovarianceRun, last: dict[int, SecondMoment], totals: Position, ranks: Ranks | None
 ) -> Iterator[NDArray[np.float32]]:
     """C of every layer in turn; of several ranks, on the first. One layer is reduced at a time."""
     for layer in run.plan.layers:
@@ -163,12 +171,12 @@ def _matrices(
         yield moment.matrix()
 
 
-def _about(run: CovarianceRun, totals: Totals, recipe: Recipe) -> CovarianceAbout:
+def _about(run: CovarianceRun, totals: Position, recipe: Recipe) -> CovarianceAbout:
     return CovarianceAbout(
         **run.model.provenance(),
         corpus=run.corpus.name,
         corpus_identity=run.corpus.identity,
-        documents=totals.documents,
+        documents=totals.window.own,
         whole_corpus=totals.whole,
         max_length=run.options.max_length or run.model.max_length,
         batch_tokens=run.plan.batch_tokens,
@@ -181,14 +189,14 @@ def _about(run: CovarianceRun, totals: Totals, recipe: Recipe) -> CovarianceAbou
 def _write(
     writer: ArtifactWriter,
     run: CovarianceRun,
-    totals: Totals,
+    totals: Position,
     matrices: Iterator[NDArray[np.float32]],
 ) -> None:
     layers = run.plan.layers
     writer.layers(layers)
     writer.write("count", totals.tokens)
     if run.settled:
-        writer.write("settling/layer", watched_layers(layers))
+        writer.write("settling/layer", spread(layers, MOST_LAYERS))
         writer.write("settling/tokens", [s.tokens for s in run.settled])
         writer.write("settling/rms", [s.by_layer for s in run.settled])
     with run.reporter.task("writing", len(layers), unit="layers") as task:

@@ -59,7 +59,7 @@ SYMMETRIC = 2.0**-12
 
 
 @dataclass(frozen=True)
-class StatisticsFile:
+class LayerFile:
     """One layer's `.npz` file: what its name says of the layer, and what its arrays say.
 
     `hook` is the module's dotted path with `{}` for the layer, `d_m` the matrix's width,
@@ -143,7 +143,7 @@ def import_covariance(
     note: str | None = None,
     force: bool = False,
     reporter: Reporter = SILENT,
-) -> list[StatisticsFile]:
+) -> list[LayerFile]:
     """Read the editors' files under `source` into cov.h5 at `path`; returns what was read.
 
     `source` is a folder of any depth or one file. Each sum is divided by its count and made
@@ -168,7 +168,7 @@ def import_covariance(
     return files
 
 
-def find_statistics(source: Path, model: str) -> list[StatisticsFile]:
+def find_statistics(source: Path, model: str) -> list[LayerFile]:
     """The second-moment files under `source`, by layer.
 
     Where `source` has a folder of the model's name, as the editors name it, that one is read.
@@ -191,7 +191,7 @@ def find_statistics(source: Path, model: str) -> list[StatisticsFile]:
     return found
 
 
-def describe_statistics(path: Path) -> StatisticsFile | None:
+def describe_statistics(path: Path) -> LayerFile | None:
     """What one file holds, without reading its matrix; None if it is another statistic's.
 
     Raises ArtifactError when it is damaged, lacks an array, or its matrix cannot be one of
@@ -212,10 +212,10 @@ def describe_statistics(path: Path) -> StatisticsFile | None:
     if count < 1:
         raise NumericsError(f"{path}: mom2.count is {count}, so that there is no mean.")
     layer, hook = _layer_and_hook(path)
-    return StatisticsFile(path, layer, hook, count, d_m, str(note))
+    return LayerFile(path, layer, hook, count, d_m, str(note))
 
 
-def read_second_moment(file: StatisticsFile) -> NDArray[np.float32]:
+def read_second_moment(file: LayerFile) -> NDArray[np.float32]:
     """The file's C, its sum divided by its count, (d_m, d_m) and symmetric.
 
     Raises NumericsError when an entry is NaN or infinite, a diagonal entry is negative, or the
@@ -286,7 +286,7 @@ def _model_id(model: str) -> str:
     return model if classify(model) == "hub" else slug(model)
 
 
-def _check_together(files: Sequence[StatisticsFile], model: str) -> None:
+def _check_together(files: Sequence[LayerFile], model: str) -> None:
     """Raise ArtifactError unless the files can be the layers of one run on `model`."""
     first = files[0]
     for one, other in pairwise(files):
@@ -316,7 +316,7 @@ def _check_together(files: Sequence[StatisticsFile], model: str) -> None:
         )
 
 
-def _about(files: Sequence[StatisticsFile], model: str, note: str) -> CovarianceAbout:
+def _about(files: Sequence[LayerFile], model: str, note: str) -> CovarianceAbout:
     """What the files tell; they name neither weights nor text."""
     alias = find_alias(model)
     return CovarianceAbout(

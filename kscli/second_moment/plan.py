@@ -127,7 +127,7 @@ class MemoryPlan(RunPlan):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunTime:
     """How many tokens there are and how long they take (None: it cannot be told), at what rate.
 
     `at_most`: there may be fewer.

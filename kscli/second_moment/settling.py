@@ -20,7 +20,7 @@ hold of a fact's key, so these are left out of C first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from kscli.whitening import whitening
 
 KEYS = 64
 FEWEST_KEYS = KEYS // 2
-MOST_LAYERS = 4
+MOST_LAYERS = 4  # that are watched, spread over the depth
 # Tokens a dimension at the first evaluation: below 1 there is no p, just above it p is noise.
 FIRST = 2
 # A coordinate of which the sampled keys hold all but this share is 0 without them: what is left
@@ -51,12 +51,6 @@ class Settled:
     def rms(self) -> float:
         """Over all watched layers: the root of the mean square."""
         return float(np.sqrt(np.mean(np.square(self.by_layer))))
-
-
-def watched_layers(layers: Sequence[int]) -> tuple[int, ...]:
-    """At most `MOST_LAYERS` of `layers`, evenly over them, the first and the last among them."""
-    places = np.linspace(0, len(layers) - 1, min(MOST_LAYERS, len(layers))).round()
-    return tuple(layers[int(place)] for place in places)
 
 
 class Settling:

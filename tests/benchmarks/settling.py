@@ -26,11 +26,12 @@ from kscli.batching import make_batches
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
+from kscli.layers import spread
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.second_moment.covariance import second_moments
 from kscli.second_moment.layer_sums import LayerSums
 from kscli.second_moment.options import CovarianceOptions, Shard
-from kscli.second_moment.settling import watched_layers
+from kscli.second_moment.settling import MOST_LAYERS
 from kscli.second_moment.token_stream import TokenStream
 from kscli.superposition import superposition
 
@@ -49,7 +50,7 @@ def main(model_path: str, corpus: str, facts_path: str) -> None:
     estimated = second_moments(
         model, open_corpus(CorpusSpec(corpus)), CovarianceOptions(None, None, MAX_LENGTH)
     )
-    watched = watched_layers(range(model.decoder.n_layers))
+    watched = spread(range(model.decoder.n_layers), MOST_LAYERS)
     print(f"{estimated.tokens:,} tokens; rms of p at layers {watched}")
     for settled in estimated.settled:
         at = ", ".join(f"{value:.3f}" for value in settled.by_layer)
