@@ -174,15 +174,20 @@ SCALING = (
         "difference_distinct", _DIFFERENT, ".1f", f"Difference. {_PAIRS_LEFT_OUT}", interval=True
     ),
 )
-NOISE = (
-    LAYER,
-    Column("rms_difference", "rms", ".4f"),
-    Column("worst_difference", "worst", ".3f"),
-    Column("correlation", spec=".3f"),
-    Column("noise_share", "noise", ".1%"),
-    Column("top_overlap", "top K in both", ".0%"),
-    Column("above_noise", "pairs above it", ".1%"),
-)
+
+
+def noise_columns(k: int) -> list[Column]:
+    """The columns of P against P on other text, whose `k` largest pairs are compared."""
+    return [
+        LAYER,
+        Column("rms_difference", "rms", ".4f"),
+        Column("worst_difference", "worst", ".3f"),
+        Column("correlation", spec=".3f"),
+        Column("noise_share", "noise", ".1%"),
+        Column("top_overlap", f"top {k} in both", ".0%"),
+        Column("above_noise", "pairs above it", ".1%"),
+    ]
+
 
 _NULL = Column(
     "null_95_within_other_text",
@@ -283,6 +288,38 @@ FACTS_MOVED = (
     Column("j", "fact", "d"),
     *FACTS_OF_PAIR[1:],
 )
+
+
+def _moved_fact(row: Row) -> str:
+    return written(row["prompt"], row["subject"], row["target"])
+
+
+def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
+    """The columns of facts that a sequence of edits moves: `edited` facts, or original ones.
+
+    `by_norm`: the sequence is in the order norm already, to which others are compared.
+    """
+    return [
+        replace(LAYER, varying=True),
+        RANK,
+        Column("expected", spec=".3f"),
+        Column("worst", spec=".3f"),
+        Column("fact", spec="d"),
+        Column("subject", "moved", value=_moved_fact),
+        *([Column("edit", spec="d")] if edited else []),
+        Column("subject_i", "most by the edit of"),
+        Column("p_i", "p", spec=".2f"),
+        *(
+            [
+                Column("edit_norm", "edit, by norm", spec="d"),
+                Column("expected_norm", "expected", spec=".3f"),
+            ]
+            if edited and not by_norm
+            else []
+        ),
+    ]
+
+
 EDITS = (
     Column("edit", spec="d"),
     Column("subject"),

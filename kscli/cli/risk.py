@@ -13,7 +13,7 @@ import typer
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_line, print_rows
 from kscli.editing.editors import DEFAULT_EDITOR
-from kscli.tables import FACTS_MOVED, RISK_BY_LAYER, Column, Row, sentence, written
+from kscli.tables import FACTS_MOVED, RISK_BY_LAYER, sentence, sequence_columns
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -60,21 +60,26 @@ def risk(
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
-    """Say before any edit what it would damage: reads pmatrix.h5, loads no model.
+    """Predict the damage of edits, before any edit is made.
 
-    With --fact: the other facts by |p|, how far an edit moves their values per unit of |delta|, the
-    length of what it writes. With --sequence, or without --fact, what a sequence of edits does to
-    every fact: the expected shift is for independent deltas of length 1 (the root of the sum of
-    p²), the worst for aligned ones (the sum of |p|). An original fact is moved by all edits in
-    whatever order, an edited one by the later ones.
+    Reads pmatrix.h5 and loads no model. An edit adds delta to the value of the edited fact. It
+    moves the value of another fact by p times delta. So every number here is for a delta of
+    length 1.
 
-    P is that of the paper and of ROME. Another --method has a p of its own, which is computed from
+    With --fact: the other facts, in the order of |p|.
+
+    Without --fact, or with --sequence: what a sequence of edits does to every fact. "expected" is
+    the shift if the deltas are independent (the root of the sum of p²). "worst" is the shift if all
+    deltas point in one direction (the sum of |p|). All edits move a fact that is not edited. Only
+    later edits move a fact that is edited itself.
+
+    With --by-layer: which layer would do the least damage, by the rms of p. Read it with care. Some
+    layers need a longer delta than others. A late layer has few layers after it that can carry the
+    edit from the subject to the answer. The last layer has none, so an edit there works only if the
+    subject ends the prompt.
+
+    p is that of the paper and of ROME. With another --method, p of that editor is computed from
     cov.h5 and keys.h5.
-
-    With --by-layer, which layer would do the least, by the rms of p. That too is per unit of
-    |delta|: some layers need a longer one, and the later the layer, the less of the model is left
-    to carry what it writes from the subject to the answer. At the last layer nothing does, unless
-    the subject ends the prompt.
 
     Examples:
       kscli risk -m gpt2-small --layer 5 --fact "Patrick Rambaud"
@@ -205,39 +210,12 @@ def print_sequences(
     ):
         of_state = [row for row in rows if row["state"] == state]
         if of_state and (state == "original" or n > 1):
-            print_rows(of_state, sequence_columns(risks, state), output_format, title)
+            columns = sequence_columns(edited=state == "edited", by_norm=risks[0].order == "norm")
+            print_rows(of_state, columns, output_format, title)
     if output_format is Format.table and n > 1:
         for each in risks:
             print_line(saving(each, at_layer=len(risks) > 1))
     return largest_of(each.largest for each in risks)
-
-
-def sequence_columns(risks: Sequence[SequenceRisk], state: str) -> list[Column]:
-    """The columns of one state's rows; the layer only where it varies."""
-    edited = state == "edited"
-    return [
-        *([Column("layer", spec="d")] if len(risks) > 1 else []),
-        Column("rank", spec="d"),
-        Column("expected", spec=".3f"),
-        Column("worst", spec=".3f"),
-        Column("fact", spec="d"),
-        Column("subject", "moved", value=_moved_sentence),
-        *([Column("edit", spec="d")] if edited else []),
-        Column("subject_i", "most by the edit of"),
-        Column("p_i", "p", spec=".2f"),
-        *(
-            [
-                Column("edit_norm", "edit, by norm", spec="d"),
-                Column("expected_norm", "expected", spec=".3f"),
-            ]
-            if edited and risks[0].order != "norm"
-            else []
-        ),
-    ]
-
-
-def _moved_sentence(row: Row) -> str:
-    return written(row["prompt"], row["subject"], row["target"])
 
 
 def saving(risk: SequenceRisk, *, at_layer: bool) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_head, print_line, print_rows
-from kscli.tables import FIXED_POINTS, NOISE, PAIRS_ABOVE_NOISE, SCALING, STATISTICS, Row
+from kscli.tables import FIXED_POINTS, PAIRS_ABOVE_NOISE, SCALING, STATISTICS, Row, noise_columns
 
 if TYPE_CHECKING:
     from kscli.analysis.resampling import Resampling
@@ -224,9 +224,8 @@ def _print_noise(
     for warning in require_disjoint(file, other, layers):
         reporter.warn(warning)
     if above:
-        rows, columns = above_rows(file, other, layers), PAIRS_ABOVE_NOISE
-        title = "Pairs above the noise of the corpus"
+        rows, title = above_rows(file, other, layers), "Pairs above the noise of the corpus"
+        print_rows(rows, PAIRS_ABOVE_NOISE, output_format, title)
     else:
-        rows, columns = noise_rows(file, other, layers, k), NOISE
-        title = "P against P on disjoint text"
-    print_rows(rows, columns, output_format, title)
+        rows, title = noise_rows(file, other, layers, k), "P against P on disjoint text"
+        print_rows(rows, noise_columns(k), output_format, title)

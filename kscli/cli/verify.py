@@ -29,7 +29,7 @@ def verify(
     predictors: Annotated[
         bool,
         typer.Option(
-            "--predictors", help="What foretells the answers that edits break: p, or another?"
+            "--predictors", help="Compare p with other predictors of the answers that edits break."
         ),
     ] = False,
     repeats: options.Repeats = 1000,
@@ -38,21 +38,28 @@ def verify(
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
-    """Test the theory on the edits that were made: what was predicted against what came of it.
+    """Compare what was predicted of edits with what happened.
 
-    What became of the edits: the share whose new target's first token was the model's first choice
-    at once, and still is after the last edit; the share of the facts that the model knew, and that
-    were not edited, with the same answer; perplexity. Of the theory: the worst error of the
-    predicted shifts of values, by the largest one, in float64 and in the live model; the exponents
-    with which the mean shifts of original and of edited facts grow with the number of edits (1:
-    they accumulate linearly; a random walk is near 0.5, and what it would be with these very p is
-    beside it); and the rank correlation of an edit's number and the shift of its fact (below 0:
-    earlier edits are changed more).
+    Reads edits/*.h5 and loads no model. The columns, from left to right:
 
-    With --predictors: how the predicted damage orders the known facts, against other similarities
-    of the same facts, by Spearman's correlation with the fall of the true target's log-probability,
-    and by ROC-AUC for the answers that flipped (none below 10). 95 % intervals draw facts again, or
-    with --predictors edits (of a sequence: measured passes). Reads edits/*.h5; loads no model.
+    "at once": the share of edits right after which the first token of the new target was the
+    model's first choice. "at the end": the same share after the last edit. "known facts kept": of
+    the facts that the model knew and that were not edited, the share with the same answer as
+    before.
+
+    "error": the largest error of a predicted shift, divided by the largest predicted shift, in
+    float64. "live": the same in the live model. "exponent": the mean shift grows as (number of
+    edits) to this power. 1 is linear growth, and a random walk is near 0.5. "of a random walk" is
+    the exponent of a random walk with the same p. "edit number and shift" is a rank correlation.
+    Below 0, facts that were edited early have moved further.
+
+    With --predictors: how well p, and other similarities of facts, predict the damage to the facts
+    that the model knew. "Spearman" is the rank correlation with the fall of the true target's
+    log-probability. "AUC" is the area under the ROC curve for answers that flipped. It needs at
+    least 10 flips.
+
+    The 95 % intervals draw facts again. With --predictors they draw edits again, or the measured
+    passes of a sequence.
 
     Examples:
       kscli verify -m gpt2-small
@@ -110,7 +117,7 @@ def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) 
     if len(told_apart) < len({row["path"] for row in rows}):
         names.append(Column("path"))
     if predictors:
-        title = "What foretells the damage to known facts; 95 % intervals"
+        title = "What predicts the damage to known facts; 95 % intervals"
         print_rows(rows, [*names, *PREDICTORS], output_format, title)
         return
     title = "What became of the edits"

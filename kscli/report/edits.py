@@ -75,7 +75,7 @@ def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
         table(
             predictions,
             (_RUN, *PREDICTORS),
-            "What foretells the damage to known facts: Spearman's correlation with the fall of the "
+            "What predicts the damage to known facts: Spearman's correlation with the fall of the "
             "true target's log-probability, and ROC-AUC for answers that flipped",
         ),
     ]
