@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kscli.models.forward import pad_right
+
 MOST_PADDING = 0.03
 # What one batch may hold of padding: as much as keeps all batches together under MOST_PADDING.
 BATCH_PADDING = (1.0, 0.5, 0.2, 0.1, 0.05, MOST_PADDING)
@@ -152,8 +154,4 @@ def _cut(
 
 
 def _pad(sequences: Sequence[TokenSequence]) -> TokenBatch:
-    longest = max(len(sequence.token_ids) for sequence in sequences)
-    input_ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
-    return TokenBatch(input_ids, tuple(sequences))
+    return TokenBatch(pad_right([each.token_ids for each in sequences]), tuple(sequences))

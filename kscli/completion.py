@@ -8,8 +8,7 @@ logits (a scale, a soft cap). The continuation keeps the decoder's cache where i
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,12 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kscli.errors import FactsError, ModelError, NumericsError
+from kscli.models.forward import (
+    full_batches,
+    logits_of,
+    pad_right,
+    require_positions,
+    same_length_batches,
+)
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
-
-BATCH_ROWS = 64
-BATCH_TOKENS = 4096
-FEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -208,41 +210,6 @@ def _target_ids(
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
-def same_length_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indexes of sequences of one length, longest first."""
-    return _batches(sequences, few=0)
-
-
-def full_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indexes of sequences, longest first, of one length where these are many.
-
-    A pass over few tokens takes as long as reading the weights does; shorter sequences join it.
-    """
-    return _batches(sequences, few=FEW_TOKENS)
-
-
-def _batches(sequences: Sequence[Sequence[int]], few: int) -> Iterator[list[int]]:
-    """Indexes of sequences of one length, or of any as long as a batch has `few` tokens."""
-    lengths = [len(sequence) for sequence in sequences]
-    batch: list[int] = []
-    for row in sorted(range(len(sequences)), key=lambda index: -lengths[index]):
-        tokens = len(batch) * lengths[batch[0]] if batch else 0
-        joins = batch and (lengths[row] == lengths[batch[0]] or tokens < few)
-        full = batch and (len(batch) == BATCH_ROWS or tokens + lengths[batch[0]] > BATCH_TOKENS)
-        if batch and (full or not joins):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids (sequences, longest), padded with token 0."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences])
-
-
 def _greedy(model: LoadedModel, ids: Tensor, steps: int) -> Tensor:
     """The (batch, steps) tokens that greedily follow the (batch, length) ids."""
     length = ids.shape[1]
@@ -259,20 +226,13 @@ def _forward(
     model: LoadedModel, ids: Tensor, keep: int, cache: Any = None, keep_cache: bool = False
 ) -> tuple[Tensor, Any]:
     """The last `keep` tokens' logits, (batch, keep, vocabulary), and the cache if there is one."""
-    decoder = model.decoder
-    takes = inspect.signature(decoder.model.forward).parameters
-    options = {"logits_to_keep": keep, "use_cache": keep_cache}
-    options = {name: value for name, value in options.items() if name in takes}
-    if cache is not None:
-        options["past_key_values"] = cache
     try:
-        output = decoder.model(input_ids=ids, **options)
+        return logits_of(model.decoder, ids, keep, cache=cache, keep_cache=keep_cache)
     except Exception as error:
         raise ModelError(
             f"{model.identity.model_id} cannot run {ids.shape[0]} prompts of {ids.shape[1]} "
             f"tokens: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from error
-    return output.logits[:, -keep:], getattr(output, "past_key_values", None)
 
 
 class _Score(NamedTuple):
@@ -306,11 +266,7 @@ def _check(model: LoadedModel, sequences: Sequence[Sequence[int]], lengths: Sequ
                 f"the tokenizer gives token {max(sequence)}, but the model embeds only "
                 f"{model.decoder.vocabulary}; the tokenizer belongs to another model."
             )
-        if length > (model.positions or length):
-            raise FactsError(
-                f"{_opening(model, sequence)} and what follows it have {length:,} tokens; "
-                f"{identity.model_id} takes {model.positions:,}."
-            )
+        require_positions(model, _opening(model, sequence), length)
 
 
 def _check_finite(
@@ -319,10 +275,10 @@ def _check_finite(
     bad = np.flatnonzero(~np.isfinite(logprob))
     if len(bad):
         raise NumericsError(
-            f"after {_opening(model, clozes[bad[0]].prompt_ids)} the probabilities are NaN or "
-            "infinite; try another --dtype, or check the weights."
+            f"after the prompt {_opening(model, clozes[bad[0]].prompt_ids)!r}... the probabilities "
+            "are NaN or infinite; try another --dtype, or check the weights."
         )
 
 
 def _opening(model: LoadedModel, token_ids: Sequence[int]) -> str:
-    return f"the prompt {str(model.tokenizer.decode(list(token_ids[:32])))[:60]!r}..."
+    return str(model.tokenizer.decode(list(token_ids[:32])))[:60]

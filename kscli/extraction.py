@@ -12,11 +12,12 @@ from torch import Tensor
 
 from kscli.artifacts import KeysAbout, Recipe, write_artifact
 from kscli.batching import TokenSequence, make_batches
-from kscli.errors import FactsError, NumericsError
+from kscli.errors import NumericsError
 from kscli.facts import Fact, FactSet
 from kscli.layers import select_layers
+from kscli.models.forward import require_positions
 from kscli.models.loading import LoadedModel, ModelIdentity
-from kscli.positions import KeyToken, LocatedPrompt, locate_keys
+from kscli.positions import KeyToken, locate_keys
 from kscli.reporter import SILENT, Reporter
 
 BATCH_TOKENS = 4096
@@ -62,7 +63,8 @@ def extract_keys(
     decoder = model.decoder
     chosen = select_layers(layers, range(decoder.n_layers), model.identity.model_id)
     prompts = locate_keys(model.tokenizer, facts.facts, token)
-    _check_lengths(model, facts, prompts)
+    for fact, prompt in zip(facts.facts, prompts, strict=True):
+        require_positions(model, fact.text, len(prompt.token_ids))
     row_of = {layer: row for row, layer in enumerate(chosen)}
     keys = np.empty((len(chosen), len(prompts), decoder.d_m), dtype=np.float32)
     sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))
@@ -108,15 +110,6 @@ def write_keys(
         writer.layers(keys.layers)
         writer.facts(keys)
         writer.write("keys", keys.keys)
-
-
-def _check_lengths(model: LoadedModel, facts: FactSet, prompts: tuple[LocatedPrompt, ...]) -> None:
-    for fact, prompt in zip(facts.facts, prompts, strict=True):
-        if len(prompt.token_ids) > (model.positions or len(prompt.token_ids)):
-            raise FactsError(
-                f"the prompt {fact.text[:60]!r}... has {len(prompt.token_ids):,} tokens; "
-                f"{model.identity.model_id} takes {model.positions:,}."
-            )
 
 
 def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: FactSet) -> None:

@@ -15,7 +15,6 @@ from tokenizers import decoders, normalizers
 from tokenizers_kit import byte_level, sentencepiece_bpe, unigram
 from transformers import AutoModelForCausalLM
 
-from kscli import completion
 from kscli.completion import (
     Cloze,
     continue_greedily,
@@ -26,6 +25,7 @@ from kscli.completion import (
 )
 from kscli.errors import FactsError, ModelError, NumericsError
 from kscli.facts import read_facts
+from kscli.models import forward as forward_module
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.tiny import MODEL_DIR
 
@@ -147,7 +147,7 @@ def test_small_batches_and_a_model_without_a_cache_give_the_same(
         calls.append(input_ids.shape)
         return forward(input_ids=input_ids, use_cache=False)
 
-    monkeypatch.setattr(completion, "BATCH_ROWS", 3)
+    monkeypatch.setattr(forward_module, "BATCH_ROWS", 3)
     monkeypatch.setattr(tiny.decoder.model, "forward", plain)
     assert continue_greedily(tiny, prompts, LENGTHS) == expected
     again = score_targets(tiny, clozes)
@@ -225,11 +225,11 @@ def test_the_space_before_a_continuation_is_kept() -> None:
 
 def test_a_prompt_longer_than_the_positions(tiny: LoadedModel) -> None:
     clozes = tokenize_clozes(tiny.tokenizer, ["The capital of France is " + "of " * 254], ["Paris"])
-    with pytest.raises(FactsError, match=r"'The capital of France.* tokens; tiny takes 256\."):
+    with pytest.raises(FactsError, match=r"'The capital of France.* tokens, and tiny takes 256;"):
         score_targets(tiny, clozes)
     prompts = [cloze.prompt_ids[:250] for cloze in clozes]
     assert len(continue_greedily(tiny, prompts, [6])) == 1
-    with pytest.raises(FactsError, match="257 tokens; tiny takes 256"):
+    with pytest.raises(FactsError, match="257 tokens, and tiny takes 256"):
         continue_greedily(tiny, prompts, [7])
 
 

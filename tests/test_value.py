@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kscli.completion import score_targets, tokenize_clozes
 from kscli.editing.editors.closed_form import edit_directions
-from kscli.editing.live import decoder_layer, mlp_outputs
+from kscli.editing.live import mlp_outputs
 from kscli.editing.value import (
     DivergedError,
     ShiftLoss,
@@ -279,7 +279,7 @@ def test_layers_below_run_once(tiny: LoadedModel) -> None:
     # The clean model, again with the layers below replayed, and at each of six shifts.
     assert len(own) == 8
     assert found.steps == 5
-    assert "forward" not in decoder_layer(tiny, 0).__dict__
+    assert "forward" not in tiny.decoder.layer(0).__dict__
 
 
 def test_layers_that_hand_on_more_run_every_time(tiny: LoadedModel) -> None:
@@ -287,7 +287,7 @@ def test_layers_that_hand_on_more_run_every_time(tiny: LoadedModel) -> None:
     options = ValueOptions(steps=5, stop_at=0.0)
     plain = find_value(tiny, 1, LATE, "painter", options)
     handed: list[Tensor] = []
-    lower, upper = decoder_layer(tiny, 0), decoder_layer(tiny, 1)
+    lower, upper = tiny.decoder.layer(0), tiny.decoder.layer(1)
     handles = [
         lower.mlp.register_forward_hook(lambda _, __, output: handed.append(output)),
         upper.mlp.register_forward_hook(lambda _, __, output: output + 0 * handed.pop()),

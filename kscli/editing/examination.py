@@ -22,6 +22,7 @@ from kscli.completion import (
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
 from kscli.facts import Fact
+from kscli.models.forward import logits_of
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
 
@@ -114,9 +115,9 @@ class HeldOutText:
         total, count = 0.0, 0
         with torch.no_grad(), reporter.task("perplexity", len(self._sequences)) as task:
             for sequence in self._sequences:
-                ids = torch.tensor([sequence], device=self._model.decoder.device)
-                logits = self._model.decoder.model(input_ids=ids).logits[0, :-1]
-                targets = ids[0, 1:].to(logits.device)
+                logits = logits_of(self._model.decoder, torch.tensor([sequence]), len(sequence))[0]
+                logits = logits[0, :-1]
+                targets = torch.tensor(sequence[1:], device=logits.device)
                 for start in range(0, len(targets), LOGITS_AT_ONCE):
                     piece = slice(start, start + LOGITS_AT_ONCE)
                     of_tokens = logits[piece].float().log_softmax(-1)

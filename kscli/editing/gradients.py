@@ -11,18 +11,18 @@ output and k_t the key, and is never formed: <G_i, G_j> = sum_{t, t'} (g_t . g_t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli.completion import Cloze, full_batches, pad_right, tokenize_clozes
+from kscli.completion import Cloze, tokenize_clozes
 from kscli.facts import Fact
+from kscli.models.forward import full_batches, hooked, logits_of, pad_right
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
 
@@ -69,7 +69,7 @@ def fact_gradients(
     found: dict[int, FactGradient] = {}
     with reporter.task("gradients", len(facts), unit="facts") as task:
         for rows in full_batches(sequences):
-            ids = pad_right([sequences[row] for row in rows]).to(model.decoder.device)
+            ids = pad_right([sequences[row] for row in rows])
             keys, outputs = _factors(model, layer, ids, [clozes[row] for row in rows])
             for place, row in enumerate(rows):
                 own = slice(len(sequences[row]))
@@ -106,32 +106,15 @@ def _factors(
     # The first token whose logits any target asks for.
     first = min(len(cloze.prompt_ids) for cloze in clozes) - 1
     handle = model.decoder.projections[layer].module.register_forward_hook(hook)
-    try:
-        with torch.enable_grad():
-            logits = _logits(model, ids, ids.shape[1] - first)
-            loss = torch.stack(
-                [
-                    _surprise(of_row, first, cloze)
-                    for of_row, cloze in zip(logits, clozes, strict=True)
-                ]
-            ).sum()
-            keys, outputs = taken[0]
-            (gradients,) = torch.autograd.grad(loss, outputs)
-    finally:
-        handle.remove()
+    with hooked(handle), torch.enable_grad():
+        logits, _ = logits_of(model.decoder, ids, ids.shape[1] - first)
+        loss = torch.stack(
+            [_surprise(of_row, first, cloze) for of_row, cloze in zip(logits, clozes, strict=True)]
+        ).sum()
+        keys, outputs = taken[0]
+        (gradients,) = torch.autograd.grad(loss, outputs)
     shape = (*ids.shape, -1)
     return keys.reshape(shape), gradients.reshape(shape)
-
-
-def _logits(model: LoadedModel, ids: Tensor, keep: int) -> Tensor:
-    """The logits of the last `keep` tokens, (batch, keep, vocabulary)."""
-    network = model.decoder.model
-    takes = inspect.signature(network.forward).parameters
-    options = {"logits_to_keep": keep, "use_cache": False}
-    found = network(
-        input_ids=ids, **{name: value for name, value in options.items() if name in takes}
-    )
-    return cast(Tensor, found.logits[:, -keep:])
 
 
 def _surprise(logits: Tensor, first: int, cloze: Cloze) -> Tensor:

@@ -10,15 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kscli.completion import full_batches, pad_right
+from kscli.models.forward import LastWantedError, full_batches, hooked, pad_right
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt
 
 Side = Literal["input", "output"]
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass: nothing that follows is wanted."""
 
 
 def mlp_outputs(
@@ -50,13 +46,7 @@ def hidden_states(
     model: LoadedModel, layer: int, prompts: Sequence[LocatedPrompt]
 ) -> NDArray[np.float64]:
     """The residual stream as a layer leaves it, at each key's token: (m, d)."""
-    return _at_keys(model, decoder_layer(model, layer), "output", prompts)
-
-
-def decoder_layer(model: LoadedModel, layer: int) -> nn.Module:
-    """The module of a whole decoder layer."""
-    layers, _, _ = model.decoder.hook.partition(".{}")
-    return model.decoder.model.get_submodule(f"{layers}.{layer}")
+    return _at_keys(model, model.decoder.layer(layer), "output", prompts)
 
 
 def _at_keys(
@@ -79,14 +69,8 @@ def _values(model: nn.Module, module: nn.Module, side: Side, input_ids: Tensor) 
     def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         value = inputs if side == "input" else output
         taken.append(value[0] if isinstance(value, tuple) else value)
-        raise _ReachedError
+        raise LastWantedError
 
-    handle = module.register_forward_hook(take)
-    try:
-        with torch.no_grad():
-            model(input_ids=input_ids)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
+    with hooked(module.register_forward_hook(take)), torch.no_grad():
+        model(input_ids=input_ids)
     return taken[0].reshape(*input_ids.shape, -1)

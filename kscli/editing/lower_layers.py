@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kscli.editing.live import decoder_layer
+from kscli.models.forward import hooked
 from kscli.models.loading import LoadedModel
 
 
@@ -21,22 +21,19 @@ class LowerLayers:
     """
 
     def __init__(self, model: LoadedModel, layer: int) -> None:
-        self._modules = [decoder_layer(model, number) for number in range(layer)]
+        self._modules = [model.decoder.layer(number) for number in range(layer)]
         self._outputs: list[Any] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep what the layers give in the pass that the block makes."""
         self._outputs.clear()
-        handles = [
+        keep = [
             module.register_forward_hook(lambda _, __, output: self._outputs.append(output))
             for module in self._modules
         ]
-        try:
+        with hooked(*keep):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ the paper, and this module, after "{subject} is a".
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,11 +30,11 @@ from torch import Tensor, nn
 
 from kscli.completion import Cloze, tokenize_clozes
 from kscli.editing.editors import Site
-from kscli.editing.live import decoder_layer
 from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError
 from kscli.facts import SLOT, UNUSABLE, Fact
 from kscli.models.decoder import is_out_of_memory
+from kscli.models.forward import hooked, logits_of, pad_right, require_positions
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 
@@ -165,7 +164,7 @@ def generated_prefixes(
     ids = torch.tensor([_beginning(tokenizer, number) for number in range(count)])
     with torch.no_grad():
         for _ in range(length - 1):
-            logits = _logits(model, ids, keep=1)[:, -1].float().cpu()
+            logits = logits_of(model.decoder, ids, keep=1)[0][:, -1].float().cpu()
             logits[:, special] = -torch.inf
             likeliest, tokens = logits.topk(min(LIKELIEST, logits.shape[-1]))
             drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
@@ -191,7 +190,7 @@ class ShiftLoss:
     ) -> None:
         self._model, self._options = model, options
         projection = model.decoder.projections[layer].module
-        self._module = projection if site == "mlp" else decoder_layer(model, layer)
+        self._module = projection if site == "mlp" else model.decoder.layer(layer)
         self._batch = _batch(model, fact, target_new, options.prefixes)
         lower = LowerLayers(model, layer)
         self._below: Callable[[], AbstractContextManager[None]] = lower.recorded
@@ -227,7 +226,8 @@ class ShiftLoss:
         """What the model says with a shift, and the site's output without it in the bare prompt."""
         batch = self._batch
         with self._below(), _shifted(self._module, batch, shift) as outputs:
-            logits = _logits(self._model, batch.input_ids, keep=int(-batch.place.min()))
+            keep = int(-batch.place.min())
+            logits, _ = logits_of(self._model.decoder, batch.input_ids, keep)
         device = outputs[0].device
         asked = logits[batch.row, batch.place].float().log_softmax(-1).to(device)
         targets = asked[:-1].gather(1, batch.token.to(device)[:, None])[:, 0]
@@ -270,10 +270,7 @@ def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[s
     rows = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes] + [essence.prompt_ids]
     for text, of_row, cloze in zip(texts, located, (*clozes, essence), strict=True):
         _check_row(model, text, of_row, cloze)
-    length = max(map(len, rows))
-    input_ids = torch.zeros((len(rows), length), dtype=torch.int64)
-    for index, token_ids in enumerate(rows):
-        input_ids[index, : len(token_ids)] = torch.tensor(token_ids)
+    input_ids = pad_right(rows)
     asked = [
         (row, len(cloze.prompt_ids) - 1 + index, token, 1 / len(cloze.target_ids) / len(clozes))
         for row, cloze in enumerate(clozes)
@@ -284,7 +281,7 @@ def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[s
         input_ids=input_ids,
         subject=torch.tensor([prompt.position for prompt in located]),
         row=torch.tensor([*row, len(rows) - 1]),
-        place=torch.tensor([*place, len(essence.prompt_ids) - 1]) - length,
+        place=torch.tensor([*place, len(essence.prompt_ids) - 1]) - input_ids.shape[1],
         token=torch.tensor(tokens),
         weight=torch.tensor(weights),
         bare=len(clozes[0].target_ids),
@@ -298,12 +295,7 @@ def _check_row(model: LoadedModel, text: str, located: LocatedPrompt, cloze: Clo
             f"In {text!r} the subject's last token is white space, which no answer follows; strip "
             "the subject."
         )
-    length = len(cloze.prompt_ids) + len(cloze.target_ids) - 1
-    if length > (model.positions or length):
-        raise FactsError(
-            f"{text[:60]!r}... and what follows it have {length:,} tokens; "
-            f"{model.identity.model_id} takes {model.positions:,}."
-        )
+    require_positions(model, text, len(cloze.prompt_ids) + len(cloze.target_ids) - 1)
 
 
 @contextmanager
@@ -327,22 +319,8 @@ def _shifted(module: nn.Module, batch: _Batch, shift: Tensor | None) -> Iterator
         changed = flat.index_add(0, tokens.to(flat.device), rows).reshape(own.shape)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with hooked(module.register_forward_hook(hook)):
         yield found
-    finally:
-        handle.remove()
-
-
-def _logits(model: LoadedModel, input_ids: Tensor, keep: int) -> Tensor:
-    """The model's own logits, (batch, at least the last `keep` tokens, vocabulary)."""
-    network = model.decoder.model
-    takes = inspect.signature(network.forward).parameters
-    options = {"logits_to_keep": keep, "use_cache": False}
-    options = {name: value for name, value in options.items() if name in takes}
-    output = network(input_ids=input_ids.to(model.decoder.device), **options)
-    logits: Tensor = output.logits
-    return logits
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kscli.errors import ModelError
+from kscli.models.forward import LastWantedError, hooked
 
 OnKeys = Callable[[int, Tensor], None]
 
@@ -31,10 +32,6 @@ class DownProjection:
     name: str
     module: nn.Module
     d_m: int
-
-
-class _LastLayerReachedError(Exception):
-    """Ends a forward pass when nothing that follows is wanted."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -79,6 +76,10 @@ class Decoder:
         weight = next(self.projections[layer].module.parameters(), None)
         return str(self.device if weight is None else weight.device)
 
+    def layer(self, number: int) -> nn.Module:
+        """The module of a whole decoder layer."""
+        return self.model.get_submodule(f"{self.hook.partition('.{}')[0]}.{number}")
+
     def run(self, input_ids: Tensor, layers: Sequence[int], on_keys: OnKeys) -> None:
         """Run (batch, length) token ids up to the last of `layers`.
 
@@ -106,7 +107,7 @@ class Decoder:
                     raised.append(error)
                     raise
                 if layer == last:
-                    raise _LastLayerReachedError
+                    raise LastWantedError
 
             return hook
 
@@ -115,10 +116,8 @@ class Decoder:
             for layer in layers
         ]
         try:
-            with torch.inference_mode():
+            with hooked(*handles), torch.inference_mode():
                 self.model(input_ids=input_ids.to(self.device), **self._options)
-        except _LastLayerReachedError:
-            pass
         except Exception as error:
             if raised or isinstance(error, ModelError) or is_out_of_memory(error):
                 raise
@@ -127,8 +126,6 @@ class Decoder:
                 f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
             ) from error
         finally:
-            for handle in handles:
-                handle.remove()
             # An error holds its frames and these all activations, for as long as it is held.
             raised.clear()
         if sorted(seen) != sorted(layers):
