@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kscli.errors import CorpusError
-from kscli.hub_datasets import HubSource, open_dataset, parse_source
+from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
     Located,
     RecordFile,

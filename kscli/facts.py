@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kscli.errors import FactsError, UsageError
 from kscli.files import replace_file, require_writable
-from kscli.hub_datasets import HubSource, open_dataset, parse_source
+from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
     FORMATS,
     Located,

@@ -175,7 +175,7 @@ def test_a_hub_that_never_answers_is_given_up(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     never = threading.Event()
-    monkeypatch.setattr("kscli.hub.DEADLINE", 0.05)
+    monkeypatch.setattr("kscli.hub.asking.DEADLINE", 0.05)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: never.wait(60))
     corpus = open_corpus(CorpusSpec("wikipedia"))
     never.set()

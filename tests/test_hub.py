@@ -10,16 +10,16 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
-from kscli import hub
 from kscli.errors import FactsError
-from kscli.hub import Wanted, ask, explain, explained, is_out_of_reach, silenced
+from kscli.hub import asking
+from kscli.hub.asking import Wanted, ask, explain, explained, is_out_of_reach, silenced
 
 WANTED = Wanted("data set", "o/n", "v1", FactsError, ", so wait.", ", so unset it.", " Or m/n?")
 
 
 @pytest.fixture(autouse=True)
 def nothing_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_waited", 0.0)
+    monkeypatch.setattr(asking, "_waited", 0.0)
 
 
 def http_error(kind: type[Exception], status: int) -> Exception:
@@ -38,7 +38,7 @@ def failing(error: Exception) -> Callable[[float], None]:
 
 
 def test_the_answer_or_the_error_is_passed_on() -> None:
-    assert ask(lambda timeout: timeout) == hub.REQUEST_TIMEOUT
+    assert ask(lambda timeout: timeout) == asking.REQUEST_TIMEOUT
     for error in (KeyError("x"), ConnectionError("no route")):
         with pytest.raises(type(error)) as caught:
             ask(failing(error))
@@ -47,8 +47,8 @@ def test_the_answer_or_the_error_is_passed_on() -> None:
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    assert hub.REQUEST_TIMEOUT < hub.DEADLINE < 10
-    monkeypatch.setattr(hub, "DEADLINE", 0.05)
+    assert asking.REQUEST_TIMEOUT < asking.DEADLINE < 10
+    monkeypatch.setattr(asking, "DEADLINE", 0.05)
     with pytest.raises(TimeoutError, match=r"no answer in 0\.05 seconds"):
         ask(lambda _: released.wait(60))
     released.set()
@@ -58,13 +58,13 @@ def test_two_that_never_answer_take_hardly_longer_than_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(hub, "DEADLINE", 0.08)
+    monkeypatch.setattr(asking, "DEADLINE", 0.08)
     for patience in (r"0\.08", r"0\.01", r"0\.01"):
         with pytest.raises(TimeoutError, match=f"no answer in {patience} seconds"):
             ask(lambda _: released.wait(60))
-    monkeypatch.setattr(hub, "DEADLINE", 6.0)
+    monkeypatch.setattr(asking, "DEADLINE", 6.0)
     assert ask(lambda _: "an answer") == "an answer"
-    monkeypatch.setattr(hub, "DEADLINE", 0.08)
+    monkeypatch.setattr(asking, "DEADLINE", 0.08)
     with pytest.raises(TimeoutError, match=r"no answer in 0\.08 seconds"):
         ask(lambda _: released.wait(60))
     released.set()
@@ -74,7 +74,7 @@ def test_two_that_never_answer_take_hardly_longer_than_one(
     ("error", "out_of_reach"),
     [
         (ConnectionError("no route"), True),
-        (hub.HTTPError("no route"), True),
+        (asking.HTTPError("no route"), True),
         (hub_errors.OfflineModeIsEnabled("offline"), True),
         (http_error(hub_errors.HfHubHTTPError, 503), True),
         (http_error(hub_errors.HfHubHTTPError, 429), True),

@@ -12,8 +12,8 @@ import pytest
 from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
 
 from kscli.errors import CorpusError, UsageError
-from kscli.hub import HTTPError, Wanted
-from kscli.hub_datasets import HubDataset, HubSource, parse_source
+from kscli.hub.asking import HTTPError, Wanted
+from kscli.hub.datasets import HubDataset, HubSource, parse_source
 
 WANTED = Wanted("data set", "o/n", "main", CorpusError, ", so wait.", ", so unset it.")
 

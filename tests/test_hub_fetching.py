@@ -24,10 +24,10 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import api
 
 from kscli.errors import ModelError
-from kscli.hub import REQUEST_TIMEOUT, HTTPError
-from kscli.models import hub
+from kscli.hub import models as hub
+from kscli.hub.asking import REQUEST_TIMEOUT, HTTPError
+from kscli.hub.models import FetchedModel, fetch_model
 from kscli.models.aliases import find_alias
-from kscli.models.hub import FetchedModel, fetch_model
 from kscli.reporter import SILENT, Reporter, Task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

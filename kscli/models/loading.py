@@ -22,6 +22,7 @@ from kscli.models.fingerprint import (
     is_tokenizer_file,
     read_safetensors_header,
 )
+from kscli.models.weights import weight_files
 from kscli.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> LocatedModel:
-    from kscli.models.hub import fetch_model
+    from kscli.hub.models import fetch_model
 
     alias = find_alias(options.model)
     hub_id = alias.hub_id if alias and alias.hub_id else options.model
@@ -260,12 +261,16 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
         raise ModelError(f"{folder} is not a folder with a model.")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json; it is not a Hugging Face model folder.")
-    weights = _weight_files(folder, options.allow_pickle)
+    files = [path.name for path in folder.iterdir() if path.is_file()]
+    names = weight_files(
+        files, lambda name: (folder / name).read_text("utf-8"), str(folder), options.allow_pickle
+    )
+    weights = [folder / name for name in names if not name.endswith(".json")]
     code = sorted(folder.glob("*.py")) if options.trust_remote_code else []
     for path in weights:
         if path.suffix == ".safetensors":
             read_safetensors_header(path)
-    tokenizer = [p for p in folder.iterdir() if p.is_file() and is_tokenizer_file(p.name)]
+    tokenizer = [folder / name for name in files if is_tokenizer_file(name)]
     identity = ModelIdentity(
         slug=name,
         model_id=model_id,
@@ -274,21 +279,6 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
         tokenizer=fingerprint_files(tokenizer),
     )
     return LocatedModel(folder, None, identity)
-
-
-def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    safe = sorted(folder.glob("model*.safetensors"))
-    if safe:
-        return safe
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
-    if pickled and allow_pickle:
-        return pickled
-    if pickled:
-        raise ModelError(
-            f"{folder} has only pickled weights ({pickled[0].name}), and reading them can run "
-            "code; add --allow-pickle if you trust them."
-        )
-    raise ModelError(f"{folder} has no weights (model.safetensors or its shards).")
 
 
 def load_config(located: LocatedModel, options: ModelOptions) -> Any:

@@ -6,7 +6,6 @@ Hub's own cache; everything is then loaded from there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,14 @@ from huggingface_hub import (
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
-from kscli import hub
 from kscli.errors import ModelError
+from kscli.hub import asking
 from kscli.models.aliases import ALIASES, close_aliases
 from kscli.models.fingerprint import is_tokenizer_file
+from kscli.models.weights import weight_files
 from kscli.reporter import SILENT, Reporter, Task
 
 CONFIG = "config.json"
-SAFE_WEIGHTS = "model.safetensors"
-PICKLED_WEIGHTS = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def fetch_model(
     what is needed, and when the disk is full.
     """
     request = _Request(hub_id, revision, allow_pickle, trust_remote_code)
-    with hub.silenced(), hub.explained(_wanted(request)):
+    with asking.silenced(), asking.explained(_wanted(request)):
         return _fetch(request, reporter)
 
 
@@ -79,16 +77,18 @@ def _fetch(request: _Request, reporter: Reporter) -> FetchedModel:
         return cached
     try:
         # The commit, and the files with their sizes.
-        info = hub.ask(
+        info = asking.ask(
             lambda timeout: model_info(
                 request.hub_id, revision=request.revision, timeout=timeout, files_metadata=True
             )
         )
-    except hub.CLIENT_ERRORS as error:
-        cached = _cached_model(request, listed_only=False) if hub.is_out_of_reach(error) else None
+    except asking.CLIENT_ERRORS as error:
+        cached = (
+            _cached_model(request, listed_only=False) if asking.is_out_of_reach(error) else None
+        )
         if cached is None:
             raise
-        if not hub.is_offline(error):
+        if not asking.is_offline(error):
             reporter.note(f"The Hub is out of reach; {request.hub_id} comes from the local cache.")
         return cached
     if cached is not None and cached.commit == info.sha:
@@ -135,41 +135,8 @@ def _needed_files(
         CONFIG,
         *sorted(name for name in names if is_tokenizer_file(name)),
         *sorted(name for name in names if request.trust_remote_code and name.endswith(".py")),
-        *_weight_files(request, names, read),
+        *weight_files(names, read, f"{request.hub_id} at {request.revision}", request.allow_pickle),
     ]
-
-
-def _weight_files(
-    request: _Request, names: Collection[str], read: Callable[[str], str]
-) -> list[str]:
-    kinds = (SAFE_WEIGHTS, PICKLED_WEIGHTS) if request.allow_pickle else (SAFE_WEIGHTS,)
-    for kind in kinds:
-        if kind in names:
-            return [kind]
-        index = f"{kind}.index.json"
-        if index in names:
-            shards = _shards(request, index, read(index))
-            absent = [shard for shard in shards if shard not in names]
-            if absent:
-                raise ModelError(f"{request.hub_id} lacks {absent[0]}, which its {index} names.")
-            return [index, *shards]
-    if {PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json"} & set(names):
-        raise ModelError(
-            f"{request.hub_id} has only pickled weights at {request.revision}, and reading them "
-            "can run code. Add --allow-pickle if you trust them, or name a --revision that has "
-            "safetensors."
-        )
-    raise ModelError(
-        f"{request.hub_id} has no weights that transformers reads at {request.revision} "
-        f"({SAFE_WEIGHTS} or its shards)."
-    )
-
-
-def _shards(request: _Request, index: str, text: str) -> list[str]:
-    try:
-        return sorted(set(json.loads(text)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} of {request.hub_id} is damaged.") from error
 
 
 def _cached_model(request: _Request, *, listed_only: bool) -> FetchedModel | None:
@@ -237,11 +204,11 @@ def _bar_class(task: Task) -> type[tqdm]:
     return Bar
 
 
-def _wanted(request: _Request) -> hub.Wanted:
+def _wanted(request: _Request) -> asking.Wanted:
     hub_id = request.hub_id
     known = any(alias.hub_id == hub_id for alias in ALIASES)
     close = [] if known else close_aliases(hub_id)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     # A name with an owner is none of a mistyped alias; only the Hub can say that it is wrong.
     absent = f", and {hub_id} is not complete in the local cache.{'' if '/' in hub_id else hint}"
-    return hub.Wanted("model", hub_id, request.revision, ModelError, absent, absent, hint)
+    return asking.Wanted("model", hub_id, request.revision, ModelError, absent, absent, hint)

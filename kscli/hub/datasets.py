@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from kscli.errors import KscliError
 
 if TYPE_CHECKING:
-    from kscli.hub import Wanted
+    from kscli.hub.asking import Wanted
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class HubDataset:
         return self._stream()
 
     def _stream(self) -> Iterator[tuple[str, int, object]]:
-        from kscli import hub
+        from kscli.hub import asking
 
-        hub.silence_datasets()
+        asking.silence_datasets()
         _bound_retries()
         # No base class unites what `datasets` lets through of its file systems and formats.
-        with hub.explained(self.wanted, (Exception,)):
+        with asking.explained(self.wanted, (Exception,)):
             for split in self.source.splits:
                 for number, record in enumerate(self.source.load(split), 1):
                     yield split, number, record
@@ -94,10 +94,10 @@ def open_dataset(source: HubSource, error: type[KscliError], instead: str) -> Hu
     """
     from huggingface_hub import HfApi
 
-    from kscli import hub
+    from kscli.hub import asking
 
     repository, revision = source.repository, source.revision
-    wanted = hub.Wanted(
+    wanted = asking.Wanted(
         "data set",
         repository,
         revision or "main",
@@ -107,16 +107,16 @@ def open_dataset(source: HubSource, error: type[KscliError], instead: str) -> Hu
         offline=f", and {repository} is not in the cache. Unset HF_HUB_OFFLINE, or {instead}.",
     )
     try:
-        with hub.silenced():
-            info = hub.ask(
+        with asking.silenced():
+            info = asking.ask(
                 lambda timeout: HfApi().dataset_info(repository, revision=revision, timeout=timeout)
             )
         return HubDataset(source, info.sha, None, wanted)
-    except hub.CLIENT_ERRORS as refusal:
-        explanation = hub.explain(refusal, wanted)
-        if not hub.is_out_of_reach(refusal):
+    except asking.CLIENT_ERRORS as refusal:
+        explanation = asking.explain(refusal, wanted)
+        if not asking.is_out_of_reach(refusal):
             raise explanation from refusal
-        unreachable = None if hub.is_offline(refusal) else explanation
+        unreachable = None if asking.is_offline(refusal) else explanation
         return HubDataset(source, revision or _cached_commit(repository), unreachable, wanted)
 
 
