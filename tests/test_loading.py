@@ -74,9 +74,7 @@ def test_no_such_folder_or_file(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        ModelError, match=r"my-model has no weights .* \(model"
-    ):
+    with pytest.raises(ModelError, match=r"my-model has no weights .* \(model"):
         load_model(ModelOptions(str(folder)))
 
 
