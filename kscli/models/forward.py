@@ -54,7 +54,8 @@ def logits_of(
     options = {"logits_to_keep": keep, "use_cache": keep_cache}
     options = {name: value for name, value in options.items() if name in takes}
     if cache is not None:
-        options["past_key_values"] = cache
+        # Its name since transformers 5.24, and before.
+        options["cache" if "cache" in takes else "past_key_values"] = cache
     output = decoder.model(input_ids=input_ids.to(decoder.device), **options)
     return output.logits[:, -keep:], getattr(output, "past_key_values", None)
 
