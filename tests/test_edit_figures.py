@@ -158,7 +158,7 @@ def test_interference_has_a_panel_a_run_on_one_scale(opened: Any) -> None:
 def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
     runs = opened(Run(25, 60, layer=15), Run(25, 60, layer=25, perplexity=False))
     fig = KINDS["forgetting"].draw(runs)
-    retained, kept, perplexity, below = fig.axes
+    retained, kept, perplexity = fig.axes
     for at, run in enumerate(runs):
         step = run.values("step")
         assert step.tolist() == [0, 1, 10, 20, 25]
@@ -177,7 +177,7 @@ def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
             perplexity.lines[at].get_ydata(), run.values("perplexity"), equal_nan=True
         )
     assert len({line.get_color() for line in retained.lines}) == 2
-    entries = [text.get_text() for text in below.get_legend().get_texts()]
+    entries = [text.get_text() for text in perplexity.get_legend().get_texts()]
     ends = [line.get_ydata()[-1] for line in (retained.lines[0], kept.lines[0])]
     assert entries[0] == f"layer 15: {100 * ends[0]:.0f} % / {100 * ends[1]:.0f} %"
 
@@ -186,7 +186,7 @@ def test_forgetting_without_held_out_text_or_known_facts(opened: Any) -> None:
     run = Run(3, 5, perplexity=False)
     run.log.known[:] = False
     fig = KINDS["forgetting"].draw(opened(run))
-    assert len(fig.axes) == 3
+    assert len(fig.axes) == 2
     assert np.isnan(np.asarray(fig.axes[1].lines[0].get_ydata())).all()
     assert "% / -" in texts(fig)
     assert_on_the_page(fig)

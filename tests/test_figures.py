@@ -45,14 +45,15 @@ from kscli.figures.saving import (
     save_pages,
 )
 from kscli.figures.style import (
-    Caption,
-    Legend,
+    axes_over_lists,
     fitted,
     house_style,
-    legend_below,
+    list_below,
+    make_room,
     names,
     shades,
     text_width,
+    write_below,
 )
 from kscli.models.families import family, parameters
 from kscli.numbers import number
@@ -425,7 +426,7 @@ def test_kde_draws_each_layers_density_and_says_its_kurtosis() -> None:
     matrices = [heavy_tailed(32, seed) for seed in range(3)]
     fig = KINDS["kde"].draw([of(*matrices)])
     lines = fig.axes[0].lines[1:]  # the first marks zero
-    labels = [text.get_text() for text in fig.axes[1].get_legend().get_texts()]  # type: ignore[union-attr]
+    labels = [text.get_text() for text in fig.axes[0].get_legend().get_texts()]  # type: ignore[union-attr]
     for layer, (P, line, label) in enumerate(zip(matrices, lines, labels, strict=True)):
         entries = off_diagonal(P)
         density = kernel_density(entries)
@@ -545,8 +546,8 @@ def test_kurtosis_of_more_lines_than_have_room_for_intervals_says_so() -> None:
 
 def test_kurtosis_legend_names_the_models_where_there_are_several() -> None:
     fig = KINDS["kurtosis"].draw([source("a"), source("b")])
-    assert [text.get_text() for text in fig.axes[1].get_legend().get_texts()] == ["a", "b"]  # type: ignore[union-attr]
-    assert KINDS["kurtosis"].draw([source("a")]).axes[1].get_legend() is None
+    assert [text.get_text() for text in fig.axes[0].get_legend().get_texts()] == ["a", "b"]  # type: ignore[union-attr]
+    assert KINDS["kurtosis"].draw([source("a")]).axes[0].get_legend() is None
 
 
 def test_kurtosis_undefined_is_a_gap_that_is_named() -> None:
@@ -588,16 +589,14 @@ def test_angles_are_the_arccos_of_every_pair_once() -> None:
 def test_angles_of_both_spaces_are_side_by_side_on_one_scale() -> None:
     one = source(layers=2, m=32)
     fig = KINDS["angles"].draw([Source(one.matrices, (1,))])
-    assert [ax.get_title() for ax in fig.axes[:2]] == ["whitening space", "activation space"]
-    for ax, legend, name in zip(
-        fig.axes[:2], fig.axes[2:], ("whitened_cosine", "cosine"), strict=True
-    ):
+    assert [ax.get_title() for ax in fig.axes] == ["whitening space", "activation space"]
+    for ax, name in zip(fig.axes, ("whitened_cosine", "cosine"), strict=True):
         values = angles(one.matrices.matrix(name, 1))  # type: ignore[arg-type]
         density = kernel_density(values, bounds=(0, 180))
         x, y = np.asarray(ax.lines[1].get_xdata()), np.asarray(ax.lines[1].get_ydata())
         np.testing.assert_array_equal(y, density.y[np.isin(density.x, x)])
         at = density.x[np.argmax(density.y)]
-        [label] = legend.get_legend().get_texts()  # type: ignore[union-attr]
+        [label] = ax.get_legend().get_texts()  # type: ignore[union-attr]
         assert label.get_text() == f"{at:.1f}°"
     assert fig.axes[0].get_xlim() == fig.axes[1].get_xlim()
     assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
@@ -845,7 +844,7 @@ def test_kde_marked_has_a_line_of_all_pairs_and_one_of_pairs_at_different_tokens
         assert x[0] < entries.min()
         assert x[-1] > entries.max()
         assert np.trapezoid(y, x) == pytest.approx(share, abs=2e-3)
-    [label] = fig.axes[1].get_legend().get_texts()  # type: ignore[union-attr]
+    [label] = fig.axes[0].get_legend().get_texts()  # type: ignore[union-attr]
     both = (scipy.stats.kurtosis(entries), scipy.stats.kurtosis(distinct))
     assert label.get_text() == " / ".join(number(float(value), 1) for value in both)
 
@@ -906,34 +905,43 @@ def test_a_name_that_is_too_wide_loses_its_middle() -> None:
     assert fitted(["gpt2", "layer 0"], 1.5, 7) == "gpt2, layer 0"
 
 
-def test_a_legend_is_read_row_by_row_in_even_rows() -> None:
-    four = Legend(tuple(f"layer {at}" for at in range(4)))
-    assert [four.columns(width) for width in (9.0, 2.5, 2.0, 0.1)] == [4, 2, 2, 1]
-    assert four.by_column(9.0) == four.by_column(0.1) == [0, 1, 2, 3]
-    assert four.by_column(2.5) == [0, 2, 1, 3]
-    five = Legend(tuple(f"layer {at}" for at in range(5)))
-    assert five.by_column(2.5) == [0, 3, 1, 4, 2]
+@pytest.mark.parametrize(("width", "in_a_row"), [(9.0, 5), (2.4, 3), (1.5, 1)])
+def test_a_legend_is_read_row_by_row_in_even_rows(width: float, in_a_row: int) -> None:
+    labels = [f"layer {at}" for at in range(5)]
     with house_style():
-        ax = Figure().subplots()
-        handles = [ax.plot([], [], label=str(at))[0] for at in range(5)]
-        legend_below(ax, handles, five, 2.5)
-        legend = ax.get_legend()
-        ax.figure.draw_without_rendering()  # type: ignore[union-attr]
-        assert legend is not None
-        places = {
-            text.get_text(): text.get_window_extent().get_points()[0].round()
-            for text in legend.get_texts()
-        }
-    read = sorted(places, key=lambda text: (-places[text][1], places[text][0]))
-    assert read == list(five.labels)
+        fig = axes_over_lists(width, 1.0, 1, 1)
+        ax = fig.axes[0]
+        ax.set(title="P", xlabel="facts", ylabel="p")
+        before = fig.get_figheight()
+        make_room(fig, [list_below(ax, [ax.plot([], [])[0] for _ in labels], labels)], 1)
+        fig.draw_without_rendering()
+        texts = ax.get_legend().get_texts()  # type: ignore[union-attr]
+        places = {text.get_text(): text.get_window_extent().get_points()[0] for text in texts}
+        edge = ax.xaxis.label.get_window_extent().y0
+        assert max(text.get_window_extent().y1 for text in texts) < edge
+        assert ax.get_window_extent().height / fig.dpi > 1.0
+    assert fig.get_figheight() > before
+    rows = {round(y) for _, y in places.values()}
+    assert len(rows) == -(-5 // in_a_row)
+    read = sorted(places, key=lambda text: (-round(places[text][1]), places[text][0]))
+    assert read == labels
 
 
-def test_a_caption_is_wrapped_to_its_axes() -> None:
+def test_a_sentence_is_wrapped_to_its_axes_and_stands_below_their_labels() -> None:
     words = "Whether this has converged cannot be told: there is nothing to compare it with."
-    lines = Caption(words).lines(2.5)
-    assert len(lines) > 1
-    assert " ".join(lines) == words
-    assert all(text_width(line, 6) <= 1.9 for line in lines)
+    with house_style():
+        fig = axes_over_lists(2.5, 1.0, 1, 1)
+        ax = fig.axes[0]
+        ax.set_xlabel("facts")
+        make_room(fig, [write_below(ax, words)], 1)
+        fig.draw_without_rendering()
+        [written] = ax.texts
+        extent = written.get_window_extent()
+        assert extent.y1 < ax.xaxis.label.get_window_extent().y0
+        assert extent.x1 < 2.5 * fig.dpi
+        assert extent.y0 > 0
+    assert written.get_text().replace("\n", " ") == words
+    assert "\n" in written.get_text()
 
 
 @pytest.mark.parametrize(

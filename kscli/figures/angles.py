@@ -25,12 +25,12 @@ from kscli.figures.style import (
     LINE_STYLES,
     PAGE,
     SMALL,
-    Legend,
-    axes_with_legends,
+    axes_over_lists,
     fitted,
     layer_colours,
-    legend_below,
     line_style,
+    list_below,
+    make_room,
     names,
     open_axes,
     title,
@@ -66,24 +66,14 @@ def draw(sources: Sequence[Source]) -> Figure:
         )
     lines = [_line(source, layer) for source in sources for layer in source.layers]
     named = names([line.names for line in lines])
-    width = PAGE / 2
-    legends = [
-        Legend(
-            tuple(
-                _label(line.curves[at], own, width)
-                for line, own in zip(lines, named.own, strict=True)
-            ),
-            head="most frequent angle",
-        )
-        for at in range(len(_SPACES))
-    ]
-    fig, places = axes_with_legends(PAGE, _AXES_HEIGHT, len(_SPACES), legends)
+    fig = axes_over_lists(PAGE, _AXES_HEIGHT, len(_SPACES), len(_SPACES))
     window = _window([curve for line in lines for curve in line.curves])
     if len(sources) == 1:
         styles = [{"color": colour} for colour in layer_colours(len(lines))]
     else:
         styles = [line_style(at) for at in range(len(lines))]
-    for at, ((ax, place), legend) in enumerate(zip(places, legends, strict=True)):
+    heights = []
+    for at, ax in enumerate(fig.axes):
         curves = [line.curves[at] for line in lines]
         ax.axvline(90, color=GREY, linewidth=0.5, zorder=1)
         handles = [
@@ -97,9 +87,11 @@ def draw(sources: Sequence[Source]) -> Figure:
         ax.set_title(_SPACES[at][1], pad=11.5)
         open_axes(ax)
         note_outside(ax, curves, window, digits=0, unit="\N{DEGREE SIGN}")
-        legend_below(place, handles, legend, width)
-    places[0][0].set_ylabel("density (per degree)")
-    places[1][0].tick_params(labelleft=False)
+        labels = [_label(curve, own) for curve, own in zip(curves, named.own, strict=True)]
+        heights.append(list_below(ax, handles, labels, "most frequent angle"))
+    make_room(fig, heights, len(_SPACES))
+    fig.axes[0].set_ylabel("density (per degree)")
+    fig.axes[1].tick_params(labelleft=False)
     title(fig, "Angles between the keys of two facts", named.shared)
     return fig
 
@@ -110,10 +102,10 @@ def _line(source: Source, layer: int) -> _Line:
     return _Line(named, tuple(angle_curve(cosine) for cosine in cosines))
 
 
-def _label(curve: Curve, own: tuple[str, ...], width: float) -> str:
+def _label(curve: Curve, own: tuple[str, ...]) -> str:
     at = mode(curve)
     value = number(at, 1) + ("" if np.isnan(at) else "\N{DEGREE SIGN}")
-    return f"{fitted(own, width - 1.35, SMALL)}: {value}" if own else value
+    return f"{fitted(own, PAGE / 2 - 1.35, SMALL)}: {value}" if own else value
 
 
 def _window(curves: Sequence[Curve]) -> Window:

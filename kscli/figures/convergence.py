@@ -30,16 +30,15 @@ from kscli.figures.style import (
     GREY,
     PAGE,
     TEXT,
-    Caption,
-    Legend,
-    axes_with_legends,
-    caption_below,
+    axes_over_lists,
     fitted,
     layer_colours,
-    legend_below,
+    list_below,
+    make_room,
     names,
     open_axes,
     title,
+    write_below,
 )
 
 _AXES_HEIGHT = 1.75
@@ -71,22 +70,19 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
         )
     rows = [_row(source, layer, options) for source in sources for layer in source.layers]
     named = names([row.names for row in rows])
-    half = PAGE / 2
-    legends = [Legend(tuple(f"m = {n}" for n in row.convergence.counts)) for row in rows]
-    captions = [Caption(row.convergence.sentence) for row in rows]
-    below = [part for pair in zip(legends, captions, strict=True) for part in pair]
-    fig, places = axes_with_legends(PAGE, _AXES_HEIGHT, 2, below)
-    for at, (row, own) in enumerate(zip(rows, named.own, strict=True)):
-        (left, list_place), (right, caption_place) = places[2 * at : 2 * at + 2]
+    fig = axes_over_lists(PAGE, _AXES_HEIGHT, 2, 2 * len(rows))
+    heights = []
+    for row, own, left, right in zip(rows, named.own, fig.axes[::2], fig.axes[1::2], strict=True):
         colours = layer_colours(len(row.curves))
-        head = fitted(own, half - 0.6, TEXT) if own else ""
+        head = fitted(own, PAGE / 2 - 0.6, TEXT) if own else ""
         handles = _draw_densities(left, row, colours)
         _draw_kurtosis(right, row.convergence, colours)
         for ax in (left, right):
             ax.set_title(head, pad=11.5 if head else 6, parse_math=False)
             open_axes(ax)
-        legend_below(list_place, handles, legends[at], half)
-        caption_below(caption_place, captions[at], half)
+        labels = [f"m = {n}" for n in row.convergence.counts]
+        heights += [list_below(left, handles, labels), write_below(right, row.convergence.sentence)]
+    make_room(fig, heights, 2)
     title(fig, "P of the first m facts, off the diagonal", named.shared)
     return fig
 

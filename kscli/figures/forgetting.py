@@ -19,10 +19,9 @@ from kscli.figures.style import (
     COLUMN,
     MARKERS,
     SMALL,
-    Legend,
     fitted,
-    legend_below,
     line_style,
+    list_below,
     new_figure,
     open_axes,
     title,
@@ -57,13 +56,9 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     if perplexity:
         panels.append(("perplexity", "perplexity"))
         heights.append(_PERPLEXITY)
-    legend = Legend(
-        tuple(map(_label, named.own, courses)), head="edits retained / known facts kept at the end"
-    )
-    below = legend.height(COLUMN)
-    fig = new_figure(COLUMN, sum(heights) + below + 0.75)
-    axes = fig.subplots(len(panels) + 1, 1, height_ratios=[*heights, below])
-    for ax, (name, label) in zip(axes, panels, strict=False):
+    fig = new_figure(COLUMN, sum(heights) + 0.75)
+    axes = fig.subplots(len(panels), 1, height_ratios=heights)
+    for ax, (name, label) in zip(axes, panels, strict=True):
         handles = [
             ax.plot(course.step, getattr(course, name), **_line(at, course))[0]
             if course
@@ -73,9 +68,10 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
         _finish(ax, label, share=name != "perplexity")
         ax.set_xlim(-0.03 * last, 1.03 * last)
         ax.tick_params(labelbottom=name == panels[-1][0])
-    axes[len(panels) - 1].set_xlabel("edits made")
-    axes[-1].set_axis_off()
-    legend_below(axes[-1], handles, legend, COLUMN)
+    axes[-1].set_xlabel("edits made")
+    labels = list(map(_label, named.own, courses))
+    head = "edits retained / known facts kept at the end"
+    fig.set_figheight(fig.get_figheight() + list_below(axes[-1], handles, labels, head))
     title(fig, "What edits leave", named.shared)
     return fig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,18 +31,17 @@ from kscli.figures.style import (
     PAGE,
     SMALL,
     TEXT,
-    Legend,
-    axes_with_legends,
+    axes_over_lists,
     fitted,
     grid_columns,
     layer_colours,
-    legend_below,
     line_style,
+    list_below,
+    make_room,
     names,
     new_figure,
     open_axes,
     title,
-    wrapped,
 )
 from kscli.layers import layers_text
 from kscli.numbers import number
@@ -58,7 +58,7 @@ _TITLE = "Density of P off the diagonal"
 
 @dataclass(frozen=True)
 class _Line:
-    """One layer's entries; `distinct` are those of pairs at different tokens, where marked."""
+    """One layer's entries; `distinct`, where marked, are of pairs with different last tokens."""
 
     names: tuple[str, ...]
     curve: Curve
@@ -66,7 +66,7 @@ class _Line:
 
     @property
     def label(self) -> str:
-        """Its excess kurtosis, and that of the pairs at different tokens."""
+        """Its excess kurtosis, and that of the pairs with different last tokens."""
         kurtosis = STATISTICS["kurtosis"]
         values = [self.curve.values, *([] if self.distinct is None else [self.distinct])]
         return " / ".join(number(kurtosis(entries), 1) for entries in values)
@@ -78,7 +78,8 @@ class _Group:
 
     title: str
     lines: tuple[_Line, ...]
-    legend: Legend
+    labels: tuple[str, ...]
+    head: str
     styles: tuple[dict[str, Any], ...]
 
 
@@ -108,12 +109,13 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
         _group(group, shared, by_layer=apart or len(models) == 1, width=width / columns)
         for group in (models if apart else [lines])
     ]
-    legends = [group.legend for group in groups]
-    fig, places = axes_with_legends(width, _AXES_HEIGHT, columns, legends)
+    fig = axes_over_lists(width, _AXES_HEIGHT, columns, len(groups))
     scale = _scale(lines)
-    for (ax, place), group in zip(places, groups, strict=True):
-        handles = _draw_group(ax, group, scale)
-        legend_below(place, handles, group.legend, width / columns)
+    heights = [
+        list_below(ax, _draw_group(ax, group, scale), group.labels, group.head)
+        for ax, group in zip(fig.axes, groups, strict=True)
+    ]
+    make_room(fig, heights, columns)
     title(fig, _TITLE, shared)
     return fig
 
@@ -142,7 +144,8 @@ def _group(lines: list[_Line], shared: tuple[str, ...], by_layer: bool, width: f
     return _Group(
         fitted([text for text in named.shared if text not in shared], width - 0.6, TEXT),
         tuple(lines),
-        Legend(tuple(labels), head=_MARKED_HEAD if marked else "excess kurtosis"),
+        tuple(labels),
+        _MARKED_HEAD if marked else "excess kurtosis",
         tuple(styles),
     )
 
@@ -219,7 +222,7 @@ def _draw_grid(source: Source, lines: Sequence[_Line], *, marked: bool) -> Figur
     if source.layers != source.matrices.layers:
         top = number(scale.window.top, 0 if scale.window.top >= 10 else 1)
         said += f"; this page has one scale, to a density of {top}, and other pages their own"
-    below = wrapped(said, width - 0.3, TEXT)
+    below = textwrap.wrap(said, int((width - 0.3) / (0.6 * TEXT / 72)))
     height = 0.55 + rows * (_PANEL_HEIGHT + 0.32) + 0.13 * len(below)
     fig = new_figure(width, height)
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)

@@ -25,11 +25,11 @@ from kscli.figures.style import (
     PAGE,
     SMALL,
     TEXT,
-    Legend,
-    axes_with_legends,
+    axes_over_lists,
     fitted,
-    legend_below,
     line_style,
+    list_below,
+    make_room,
     names,
     open_axes,
     shades,
@@ -87,24 +87,22 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     most = max(len(panel.lines) for panel in panels)
     named = names([(line.model, f"m = {line.m}") for line in lines])
     own = dict(zip([id(line) for line in lines], named.own, strict=True))
-    legends = [
-        _legend([_label(line, own[id(line)], width / columns) for line in panel.lines])
-        for panel in panels
-    ]
-    fig, places = axes_with_legends(width, _AXES_HEIGHT, columns, legends)
-    for at, ((ax, place), panel, legend) in enumerate(zip(places, panels, legends, strict=True)):
+    fig = axes_over_lists(width, _AXES_HEIGHT, columns, len(panels))
+    heights = []
+    for at, (ax, panel) in enumerate(zip(fig.axes, panels, strict=True)):
         handles = _draw_panel(ax, panel, span)
         _draw_intervals(ax, panel, most)
         if at:
-            ax.sharey(places[0][0])
+            ax.sharey(fig.axes[0])
         ax.set_xlabel("relative depth (0 first, 1 last layer)" if relative else "layer")
         if at % columns == 0:
             ax.set_ylabel("excess kurtosis (Gaussian: 0)")
         else:
             ax.tick_params(labelleft=False)
         _set_x(ax, lines, relative)
-        if legend.labels:
-            legend_below(place, handles, legend, width / columns)
+        labels = [_label(line, own[id(line)], width / columns) for line in panel.lines]
+        heights.append(list_below(ax, handles, labels) if any(labels) else 0.0)
+    make_room(fig, heights, columns)
     title(fig, "Excess kurtosis of P off the diagonal", named.shared)
     return fig
 
@@ -149,10 +147,6 @@ def _panels(lines: Sequence[_Line]) -> list[_Panel]:
         name = family(single[0].model) if len(single) == 1 else "other models"
         panels.append(_Panel(name if several else "", tuple(single), styles))
     return panels
-
-
-def _legend(labels: Sequence[str]) -> Legend:
-    return Legend(tuple(labels) if any(labels) else ())
 
 
 def _label(line: _Line, own: Sequence[str], width: float) -> str:

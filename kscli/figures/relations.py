@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from kscli.figures.style import (
     fitted,
     names,
     new_figure,
+    size_colours,
     text_width,
     title,
 )
@@ -127,7 +127,7 @@ def _grid(panels: Sequence[_Panel], *, headed: bool) -> _Grid:
 
 
 def _draw_panel(ax: Axes, panel: _Panel, scale: Normalize, grid: _Grid) -> None:
-    ax.imshow(panel.means, cmap=_colours(), norm=scale, interpolation="none")
+    ax.imshow(panel.means, cmap=size_colours(), norm=scale, interpolation="none")
     n = len(panel.relations)
     labels = [fitted((name,), _LABEL, grid.text) for name in panel.relations]
     ax.set_xticks(range(n), labels, fontsize=grid.text, rotation=90, parse_math=False)
@@ -153,11 +153,3 @@ def _write_numbers(ax: Axes, means: NDArray[np.float64], scale: Normalize) -> No
                 va="center",
                 color="white" if scale(mean) > 0.7 else "black",
             )
-
-
-def _colours() -> Colormap:
-    """White to red, as the heatmap of P has it; grey where there is no pair."""
-    shades = colormaps["RdBu_r"](np.linspace(0.5, 0.94, 255))
-    return LinearSegmentedColormap.from_list("size", list(shades), N=255).with_extremes(
-        bad="#BDBDBD"
-    )

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -23,6 +22,7 @@ from kscli.figures.style import (
     fitted,
     names,
     new_figure,
+    size_colours,
     text_width,
     title,
 )
@@ -131,7 +131,7 @@ def spread(wanted: Real, gap: float, low: float, high: float) -> Real:
 
 def _draw_panel(ax: Axes, panel: Panel, side: float) -> None:
     m = len(panel.size)
-    ax.imshow(panel.size, cmap=_colours(), norm=Normalize(0, 1), interpolation="none")
+    ax.imshow(panel.size, cmap=size_colours(), norm=Normalize(0, 1), interpolation="none")
     ax.set(xticks=[], yticks=[])
     room = max(1, int(side / _LINE))
     # The most harmful where not all have room, in their order down the side.
@@ -165,11 +165,3 @@ def _name(label: tuple[str, str]) -> str:
     """The subject, cut where it is too long, and its number."""
     subject, number = label
     return fitted((subject,), _NAME - text_width(number, SMALL), SMALL) + number
-
-
-def _colours() -> Colormap:
-    """White to red, as the heatmap of P has it, darker beyond 1."""
-    shades = colormaps["RdBu_r"](np.linspace(0.5, 0.94, 255))
-    return LinearSegmentedColormap.from_list("size", list(shades), N=255).with_extremes(
-        over="#2e0410"
-    )

@@ -6,6 +6,7 @@ Nothing here or in the figures uses pyplot: a figure is an object that belongs t
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.transforms import ScaledTranslation
 
 from kscli.figures import PER_PAGE
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
+    from matplotlib.transforms import Bbox, Transform
 
 COLUMN = 3.3
 """Width of one column of a two-column page, in inches."""
@@ -117,6 +121,16 @@ def line_style(at: int) -> dict[str, Any]:
     }
 
 
+def size_colours() -> Colormap:
+    """White to red for |p|, as the heatmap of P has it; darker beyond 1, grey where there is none.
+
+    The heatmap's own colours go on to blue below 0.
+    """
+    half = colormaps["RdBu_r"](np.linspace(0.5, 0.94, 255))
+    colours = LinearSegmentedColormap.from_list("size", list(half), N=255)
+    return colours.with_extremes(over="#2e0410", bad="#BDBDBD")
+
+
 def shades(colour: str, count: int) -> list[Any]:
     """`count` shades of a colour, light to dark; the colour itself where it is one."""
     if count == 1:
@@ -162,18 +176,6 @@ def fitted(parts: Sequence[str], width: float, size: float) -> str:
     return text
 
 
-def wrapped(text: str, width: float, size: float) -> list[str]:
-    """A text in lines of at most `width` inches, where its words allow it."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and text_width(longer, size) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 @dataclass(frozen=True)
 class Names:
     """What all parts of a figure have in common, for its title, and what tells each apart."""
@@ -201,109 +203,85 @@ def title(fig: Figure, what: str, shared: Sequence[str]) -> None:
     fig.suptitle("\n".join(lines), parse_math=False)
 
 
-@dataclass(frozen=True)
-class Legend:
-    """What each line of some axes is, for `legend_below` to list under `head`."""
+def axes_over_lists(width: float, height: float, columns: int, count: int) -> Figure:
+    """A figure of `width` inches with `count` axes of `height`, below which is room for labels.
 
-    labels: tuple[str, ...]
-    head: str = ""
-
-    def columns(self, width: float) -> int:
-        """How many entries stand side by side: those that fit `width` inches, in even rows."""
-        handle_and_gaps = 0.3
-        widest = max(text_width(label, SMALL) for label in self.labels) + handle_and_gaps
-        fit = max(1, min(len(self.labels), int((width - 0.4) / widest)))
-        rows = math.ceil(len(self.labels) / fit)
-        return math.ceil(len(self.labels) / rows)
-
-    def by_column(self, width: float) -> list[int]:
-        """The entries' indices column by column, as matplotlib lists them, to be read by row."""
-        columns = self.columns(width)
-        return [at for first in range(columns) for at in range(first, len(self.labels), columns)]
-
-    def height(self, width: float) -> float:
-        """The inches that it takes below axes of `width` inches."""
-        if not self.labels:
-            return 0.02
-        rows = math.ceil(len(self.labels) / self.columns(width)) + bool(self.head)
-        return (rows * 1.55 + 0.8) * SMALL / 72
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A sentence, for `caption_below` to write below some axes."""
-
-    text: str
-
-    def lines(self, width: float) -> list[str]:
-        """The sentence in lines that fit below axes of `width` inches and their labels."""
-        return wrapped(self.text, width - 0.6, SMALL)
-
-    def height(self, width: float) -> float:
-        """The inches that it takes below axes of `width` inches."""
-        return (len(self.lines(width)) * 1.3 + 0.8) * SMALL / 72
-
-
-def axes_with_legends(
-    width: float, height: float, columns: int, legends: Sequence[Legend | Caption]
-) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """A figure of `width` inches with axes of `height`, each over a place for legend or caption.
-
-    Axes and places are as many as `legends`; axes side by side are equally high.
+    `list_below` and `write_below` say how much more each takes, and `make_room` gives it.
     """
-    rows = math.ceil(len(legends) / columns)
-    a_column = width / columns
-    places = [
-        max(legend.height(a_column) for legend in legends[row * columns : (row + 1) * columns])
-        for row in range(rows)
-    ]
-    labels = 0.42
-    fig = new_figure(width, 0.4 + sum(height + labels + place for place in places))
-    cells = fig.subplots(
-        2 * rows,
-        columns,
-        squeeze=False,
-        height_ratios=[part for place in places for part in (height, place)],
-    )
-    pairs = list(zip(cells[::2].flat, cells[1::2].flat, strict=True))
-    for at, (ax, place) in enumerate(pairs):
-        place.set_axis_off()
-        if at >= len(legends):
-            ax.set_axis_off()
-    return fig, pairs[: len(legends)]
+    rows = math.ceil(count / columns)
+    fig = new_figure(width, 0.4 + rows * (height + 0.42))
+    for ax in fig.subplots(rows, columns, squeeze=False).flat[count:]:
+        ax.remove()
+    return fig
 
 
-def legend_below(place: Axes, handles: Sequence[Artist], legend: Legend, width: float) -> None:
-    """List the lines in the place under their axes, row by row, where the list hides no data."""
-    order = legend.by_column(width)
-    drawn = place.legend(
-        [handles[at] for at in order],
-        [legend.labels[at] for at in order],
-        title=legend.head or None,
-        title_fontsize=SMALL,
-        loc="upper center",
-        ncols=legend.columns(width),
-        handlelength=1.6,
-        columnspacing=1.0,
-        handletextpad=0.5,
-        borderaxespad=0,
-        borderpad=0,
-    )
-    for text in drawn.get_texts():
-        text.set_parse_math(False)
+def list_below(ax: Axes, handles: Sequence[Artist], labels: Sequence[str], head: str = "") -> float:
+    """List what each line of the axes is below them, where the list hides no data.
+
+    The list is read row by row, in as many columns as fit. Returns the inches that it takes.
+    """
+
+    def listed(columns: int) -> Legend:
+        # Matplotlib lists column by column.
+        order = [at for first in range(columns) for at in range(first, len(labels), columns)]
+        legend = ax.legend(
+            [handles[at] for at in order],
+            [labels[at] for at in order],
+            title=head or None,
+            title_fontsize=SMALL,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=_below(ax),
+            ncols=columns,
+            handlelength=1.6,
+            columnspacing=1.0,
+            handletextpad=0.5,
+            borderaxespad=0,
+            borderpad=0,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        return legend
+
+    widest = max(_inches(text).width for text in listed(1).get_texts())
+    columns = max(1, min(len(labels), int((column_width(ax) - 0.4) / (widest + 0.3))))
+    rows = math.ceil(len(labels) / columns)
+    return _inches(listed(math.ceil(len(labels) / rows))).height + 0.06
 
 
-def caption_below(place: Axes, caption: Caption, width: float) -> None:
-    """Write the sentence in the place under its axes."""
-    written = place.text(
+def write_below(ax: Axes, sentence: str) -> float:
+    """Write a sentence below the axes; returns the inches that it takes."""
+    fit = int((column_width(ax) - 0.6) / (0.55 * SMALL / 72))
+    written = ax.text(
         0,
-        1,
-        "\n".join(caption.lines(width)),
-        transform=place.transAxes,
+        0,
+        textwrap.fill(sentence, fit),
+        transform=_below(ax),
         va="top",
         fontsize=SMALL,
         linespacing=1.3,
         parse_math=False,
     )
-    # The axes above are not to yield to it.
-    written.set_in_layout(False)
+    return _inches(written).height + 0.06
+
+
+def make_room(fig: Figure, heights: Sequence[float], columns: int) -> None:
+    """Make a figure higher by what stands below its axes, which are in rows of `columns`."""
+    rows = [max(heights[at : at + columns]) for at in range(0, len(heights), columns)]
+    fig.set_figheight(fig.get_figheight() + sum(rows))
+
+
+def column_width(ax: Axes) -> float:
+    """The inches of the figure's width that one column of its axes has."""
+    return float(ax.figure.get_figwidth()) / ax.get_gridspec().ncols  # type: ignore[union-attr]
+
+
+def _below(ax: Axes) -> Transform:
+    """From fractions of the axes, below their labels."""
+    labels = ScaledTranslation(0, -0.4, ax.figure.dpi_scale_trans)
+    return ax.transAxes + labels
+
+
+def _inches(artist: Artist) -> Bbox:
+    extent = artist.get_window_extent()
+    return extent.transformed(artist.figure.dpi_scale_trans.inverted())
