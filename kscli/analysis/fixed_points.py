@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.matrices import different_last_token
 from kscli.analysis.pairs import FactMatrices, pair_facts, top_pairs
 from kscli.errors import UsageError
 
@@ -92,7 +92,7 @@ def fixed_points(models: Sequence[FactMatrices], k: int, layer: int = 0) -> Fixe
     ordered = sorted(common, key=lambda pair: (-min(top[pair] for top in of_model), pair))
     m = len(first.facts)
     size, top = m * (m - 1), min(k, m * (m - 1))
-    distinct = np.any([distinct_tokens(model.token_id) for model in models], axis=0)
+    distinct = np.any([different_last_token(model.token_id) for model in models], axis=0)
     return FixedPoints(
         models=tuple(model.model for model in models),
         layer=layer,

@@ -33,8 +33,8 @@ class TokenMatrices(Matrices, Protocol):
         """(m,) the token at which each fact's key was taken."""
 
 
-def distinct_tokens(token_id: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which pairs of facts (m, m) have their keys at different tokens, of the (m,) tokens' ids.
+def different_last_token(token_id: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which pairs of facts (m, m) have different last tokens, by the ids (m,) of these tokens.
 
     Two keys at one token are alike whatever the facts say: where attention and MLP run in
     parallel, layer 0's MLP sees that token's embedding alone and p is 1.

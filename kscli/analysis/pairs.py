@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import TokenMatrices, distinct_tokens
+from kscli.analysis.matrices import TokenMatrices, different_last_token
 from kscli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def strongest_rows(
     That is the layer of `layers` where its P, or |P|, is largest, the first of equals.
     """
     P, layer_of = _strongest(pm, layers, absolute)
-    among = distinct_tokens(pm.token_id) if distinct_token else None
+    among = different_last_token(pm.token_id) if distinct_token else None
     return [
         pair_record(pm, int(layer_of[pair.i, pair.j]), rank, pair)
         for rank, pair in enumerate(top_pairs(P, k, absolute, among), start=1)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.matrices import different_last_token
 from kscli.analysis.pairs import FactMatrices
 from kscli.errors import FactsError, UsageError
 from kscli.layers import format_layers
@@ -206,7 +206,7 @@ def relation_matrix(pm: FactMatrices, layer: int) -> Real:
     subject, NaN where there are none; in the order of `find_relations`, and raises as that does.
     """
     relations = find_relations(pm)
-    pairs = distinct_tokens(pm.token_id) & ~_same_text(pm.facts)
+    pairs = different_last_token(pm.token_id) & ~_same_text(pm.facts)
     member = _membership(relations, len(pm.facts))
     sums = member.T @ np.where(pairs, np.abs(pm.matrix("P", layer)), 0.0) @ member
     return _ratio(sums, member.T @ pairs @ member)
@@ -287,7 +287,7 @@ class _Groups:
     def of(cls, pm: FactMatrices, relations: tuple[Relation, ...]) -> _Groups:
         names = np.array([fact.relation for fact in pm.facts], dtype=object)
         related = np.array([bool(name.strip()) for name in names])
-        apart = distinct_tokens(pm.token_id) & related[:, None] & related[None, :]
+        apart = different_last_token(pm.token_id) & related[:, None] & related[None, :]
         one = names[:, None] == names[None, :]
         same = _same_text(pm.facts)
         masks = {"within": apart & one, "across": apart & ~one}

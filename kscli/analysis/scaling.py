@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.matrices import different_last_token
 from kscli.analysis.pairs import FactMatrices
 from kscli.analysis.resampling import (
     Array,
@@ -113,7 +113,7 @@ def _profiles(model: Measured, resampling: Resampling) -> _Profiles:
     m = len(model.matrices.facts)
     counts = resampling.counts(m)
     every = off_diagonal_pairs(m)
-    distinct = every & distinct_tokens(model.matrices.token_id)
+    distinct = every & different_last_token(model.matrices.token_id)
     return {"": _profile(model, counts, every), DISTINCT: _profile(model, counts, distinct)}
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import TokenMatrices, distinct_tokens
+from kscli.analysis.matrices import TokenMatrices, different_last_token
 from kscli.analysis.resampling import (
     ROUNDING,
     Counts,
@@ -93,7 +93,7 @@ def describe(
     `counts` (repeats, m) are the facts' multiplicities for the intervals.
     """
     every = off_diagonal_pairs(len(P))
-    distinct = every & distinct_tokens(token_id)
+    distinct = every & different_last_token(token_id)
     size = np.abs(P)
     same = {
         f"same_token_{name}": share_within(every & (size > at), ~distinct)

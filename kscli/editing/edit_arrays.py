@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.matrices import different_last_token
 
 if TYPE_CHECKING:
     from kscli.editing.edits_file import EditsFile
@@ -72,7 +72,7 @@ def read_arrays(file: EditsFile) -> EditArrays:
         "edited": edited,
         "batch": made // file.about.batch,
         "about": texts[edited][:, None] == texts,
-        "same_last_token": ~distinct_tokens(file.token_id)[edited],
+        "same_last_token": ~different_last_token(file.token_id)[edited],
         "delta": file.values("delta").reshape(n, -1),
         **{name: file.values(name)[:, made] for name in ("logprob_new", "rank_new")},
     }

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.matrices import different_last_token
 from kscli.analysis.statistics import off_diagonal
 from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
@@ -119,7 +119,7 @@ def _panel(source: Source, layer: int, options: FigureOptions) -> _Panel:
     P = source.matrices.matrix("P", layer)
     marked = None
     if options.mark_same_token:
-        marked = ~distinct_tokens(source.matrices.token_id) & ~np.eye(len(P), dtype=bool)
+        marked = ~different_last_token(source.matrices.token_id) & ~np.eye(len(P), dtype=bool)
     entries = off_diagonal(P)
     extremes = (float(entries.min()), float(entries.max())) if entries.size else None
     return _Panel(

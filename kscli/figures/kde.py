@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kscli.analysis.density import Curve, make_curve, marked_densities
-from kscli.analysis.matrices import distinct_tokens
+from kscli.analysis.matrices import different_last_token
 from kscli.analysis.statistics import STATISTICS, Entries, off_diagonal
 from kscli.errors import UsageError
 from kscli.figures import FigureOptions, Source
@@ -124,7 +124,7 @@ def _line(source: Source, layer: int, options: FigureOptions) -> _Line:
     P = source.matrices.matrix("P", layer)
     distinct = None
     if options.mark_same_token:
-        distinct = P[distinct_tokens(source.matrices.token_id)]
+        distinct = P[different_last_token(source.matrices.token_id)]
     named = (source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}")
     return _Line(named, make_curve(off_diagonal(P)), distinct)
 
