@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_kit
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,16 @@ def kscli(*arguments: str | Path) -> Result:
 def kscli_process(
     *arguments: str | Path, cwd: Path | None = None, text: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own."""
+    """Run a command in a process of its own, a fork of one with everything imported."""
+    command = ["-m", "kscli", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return fork_kit.run(command, env=env, cwd=cwd, text=text)
+
+
+def fresh_kscli(
+    *arguments: str | Path, cwd: Path | None = None, text: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a new interpreter, which imports everything itself."""
     return subprocess.run(
         [sys.executable, "-m", "kscli", *map(str, arguments)],
         capture_output=True,

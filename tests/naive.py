@@ -1,7 +1,7 @@
 """The definitions, computed the slow and obvious way in float64: the oracle of many tests.
 
 Nothing here uses kscli: its own hooks by dotted name, one document at a time, an explicit
-solve a pair.
+solve a key.
 """
 
 from __future__ import annotations
@@ -46,19 +46,15 @@ def second_moments(
             continue
         count += len(token_ids)
         for name, keys in keys_of_text(model, token_ids, hooks).items():
-            sums[name] = sums.get(name, 0) + sum(np.outer(k, k) for k in keys)
+            sums[name] = sums.get(name, 0) + keys.T @ keys  # the sum of k k^T over its tokens
     return {name: total / count for name, total in sums.items()}, count
 
 
 def superposition(C: Array, keys: Array) -> Array:
     """P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i, pair by pair."""
-    m = len(keys)
-    P = np.empty((m, m))
-    for i in range(m):
-        solved = np.linalg.solve(C, keys[i])
-        for j in range(m):
-            P[i, j] = (solved @ keys[j]) / (solved @ keys[i])
-    return P
+    solved = np.linalg.solve(C, keys.T).T
+    P = [[own @ other / (own @ k) for other in keys] for own, k in zip(solved, keys, strict=True)]
+    return np.array(P)
 
 
 def subject_last(tokenizer: Any, text: str, start: int, end: int) -> tuple[list[int], int]:

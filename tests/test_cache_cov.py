@@ -8,16 +8,16 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fork_kit
 import h5py
 import numpy as np
 import psutil
 import pytest
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from fork_kit import ForkedProcess
 
 from kscli.tiny.corpus import documents
 
@@ -40,17 +40,13 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+def start(*arguments: str | Path, **environment: str) -> ForkedProcess:
+    return ForkedProcess(
+        ["-m", *map(str, arguments)], env=os.environ | {"PYTHONPATH": str(ROOT)} | environment
     )
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(folder: Path, process: ForkedProcess) -> None:
     deadline = time.monotonic() + 120
     while not list(folder.glob("state-*.h5")):
         assert process.poll() is None, process.communicate()
@@ -137,16 +133,9 @@ def test_standard_input_goes_on_when_the_same_text_comes_again(
     np.testing.assert_array_equal(second_moments(path), second_moments(undisturbed))
 
 
-def start_with_input(corpus: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+def start_with_input(corpus: Path, *arguments: str | Path) -> ForkedProcess:
     with corpus.open() as text:
-        return subprocess.Popen(
-            [sys.executable, "-m", "kscli", *map(str, arguments)],
-            stdin=text,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        return ForkedProcess(["-m", "kscli", *map(str, arguments)], stdin=text)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -154,15 +143,10 @@ def test_ranks_of_torchrun_give_what_one_process_does(
     corpus: Path, undisturbed: Path, tmp_path: Path, ranks: int
 ) -> None:
     path = tmp_path / "cov.h5"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*torchrun, "-m", "kscli", *COMMON, "--corpus", corpus, "-o", path],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    program = fork_kit.program(tmp_path)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--no-python"]
+    done = fork_kit.run([*torchrun, *map(str, (program, *COMMON, "--corpus", corpus, "-o", path))])
+    program.unlink()
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"wrote {path}") == 1
     assert_close(path, undisturbed)
@@ -178,9 +162,9 @@ def test_a_killed_rank_ends_the_others_and_the_rerun_goes_on(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    variables |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    variables |= {"WORLD_SIZE": "2"}
 
-    def start_ranks() -> list[subprocess.Popen[str]]:
+    def start_ranks() -> list[ForkedProcess]:
         return [
             start(*command, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
         ]

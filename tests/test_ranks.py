@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fork_kit
 import pytest
 from cli_kit import ROOT
+from fork_kit import ForkedProcess
 
 from kscli.errors import UsageError
 from kscli.second_moment.ranks import join_ranks
@@ -88,12 +88,9 @@ class Started:
             port = free.getsockname()[1]
         variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.ranks = [
-            subprocess.Popen(
-                [sys.executable, folder / "worker.py", what, str(meeting), str(startup)],
+            ForkedProcess(
+                [str(folder / "worker.py"), what, str(meeting), str(startup)],
                 env=environment(**variables, RANK=rank, LOCAL_RANK=rank),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
             )
             for rank in range(count - absent)
         ]
@@ -118,22 +115,16 @@ class Started:
 
 
 def environment(**variables: object) -> dict[str, str]:
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(ROOT)}
     return os.environ | own | {name: str(value) for name, value in variables.items()}
 
 
 def test_sums_of_four_under_a_torchrun_that_starts_them_again(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = [tmp_path / "worker.py", "sum", "10", "60"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts=1", "--nproc-per-node=4", *worker],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    worker = fork_kit.program(tmp_path, str(tmp_path / "worker.py"))
+    options = ["--standalone", "--max-restarts=1", "--nproc-per-node=4", "--no-python"]
+    torchrun = ["-m", "torch.distributed.run", *options, str(worker)]
+    done = fork_kit.run([*torchrun, "sum", "10", "60"], env=environment())
     assert done.returncode == 0, done.stderr
     assert "error: the first attempt fails." in done.stdout
     for rank in range(4):

@@ -7,14 +7,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from cli_kit import kscli, kscli_process, one_sentence
+from fork_kit import ForkedProcess
 from scipy.stats import kurtosis
 
 from kscli.tiny import FACTS_PATH, MODEL_DIR
@@ -268,18 +268,13 @@ def test_a_model_of_the_hub_without_a_network_is_one_sentence(tmp_path: Path) ->
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_leaves_nothing_behind(number: int, code: int, tmp_path: Path) -> None:
     """The corpus comes through a pipe that stays open, so the command is caught at work."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kscli", "cache-cov", "--corpus", "-"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    process = ForkedProcess(
+        ["-m", "kscli", "cache-cov", "--corpus", "-"], stdin=subprocess.PIPE, cwd=tmp_path
     )
     assert process.stdin is not None
     process.stdin.write("A document.\n" * 4)
     process.stdin.flush()
-    time.sleep(6)
+    time.sleep(2)
     process.send_signal(number)
     # communicate() would close stdin first, and the command might then end well.
     code_found = process.wait(timeout=60)
