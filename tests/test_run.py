@@ -17,9 +17,10 @@ from cli_kit import kscli, kscli_process, one_sentence
 from fork_kit import ForkedProcess
 from scipy.stats import kurtosis
 
+from kscli.figures import KINDS
 from kscli.tiny import FACTS_PATH, MODEL_DIR
 
-FIGURES = ("heatmap", "kde", "kurtosis", "angles", "convergence")
+FIGURES = [name for name, kind in KINDS.items() if kind.standard]
 FACT_LINES = list(enumerate(map(json.loads, FACTS_PATH.read_text().splitlines())))
 
 
