@@ -5,6 +5,7 @@ Imports nothing heavy: shell completion and every command that reads only artifa
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,128 +31,17 @@ class Alias:
     parameters: int
 
 
-# A commit each, so that the same name is the same model for ever and needs no network once
-# it is cached. gpt-j's is the converter's pull request 40: its main branch has pickles only.
-ALIASES: tuple[Alias, ...] = (
-    Alias("tiny", "tiny", None, None, 4, 512, 1_210_112),
-    Alias(
-        "gpt2-small",
-        "GPT2",
-        "openai-community/gpt2",
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        layers=12,
-        d_m=3072,
-        parameters=124_439_808,
-    ),
-    Alias(
-        "gpt2-medium",
-        "GPT2",
-        "openai-community/gpt2-medium",
-        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-        layers=24,
-        d_m=4096,
-        parameters=354_823_168,
-    ),
-    Alias(
-        "gpt2-large",
-        "GPT2",
-        "openai-community/gpt2-large",
-        "32b71b12589c2f8d625668d2335a01cac3249519",
-        layers=36,
-        d_m=5120,
-        parameters=774_030_080,
-    ),
-    Alias(
-        "gpt2-xl",
-        "GPT2",
-        "openai-community/gpt2-xl",
-        "15ea56dee5df4983c59b2538573817e1667135e2",
-        layers=48,
-        d_m=6400,
-        parameters=1_557_611_200,
-    ),
-    Alias(
-        "gpt-j",
-        "GPT-J",
-        "EleutherAI/gpt-j-6b",
-        "f3f428825b6fc4c087af475ea729ac652edeee33",
-        layers=28,
-        d_m=16384,
-        parameters=6_050_882_784,
-    ),
-    Alias(
-        "pythia-1b",
-        "Pythia",
-        "EleutherAI/pythia-1b",
-        "f73d7dcc545c8bd326d8559c8ef84ffe92fea6b2",
-        layers=16,
-        d_m=8192,
-        parameters=1_011_781_632,
-    ),
-    Alias(
-        "pythia-1.4b",
-        "Pythia",
-        "EleutherAI/pythia-1.4b",
-        "fedc38a16eea3bd36a96b906d78d11d2ce18ed79",
-        layers=24,
-        d_m=8192,
-        parameters=1_414_647_808,
-    ),
-    Alias(
-        "pythia-2.8b",
-        "Pythia",
-        "EleutherAI/pythia-2.8b",
-        "2a259cdd96a4beb1cdf467512e3904197345f6a9",
-        layers=32,
-        d_m=10240,
-        parameters=2_775_208_960,
-    ),
-    Alias(
-        "pythia-6.9b",
-        "Pythia",
-        "EleutherAI/pythia-6.9b",
-        "c0e3eee36dc47af0c49f361c74cfe459c09f7f23",
-        layers=32,
-        d_m=16384,
-        parameters=6_857_302_016,
-    ),
-    Alias(
-        "llama2-7b",
-        "Llama2",
-        "meta-llama/Llama-2-7b-hf",
-        "01c7f73d771dfac7d292323805ebc428287df4f9",
-        layers=32,
-        d_m=11008,
-        parameters=6_738_415_616,
-    ),
-    Alias(
-        "llama2-13b",
-        "Llama2",
-        "meta-llama/Llama-2-13b-hf",
-        "5c31dfb671ce7cfe2d7bb7c04375e44c55e815b1",
-        layers=40,
-        d_m=13824,
-        parameters=13_015_864_320,
-    ),
-    Alias(
-        "llama3-8b",
-        "Llama3",
-        "meta-llama/Meta-Llama-3-8B",
-        "8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920",
-        layers=32,
-        d_m=14336,
-        parameters=8_030_261_248,
-    ),
-    Alias(
-        "llama3.1-8b",
-        "Llama3.1",
-        "meta-llama/Llama-3.1-8B",
-        "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b",
-        layers=32,
-        d_m=14336,
-        parameters=8_030_261_248,
-    ),
-)
+def _alias(row: dict[str, str]) -> Alias:
+    numbers = {name: int(row.pop(name)) for name in ("layers", "d_m", "parameters")}
+    hub_id, revision = row.pop("hub_id") or None, row.pop("revision") or None
+    return Alias(**row, hub_id=hub_id, revision=revision, **numbers)
+
+
+# aliases.csv has a commit each, so that the same name is the same model for ever and needs no
+# network once it is cached. gpt-j's is the converter's pull request 40: its main branch has pickles
+# only.
+with Path(__file__).with_name("aliases.csv").open(encoding="utf-8", newline="") as _rows:
+    ALIASES: tuple[Alias, ...] = tuple(map(_alias, csv.DictReader(_rows)))
 
 _BY_NAME = {alias.name: alias for alias in ALIASES}
 
