@@ -189,7 +189,10 @@ def server() -> str:
 
 
 def serve(address: str) -> None:
-    """Fork a child for every connection; send its process id, and in the end its exit status."""
+    """Fork a child for every connection; send its process id, and in the end its exit status.
+
+    Where the other side is gone before the child has ended, as when it was killed, so is the child.
+    """
     _import_what_commands_use()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
@@ -201,6 +204,7 @@ def serve(address: str) -> None:
     signal.set_wakeup_fd(wake.fileno())
     print("ready", flush=True)
     children: dict[int, socket.socket] = {}
+    asked: dict[Any, int] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(listening, selectors.EVENT_READ)
         selector.register(ended, selectors.EVENT_READ)
@@ -208,18 +212,25 @@ def serve(address: str) -> None:
             for key, _ in selector.select():
                 if key.fileobj is listening:
                     connection, _ = listening.accept()
-                    children[_fork(connection)] = connection
-                else:
+                    asked[connection] = pid = _fork(connection)
+                    children[pid] = connection
+                    selector.register(connection, selectors.EVENT_READ)
+                elif key.fileobj is ended:
                     ended.recv(4096)
-            _report(children)
+                else:
+                    selector.unregister(key.fileobj)
+                    os.kill(asked[key.fileobj], signal.SIGKILL)
+            _report(children, selector)
 
 
-def _report(children: dict[int, socket.socket]) -> None:
+def _report(children: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
         with children.pop(pid) as connection, contextlib.suppress(OSError):
+            with contextlib.suppress(KeyError):
+                selector.unregister(connection)
             code = os.waitstatus_to_exitcode(status)
             connection.sendall(code.to_bytes(4, "big", signed=True))
 

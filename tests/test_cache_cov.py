@@ -188,8 +188,9 @@ def test_torchrun_ends_the_other_when_a_rank_is_killed(
     corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "cov.h5"
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kscli")
-    command = (*torchrun, *COMMON, "--corpus", corpus, "-o", path)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    program = fork_kit.program(tmp_path)
+    command = (*torchrun, program, *COMMON, "--corpus", corpus, "-o", path)
     launcher = start(*command)
     wait_for_checkpoint(tmp_path / "cov.h5.checkpoint-1-of-2", launcher)
     for worker in psutil.Process(launcher.pid).children():

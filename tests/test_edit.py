@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fork_kit
 import h5py
 import numpy as np
 import pytest
 import torch
-from cli_kit import ROOT, kscli, one_sentence
+from cli_kit import kscli, one_sentence
 from families import save_family
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -867,12 +865,7 @@ def test_a_killed_process_loses_no_finished_edit(folder: Path, tmp_path: Path) -
     command = [
         *("edit", "--dir", str(folder.parent), "--edits", "3", "--value", "random", "-o", str(path))
     ]
-    killed = subprocess.run(
-        [sys.executable, str(script), *command],
-        check=False,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    killed = fork_kit.run([str(script), *command])
     assert killed.returncode == -9
     assert not path.exists()
     gone_on = kscli(*command)

@@ -32,9 +32,9 @@ class Alias:
 
 
 def _alias(row: dict[str, str]) -> Alias:
-    numbers = {name: int(row.pop(name)) for name in ("layers", "d_m", "parameters")}
-    hub_id, revision = row.pop("hub_id") or None, row.pop("revision") or None
-    return Alias(**row, hub_id=hub_id, revision=revision, **numbers)
+    layers, d_m, parameters = (int(row[name]) for name in ("layers", "d_m", "parameters"))
+    hub_id, revision = row["hub_id"] or None, row["revision"] or None
+    return Alias(row["name"], row["family"], hub_id, revision, layers, d_m, parameters)
 
 
 # aliases.csv has a commit each, so that the same name is the same model for ever and needs no
