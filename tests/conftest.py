@@ -51,3 +51,13 @@ def measured_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = kscli(*stage, "--dir", root, "-q")
         assert made.exit_code == 0, made.stderr
     return root / "tiny"
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report pages without their figures, which take most of the time: for tests of the numbers."""
+    from kscli.report import comparison, edits, sections
+    from kscli.report.html import Html
+
+    for module in (comparison, edits, sections):
+        monkeypatch.setattr(module, "picture", lambda *_: Html(""))

@@ -65,6 +65,7 @@ def test_a_new_editor_is_known_to_every_command(
     assert np.allclose([each["p"] for each in risk], [expected[each["j"]] for each in risk])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_report_names_a_new_editor(toy: str, measured_tiny: Path, tmp_path: Path) -> None:
     """The page of a model whose runs are of an editor that the report's code never heard of."""
     folder = tmp_path / "tiny"

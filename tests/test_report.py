@@ -479,6 +479,7 @@ def test_convergence_is_the_sentence_of_the_figure(tmp_path: Path, matrices: lis
 # Edits
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_risk_is_the_definition(tmp_path: Path, matrices: list[Real]) -> None:
     leverage = np.random.default_rng(0).random(M) + 1
     file = write_p(tmp_path / "a.h5", matrices, leverage=leverage)
@@ -498,6 +499,7 @@ def test_risk_is_the_definition(tmp_path: Path, matrices: list[Real]) -> None:
     assert f"{min(rms[:-1]):.3f} in root mean square" in said(file)["Risk"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_outcomes_of_edits_are_the_definitions(tmp_path: Path, matrices: list[Real]) -> None:
     file = write_p(tmp_path / "a.h5", matrices)
     runs = [Run(12, M, layer) for layer in (0, 3)]
@@ -548,6 +550,7 @@ def test_what_foretold_the_damage_follows_the_runs(tmp_path: Path, matrices: lis
     assert "grows as" not in single
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_another_p_predicted_are_left_out(tmp_path: Path) -> None:
     place = write_toy(tmp_path)
     with PMatrixFile(place / "pmatrix.h5") as pm:
@@ -564,6 +567,7 @@ def test_runs_that_another_p_predicted_are_left_out(tmp_path: Path) -> None:
     assert page.table("What became of the edits").column("run") == ["rome, layer 0"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_run_is_left_out(tmp_path: Path) -> None:
     place = write_toy(tmp_path)
     (place / "edits").mkdir()
@@ -626,6 +630,7 @@ def test_size_and_kurtosis_follow_the_matrices(tmp_path: Path, matrices: list[Re
 # The command
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_writes_its_default_path_once(tmp_path: Path) -> None:
     place = write_toy(tmp_path)
     first = kscli("report", "-m", "toy", "--dir", tmp_path, "-q")

@@ -285,6 +285,7 @@ READ_NONE = {"models", "facts", "extract", "import-cov", "guide"}
 HELD_OUT = "the river of a city in the north of a land. " * 50
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_was_imported_goes_through_every_command(measured_tiny: Path, tmp_path: Path) -> None:
     place = tmp_path / "tiny"
     place.mkdir()
