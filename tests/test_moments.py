@@ -13,6 +13,7 @@ from kscli.second_moment.moments import (
     SecondMoment,
     lower_entries,
     lower_products,
+    massive_keys,
 )
 from kscli.superposition import superposition
 
@@ -178,3 +179,64 @@ def test_sums_on_the_host_come_in_order_and_errors_are_raised() -> None:
     assert total.tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(RuntimeError):
         sums.add([total], [torch.ones(4)])
+
+
+def with_massive(dtype: torch.dtype, tokens: int = 600, d_m: int = 64) -> torch.Tensor:
+    """Keys, every hundredth of which is 600 times as long as the others, in one direction."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(tokens, d_m, generator=generator)
+    direction = torch.randn(d_m, generator=generator)
+    keys[::100] += 600 * direction
+    return keys.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("kept", [1, 64])
+def test_massive_keys_do_not_spoil_the_others_sums(
+    dtype: torch.dtype, partial: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "MASSIVE_KEPT", kept)
+    keys = with_massive(dtype)
+    before = keys.clone()
+    moment = SecondMoment(64, partial=partial)
+    for batch in keys.split(200):
+        assert moment.add(batch).item()
+    assert torch.equal(keys, before)
+    assert moment.count == 600
+    S = moment.sums() / 600
+    others = keys[torch.arange(600) % 100 != 0].double().numpy()
+    A = others.T @ others / 600
+    wrong = np.abs(S - exact(keys)) / np.sqrt(np.outer(np.diagonal(A), np.diagonal(A)))
+    # The bound of the module, of which M's own rounding in float64 is no part.
+    assert wrong.max() < (600 if partial else 200) * UNIT
+    # In one float32 sum the same tokens cost digits.
+    spoilt = keys.float().T @ keys.float() / 600
+    scale = np.sqrt(np.outer(np.diagonal(A), np.diagonal(A)))
+    assert (np.abs(spoilt.numpy() - exact(keys)) / scale).max() > 100 * wrong.max()
+
+
+def test_which_keys_are_massive() -> None:
+    keys = with_massive(torch.float32)
+    assert massive_keys(keys).tolist() == list(range(0, 600, 100))
+    assert massive_keys(torch.randn(500, 64)).tolist() == []
+    padded = torch.cat([keys, torch.zeros(60, 64)])
+    assert massive_keys(padded).tolist() == list(range(0, 600, 100))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_massive_key_that_is_not_finite_is_noticed(value: float) -> None:
+    keys = with_massive(torch.float32)
+    keys[100, 3] = value
+    assert not SecondMoment(64).add(keys).item()
+
+
+def test_a_restored_moment_goes_on_with_massive_keys() -> None:
+    keys = with_massive(torch.float32)
+    whole, first, second = (SecondMoment(64) for _ in range(3))
+    whole.add(keys[:300])
+    whole.add(keys[300:])
+    first.add(keys[:300])
+    second.restore(first.packed(), first.count)
+    second.add(keys[300:])
+    np.testing.assert_allclose(second.sums(), whole.sums(), rtol=1e-14)

@@ -1,12 +1,17 @@
 """The second moment C = (1/N) sum k k^T of one layer, summed over batches of keys.
 
 Only rows of blocks of the lower triangle are held. A batch's products are summed in float32, and
-what was summed over at most b tokens in float32 is then added in float64, so
-the error does not grow with the corpus: every entry of C is within
-b 2^-24 sqrt(C_ii C_jj) of the exact mean of products of the keys (float32 rounding of b
-products and sums, to first order; Higham, Accuracy and Stability, 3.1), plus one float32
-rounding of the result. Where nothing is kept in float32 between batches, b is a batch's tokens;
+what was summed over at most b tokens in float32 is then added in float64, so the error does not
+grow with the corpus. Where nothing is kept in float32 between batches, b is a batch's tokens;
 otherwise the tokens from one `flush` to the next and a batch more.
+
+Massive activations (Sun et al. 2024, arXiv 2402.17762) are tokens whose keys are far longer than
+the others'. In a float32 sum their rounding would be as large as the other tokens' products. So the
+keys that are over `MASSIVE` times as long as the batch's median are summed in float64, apart from
+the others. With C = A + M, A of the other keys and M of these, every entry of C is within
+b 2^-24 sqrt(A_ii A_jj) of the exact mean of products of the keys (float32 rounding of b products
+and sums, to first order; Higham, Accuracy and Stability, 3.1), plus one float32 rounding of the
+result. In A no key is longer than `MASSIVE` times a median.
 
 A batch's products are n d_m^2 multiplications for n keys, of which half are enough, C being
 symmetric. They come as rows of blocks, whose height is what was fastest on each kind of hardware:
@@ -43,6 +48,10 @@ ROWS = 256
 SYRK_ROWS = 4096
 BFLOAT16_ROWS = 256
 DEVICE_ROWS = 1024
+# A key is massive if it is over so many times as long as the batch's median.
+MASSIVE = 10.0
+# So many massive keys of a layer are kept before they are added: one pass over its sums for all.
+MASSIVE_KEPT = 64
 # Layers under way at most: one is copied while another is added.
 UNDER_WAY = 2
 
@@ -74,6 +83,7 @@ class SecondMoment:
         self.d_m = d_m
         self._keep_partial = partial
         self._partial: list[Tensor] = []
+        self._massive: list[Tensor] = []
         self._host = host or HostSums()
         self._sums = [
             torch.zeros(end - start, end, dtype=torch.float64, device=home)
@@ -87,7 +97,9 @@ class SecondMoment:
         products are not finite, the sums are spoilt. Nothing was added when this raises for want
         of memory.
         """
-        products = lower_products(keys)
+        apart = massive_keys(keys)
+        massive = keys[apart]
+        products = _products_without(keys, apart)
         if self._keep_partial and not self._partial:
             self._partial = [
                 torch.zeros(total.shape, dtype=torch.float32, device=keys.device)
@@ -96,17 +108,32 @@ class SecondMoment:
         trace = torch.stack([torch.diagonal(row.product, row.start).sum() for row in products])
         self._host.add(self._partial if self._keep_partial else self._sums, self._cut(products))
         self.count += keys.shape[0] if tokens is None else tokens
-        return trace.sum().isfinite()
+        if len(massive):
+            self._massive.append(massive)
+            if sum(map(len, self._massive)) >= MASSIVE_KEPT:
+                self._add_massive()
+        return (trace.sum() + massive.sum()).isfinite()
 
     def flush(self) -> None:
         """Bring everything that was added into the float64 sums, and wait for it."""
         if self._partial:
             self._host.add(self._sums, self._partial)
         self._host.wait()
+        self._add_massive()
         # They were created in inference mode, so only inference mode may change them.
         with torch.inference_mode():
             for partial in self._partial:
                 partial.zero_()
+
+    def _add_massive(self) -> None:
+        """Add the products of the massive keys that were kept, in float64."""
+        if not self._massive:
+            return
+        keys = torch.cat(self._massive).to(self._sums[0].device).double()
+        self._massive.clear()
+        self._host.wait()
+        for (start, end), total in zip(_spans(self.d_m, ROWS), self._sums, strict=True):
+            total.addmm_(keys[:, start:end].T, keys[:, :end])
 
     def matrix(self) -> NDArray[np.float32]:
         """C as a (d_m, d_m) float32 array, both triangles. `count` must not be 0."""
@@ -136,7 +163,7 @@ class SecondMoment:
 
     def restore(self, packed: NDArray[np.float64], count: int) -> None:
         """Take the sums over `count` tokens that `packed` gave, in place of what is held."""
-        self._partial = []
+        self._partial, self._massive = [], []
         self.count = count
         for place, lower, total in self._packing():
             rows = np.zeros(total.shape)
@@ -169,6 +196,27 @@ class BlockRow:
     start: int
     end: int
     product: Tensor
+
+
+def massive_keys(keys: Tensor) -> Tensor:
+    """Which of (n, d_m) keys are over `MASSIVE` times as long as their median: (r,) indexes."""
+    lengths = torch.linalg.vector_norm(keys, dim=1, dtype=torch.float32)
+    return torch.nonzero(lengths > MASSIVE * lengths.median())[:, 0]
+
+
+def _products_without(keys: Tensor, apart: Tensor) -> list[BlockRow]:
+    """The lower products of the keys but those of the indexes `apart`, which stay as they were."""
+    if not len(apart):
+        return lower_products(keys)
+    # Keys of a forward pass were created in inference mode, so only inference mode may change them.
+    with torch.inference_mode():
+        kept = keys[apart]
+        # For the time of the product: a copy of all keys would cost more.
+        keys[apart] = 0
+        try:
+            return lower_products(keys)
+        finally:
+            keys[apart] = kept
 
 
 def lower_products(keys: Tensor) -> list[BlockRow]:
