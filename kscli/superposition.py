@@ -23,7 +23,7 @@ from kscli.artifacts import (
 )
 from kscli.errors import NumericsError, UsageError
 from kscli.files import require_writable
-from kscli.layers import format_layers
+from kscli.layers import format_layers, layers_text
 from kscli.reporter import SILENT, Reporter
 from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION, Whitening, whitening
 
@@ -36,6 +36,8 @@ class Superposition:
     diagonal, `dead_coordinates` how many coordinates were 0 on every token. `whitening_residual`
     is the largest |L^-1 C L^-T x - x| / |x| over 8 random x, `solve_residual` the largest
     |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic did what Appendix B proves.
+    `storage_error` estimates how far p is moved because C was stored in float32
+    (`Whitening.storage_error`).
     """
 
     P: NDArray[np.float64]
@@ -47,11 +49,10 @@ class Superposition:
     dead_coordinates: int
     whitening_residual: float
     solve_residual: float
+    storage_error: float
 
 
-# Half of float32's unit in the last place: what storing C can change an entry by, as a share.
-STORAGE_ERROR = 6e-8
-# What storage may cost p, STORAGE_ERROR times C's condition, is said from here on.
+# What the storage of C in float32 costs p is said from here on.
 NOTABLE_ERROR = 1e-3
 
 
@@ -79,6 +80,7 @@ def superposition(
         dead_coordinates=len(white.dead),
         whitening_residual=white.identity_residual(),
         solve_residual=white.solve_residual(keys, whitened),
+        storage_error=white.storage_error(whitened),
     )
 
 
@@ -133,7 +135,7 @@ def write_pmatrix(
     )
     count = cov.count
     _warn_of_few_tokens(cov, count, reporter)
-    conditions = {}
+    errors = {}
     with (
         write_artifact(path, "pmatrix", about, force=True) as writer,
         reporter.task("superposition", len(layers), unit="layers") as task,
@@ -152,24 +154,22 @@ def write_pmatrix(
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
             for name, values in vars(result).items():
                 writer.put(name, index, values)
-            conditions[layer] = result.condition
+            errors[layer] = result.storage_error
             task.advance()
-    _warn_of_conditions(conditions, reporter)
+    _warn_of_storage(errors, reporter)
     return True
 
 
-def _warn_of_conditions(conditions: dict[int, float], reporter: Reporter) -> None:
-    """Say at which layers the storage of C in float32 may show in p."""
-    errors = {layer: STORAGE_ERROR * condition for layer, condition in conditions.items()}
+def _warn_of_storage(errors: dict[int, float], reporter: Reporter) -> None:
+    """Say at which layers the storage of C in float32 shows in p."""
     notable = [layer for layer, error in errors.items() if error > NOTABLE_ERROR]
     if not notable:
         return
     worst = max(notable, key=errors.__getitem__)
     reporter.warn(
-        f"C is badly conditioned at layer{'s' if len(notable) > 1 else ''} "
-        f"{format_layers(notable)}: storing it in float32 can move p by up to about 6e-8 times "
-        f"the condition, {errors[worst]:.1g} at layer {worst}, though roundings rarely add up so. "
-        "More, and more varied, text lowers the condition."
+        f"C is stored in float32, and that moves p at {layers_text(notable)}: by about "
+        f"{errors[worst]:.1g} at layer {worst} for the pair that it moves most. Measure C on more, "
+        "and more varied, text, or add a --ridge."
     )
 
 

@@ -20,6 +20,9 @@ from kscli.errors import NumericsError
 
 ROWS_AT_ONCE = 512
 FEWEST_TOKENS_PER_DIMENSION = 10
+# The rms of the error that rounding to float32 makes, as a share of a number: over numbers whose
+# logarithms are uniform, 2^-23 / sqrt(12) times sqrt(3 / (8 ln 2)).
+ROUNDING = 2.53e-8
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,29 @@ class Whitening:
         residual -= keys * self.scale
         residual /= np.where(self.scale > 0, self.scale, 1)
         return float((_lengths(residual.T) / _lengths(keys.T)).max())
+
+    def storage_error(self, whitened: NDArray[np.float64]) -> float:
+        """How far C's storage in float32 moves p: the standard error of the pair it moves most.
+
+        Every entry of C was rounded by an error e_ab of standard deviation `ROUNDING` |C_ab|, one
+        independent of the other. To first order k_i^T C^-1 k_j moves by x_i^T e x_j, x = C^-1 k,
+        of which the variance is the sum of x_ia^2 (`ROUNDING` C_ab)^2 x_jb^2, and p by that over
+        k_i^T C^-1 k_i. `whitened` (d_m, m) are the keys, as `whiten` gives them.
+        """
+        squares = self._back(whitened) ** 2
+        moved = squares.T @ self._times_squared(squares)
+        leverage = (whitened**2).sum(axis=0)
+        return ROUNDING * float((np.sqrt(moved) / leverage[:, None]).max())
+
+    def _times_squared(self, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The scaled C, its entries squared, times (d_m, n) columns."""
+        product = columns.copy()  # The diagonal is 1.
+        for start in range(0, len(self.factor), ROWS_AT_ONCE):
+            end = min(start + ROWS_AT_ONCE, len(self.factor))
+            above = np.triu(self.factor[start:end, start:], 1) ** 2
+            product[start:end] += above @ columns[start:]
+            product[start:] += above.T @ columns[start:end]
+        return product
 
     def _back(self, whitened: NDArray[np.float64]) -> NDArray[np.float64]:
         """L^-T y for (d_m, n) columns, L the factor of the scaled C."""

@@ -155,7 +155,8 @@ def test_show_says_what_a_file_is(toy: Path) -> None:
         "largest": condition.max(),
     }
     assert {name for name, about in pmatrix["datasets"].items() if "least" in about} == {
-        *("condition", "dead_coordinates", "solve_residual", "whitening_residual")
+        *("condition", "dead_coordinates"),
+        *("solve_residual", "storage_error", "whitening_residual"),
     }
     text = kscli("show", toy / "toy" / "pmatrix.h5").stdout
     assert f"(3,) float64, {condition.min():.4g} to {condition.max():.4g}\n" in text

@@ -228,6 +228,7 @@ _PMATRIX = _table("""
     condition           float64  layer  the condition estimate of C scaled to unit diagonal
     whitening_residual  float64  layer  the largest |L^-1 C L^-T x - x| / |x| over 8 random x
     solve_residual      float64  layer  the largest |C (C^-1 k) - k| / |k| over the keys
+    storage_error       float64  layer  how far storing C in float32 moves p, an estimate
     """,
     optional=True,
     result=False,
