@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,32 @@ if TYPE_CHECKING:
 
 Entries = NDArray[np.float64]
 
+
+@dataclass(frozen=True)
+class Sample:
+    """The off-diagonal entries of P, 1-D float64, and what several statistics make of them."""
+
+    entries: Entries
+
+    @cached_property
+    def ascending(self) -> Entries:
+        """The entries, sorted."""
+        return np.sort(self.entries)
+
+    @cached_property
+    def standardised(self) -> Entries:
+        """The entries less their mean, over their standard deviation; NaN where none varies."""
+        deviations: Entries = self.entries - self.entries.mean()
+        # Once more, for the rounding of the first mean: the corrected two-pass algorithm.
+        deviations -= deviations.mean()
+        scale = np.abs(deviations).max()
+        if not scale > ROUNDING * np.abs(self.entries).max():
+            return np.full_like(self.entries, np.nan)
+        deviations /= scale
+        deviations /= deviations.std()
+        return deviations
+
+
 DISTINCT = "_distinct"
 TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
 WHOLE_NUMBERS = ("top_pair_i", "top_pair_j", "top_fact", "fourth_moment_pairs")
@@ -43,17 +70,18 @@ WHOLE_NUMBERS = ("top_pair_i", "top_pair_j", "top_fact", "fourth_moment_pairs")
 
 @dataclass(frozen=True)
 class StatisticKind:
-    """A named statistic; `compute` takes the 1-D float64 array of off-diagonal entries.
+    """A named statistic; `compute` takes a `Sample` of P.
 
     `compute` is never called without entries: every statistic of m < 2 facts is NaN.
     """
 
     name: str
-    compute: Callable[[Entries], float]
+    compute: Callable[[Sample], float]
 
-    def __call__(self, entries: Entries) -> float:
-        """The statistic of `entries`; NaN where it is not defined."""
-        return float(self.compute(entries)) if entries.size else float("nan")
+    def __call__(self, of: Entries | Sample) -> float:
+        """The statistic of entries; NaN where it is not defined."""
+        sample = of if isinstance(of, Sample) else Sample(of)
+        return float(self.compute(sample)) if sample.entries.size else float("nan")
 
 
 STATISTICS: dict[str, StatisticKind] = {}
@@ -61,10 +89,10 @@ STATISTICS: dict[str, StatisticKind] = {}
 
 def statistic(
     name: str,
-) -> Callable[[Callable[[Entries], float]], Callable[[Entries], float]]:
+) -> Callable[[Callable[[Sample], float]], Callable[[Sample], float]]:
     """Register a function of the off-diagonal entries under `name`, the field that is printed."""
 
-    def register(compute: Callable[[Entries], float]) -> Callable[[Entries], float]:
+    def register(compute: Callable[[Sample], float]) -> Callable[[Sample], float]:
         STATISTICS[name] = StatisticKind(name, compute)
         return compute
 
@@ -78,8 +106,8 @@ def off_diagonal(P: NDArray[np.float64]) -> Entries:
 
 def layer_statistics(P: NDArray[np.float64]) -> dict[str, float]:
     """Every registered statistic of one layer's P (m, m), by name; NaN where undefined."""
-    entries = off_diagonal(P)
-    return {name: kind(entries) for name, kind in STATISTICS.items()}
+    sample = Sample(off_diagonal(P))
+    return {name: kind(sample) for name, kind in STATISTICS.items()}
 
 
 def describe(
@@ -115,11 +143,11 @@ def field_names() -> list[str]:
 def _described(
     P: NDArray[np.float64], pairs: PairMask, counts: Counts, suffix: str
 ) -> dict[str, float]:
-    entries = P[pairs]
+    sample = Sample(P[pairs])
     intervals = _intervals(P, PairSample(counts, pairs))
     described: dict[str, float] = {}
     for name, kind in STATISTICS.items():
-        described[name + suffix] = kind(entries)
+        described[name + suffix] = kind(sample)
         if name in intervals:
             bounds = interval(intervals[name])
             described[f"{name}{suffix}_low"] = bounds.low
@@ -217,72 +245,60 @@ def _told_apart(first: Fact, second: Fact) -> str:
     return f"{first.text!r}, which is there twice"
 
 
-def _standardised(entries: Entries) -> Entries:
-    """Entries less their mean, over their standard deviation; all NaN where they do not vary."""
-    deviations = entries - entries.mean()
-    # Once more, for the rounding of the first mean: the corrected two-pass algorithm.
-    deviations -= deviations.mean()
-    scale = np.abs(deviations).max()
-    if not scale > ROUNDING * np.abs(entries).max():
-        return np.full_like(entries, np.nan)
-    deviations = deviations / scale
-    return np.asarray(deviations / deviations.std())
-
-
 @statistic("mean")
-def _mean(entries: Entries) -> float:
+def _mean(sample: Sample) -> float:
     """Mean."""
-    return float(entries.mean())
+    return float(sample.entries.mean())
 
 
 @statistic("std")
-def _std(entries: Entries) -> float:
+def _std(sample: Sample) -> float:
     """Standard deviation (biased)."""
-    return float(entries.std())
+    return float(sample.entries.std())
 
 
 @statistic("skewness")
-def _skewness(entries: Entries) -> float:
+def _skewness(sample: Sample) -> float:
     """Skewness (biased)."""
-    return float(np.mean(_standardised(entries) ** 3))
+    return float(np.mean(np.square(sample.standardised) * sample.standardised))
 
 
 @statistic("kurtosis")
-def _kurtosis(entries: Entries) -> float:
+def _kurtosis(sample: Sample) -> float:
     """Excess kurtosis (Fisher, biased): 0 for a Gaussian."""
-    return float(np.mean(np.square(np.square(_standardised(entries)))) - 3.0)
+    return float(np.mean(np.square(np.square(sample.standardised))) - 3.0)
 
 
 @statistic("min")
-def _min(entries: Entries) -> float:
+def _min(sample: Sample) -> float:
     """Smallest entry."""
-    return float(entries.min())
+    return float(sample.ascending[0])
 
 
 @statistic("max")
-def _max(entries: Entries) -> float:
+def _max(sample: Sample) -> float:
     """Largest entry."""
-    return float(entries.max())
+    return float(sample.ascending[-1])
 
 
 @statistic("largest")
-def _largest(entries: Entries) -> float:
+def _largest(sample: Sample) -> float:
     """Largest |p|."""
-    return float(np.abs(entries).max())
+    return float(np.abs(sample.ascending[[0, -1]]).max())
 
 
 def _register_tail(name: str, threshold: float) -> None:
     @statistic(name)
-    def _(entries: Entries) -> float:
-        return float(np.mean(np.abs(entries) > threshold))
+    def _(sample: Sample) -> float:
+        return float(np.mean(np.abs(sample.entries) > threshold))
 
 
 def _register_quantile(level: float) -> None:
     name = f"quantile_{f'{level:.2f}'.replace('.', '_')}"
 
     @statistic(name)
-    def _(entries: Entries) -> float:
-        return float(np.quantile(entries, level))
+    def _(sample: Sample) -> float:
+        return float(np.quantile(sample.ascending, level))
 
 
 for _name, _threshold in TAILS.items():

@@ -70,20 +70,35 @@ def hill(P: Array, pairs: PairMask) -> Hill:
     largest = largest[np.argsort(-sizes[largest], kind="stable")]
     with np.errstate(divide="ignore"):
         logs = np.log(sizes[largest])
-    i, j = rows[largest], columns[largest]
+    sums = np.append(0.0, np.cumsum(logs))
+    entries_of = _entries_of(np.stack([rows[largest], columns[largest]]), m)
     without = np.array(
-        [_hill_index(logs[(i != fact) & (j != fact)], tails[fact]) for fact in range(m)]
+        [_hill_index(logs, sums, int(tails[fact]), entries_of[fact]) for fact in range(m)]
     )
     spread = np.sum((without - without.mean()) ** 2)
     error = math.sqrt((m - 1) / m * spread)
-    return Hill(_hill_index(logs, len(sizes) // HILL_ENTRIES), error)
+    nothing = np.empty(0, dtype=np.intp)
+    return Hill(_hill_index(logs, sums, len(sizes) // HILL_ENTRIES, nothing), error)
 
 
-def _hill_index(logs: Array, k: int) -> float:
-    """The index from logarithms in descending order."""
-    if k < 1 or not np.isfinite(logs[k]):
+def _entries_of(facts: NDArray[np.intp], m: int) -> list[NDArray[np.intp]]:
+    """Of each of m facts, at which of n pairs `facts` (2, n) it is, ascending."""
+    order = np.argsort(facts, axis=None, kind="stable")
+    ends = np.cumsum(np.bincount(facts.ravel(), minlength=m))
+    return [np.sort(own) for own in np.split(order % facts.shape[1], ends[:-1])]
+
+
+def _hill_index(logs: Array, sums: Array, k: int, left_out: NDArray[np.intp]) -> float:
+    """The index from logarithms in descending order, but for those at the places `left_out`.
+
+    `sums[n]` is the sum of the first n logarithms.
+    """
+    # How many of those left out come before the one that is at place k of the others.
+    before = int(np.searchsorted(left_out - np.arange(len(left_out)), k, side="right"))
+    place = k + before
+    if k < 1 or not np.isfinite(logs[place]):
         return math.nan
-    mean = float(np.mean(logs[:k] - logs[k]))
+    mean = float((sums[place] - logs[left_out[:before]].sum()) / k - logs[place])
     return 1 / mean if mean > ROUNDING else math.nan
 
 
