@@ -8,6 +8,8 @@ logits (a scale, a soft cap). The continuation keeps the decoder's cache where i
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +29,12 @@ from kscli.models.forward import (
 )
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
+
+# How Unicode's names of the characters begin that stand in words without spaces between them.
+UNSPACED = (
+    *("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "FULLWIDTH "),
+    *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN "),
+)
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,18 @@ class TargetScores:
 def tokenize_clozes(
     tokenizer: Any, texts: Sequence[str], targets: Sequence[str]
 ) -> tuple[Cloze, ...]:
-    """Tokenize each text, and its target as it would follow the text after a space.
+    """Tokenize each text, and its target as it would be written after the text.
 
-    White space at a text's end and around a target is left out: in front of a word, the space
-    belongs to the word's token. Special tokens that the tokenizer puts at the end are left out
-    too, since nothing follows them. Raises FactsError for a text or target without a token.
+    White space at a text's end and around a target is left out: the space between them, where
+    there is one (`space_before`), belongs to the target's first token. Special tokens that the
+    tokenizer puts at the end are left out too, since nothing follows them. Raises FactsError for a
+    text or target without a token.
     """
     heads = [text.rstrip() for text in texts]
-    tails = [f" {target.strip()}" for target in targets]
+    tails = [
+        space_before(text, target.strip()) + target.strip()
+        for text, target in zip(texts, targets, strict=True)
+    ]
     prompts = _token_ids(tokenizer, heads)
     both = _token_ids(tokenizer, [head + tail for head, tail in zip(heads, tails, strict=True)])
     clozes = tuple(
@@ -93,6 +105,33 @@ def tokenize_clozes(
                 "fact out."
             )
     return clozes
+
+
+def space_before(text: str, target: str) -> str:
+    """The space that is written between a text and a target that follows it: one, or none.
+
+    There is none where either is of a script that writes no spaces between words, inside a number,
+    after an opening bracket or quotation mark and the like, and before closing ones.
+    """
+    head = text.rstrip()
+    if not head or not target:
+        return ""
+    last, first = head[-1], target[0]
+    if head != text and not _is_unspaced(first):
+        return " "
+    inside_number = first.isdigit() and re.search(r"\d[.,]?$", head)
+    opening = unicodedata.category(last) in ("Ps", "Pi", "Sc", "Pc") or last in "/-#@"
+    closing = unicodedata.category(first) in ("Pe", "Pf") or first in ",.;:!?%"
+    # A straight mark opens after a space; an elision has one or two letters before it (l', qu').
+    quoted = re.search(r"""(^|[\s(\[])["']$|(^|\W)\w{1,2}['’]$""", head)
+    if inside_number or opening or closing or quoted:
+        return ""
+    return "" if _is_unspaced(last) or _is_unspaced(first) else " "
+
+
+def _is_unspaced(character: str) -> bool:
+    """Whether a character is of a script whose words are not parted by spaces."""
+    return unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def score_targets(
@@ -113,7 +152,7 @@ def score_targets(
     unique = list(wanting)
     scores: dict[int, _Score] = {}
     with torch.no_grad(), reporter.task("probabilities", len(clozes), unit="targets") as task:
-        for rows in full_batches(unique):
+        for rows in full_batches(unique, model.boundary):
             ids = pad_right([unique[row] for row in rows]).to(model.decoder.device)
             indexes = [wanting[unique[row]] for row in rows]
             ends = [len(unique[row]) - ids.shape[1] for row in rows]

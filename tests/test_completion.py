@@ -21,6 +21,7 @@ from kscli.completion import (
     decode_continuation,
     greedy_answers,
     score_targets,
+    space_before,
     tokenize_clozes,
 )
 from kscli.errors import FactsError, ModelError, NumericsError
@@ -262,3 +263,31 @@ def test_a_checkpoint_without_its_head(tmp_path: Path) -> None:
     loaded = load_model(ModelOptions(str(tmp_path / "decoder"), device="cpu"))
     with pytest.raises(ModelError, match="has no LM head"):
         score_targets(loaded, clozes_of(loaded))
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "space"),
+    [
+        ("The capital of France is", "Paris", " "),
+        ("The capital of France is ", "Paris", " "),
+        ("中国的首都是", "北京", ""),
+        ("The capital of China is", "北京", ""),
+        ("日本の首都は", "Tokyo", ""),
+        ("서울은", "한국", " "),
+        ('He said "', "yes", ""),
+        ('He said "yes" to', "no", " "),
+        ('It is called "X"', "later", " "),
+        ("born (", "1945", ""),
+        ("born in 19", "45", ""),
+        ("pi is 3.", "14", ""),
+        ("The year", "1990", " "),
+        ("It costs $", "5", ""),
+        ("capitale de l'", "Italie", ""),
+        ("parce qu’", "il", ""),
+        ("James'", "book", " "),
+        ("Franco-", "German", ""),
+        ("That is all", ".", ""),
+    ],
+)
+def test_the_space_before_a_target_is_as_it_is_written(text: str, target: str, space: str) -> None:
+    assert space_before(text, target) == space
