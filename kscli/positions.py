@@ -7,6 +7,7 @@ depend on what stands around it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -22,6 +23,8 @@ KeyToken = Literal["subject-last", "subject-first", "last"]
 """The last or first token that overlaps the subject's characters, or the prompt's last token."""
 
 PREFIX_TOKENS = ("▁", "Ġ")  # a lone space, as SentencePiece and byte-level BPE write it
+
+_UNSEEN = "ZC"  # Unicode's general categories of separators, and of control and format characters
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def _position(encoding: Encoding, fact: Fact, token: KeyToken) -> int:
         return own[-1]
     if own and _is_added_space(encoding, own[0], fact.text):
         del own[0]
-    start, end = fact.subject_span
+    start, end = _visible_span(fact)
     covering = [index for index in own if _overlaps(encoding.offsets[index], start, end)]
     if not covering:
         raise FactsError(
@@ -86,6 +89,31 @@ def _position(encoding: Encoding, fact: Fact, token: KeyToken) -> int:
             f"{fact.subject!r}: the model's tokenizer drops it. Leave the fact out."
         )
     return covering[0] if token == "subject-first" else covering[-1]
+
+
+def has_blank_end(fact: Fact) -> bool:
+    """Whether the subject begins or ends with characters that are not seen."""
+    return _visible_span(fact) != fact.subject_span
+
+
+def _visible_span(fact: Fact) -> tuple[int, int]:
+    """The subject's characters in the fact's text, less white space and the like at its ends.
+
+    Raises FactsError where what follows the subject joins its last letter, as an accent does.
+    """
+    start, end = fact.subject_span
+    text = fact.text
+    if unicodedata.category(text[end : end + 1] or " ").startswith("M"):
+        raise FactsError(
+            f"In {text!r} (case {fact.case_id}) the character after the subject {fact.subject!r} "
+            "joins its last letter, so the subject has no last token of its own. Make it part of "
+            "the subject."
+        )
+    while end - start > 1 and unicodedata.category(text[end - 1])[0] in _UNSEEN:
+        end -= 1
+    while end - start > 1 and unicodedata.category(text[start])[0] in _UNSEEN:
+        start += 1
+    return start, end
 
 
 def _overlaps(offsets: tuple[int, int], start: int, end: int) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from kscli.errors import FactsError, ModelError, UsageError
 from kscli.facts import Fact, read_facts
 from kscli.models.loading import LoadedModel
-from kscli.positions import KeyToken, locate_keys
+from kscli.positions import KeyToken, has_blank_end, locate_keys
 
 KNOWN = Path(__file__).parent.parent.parent / "shared" / "data" / "counterfact_known_256.json"
 
@@ -98,7 +98,7 @@ BY_HAND = {
         ("{} is", "Cafe\u0301", "1 ▁Caf", "4 <0x81>", "5 ▁is"),
         ("{} is in", "中文", "2 <0xE4>", "7 <0x87>", "9 ▁in"),
         ("The {} is", "🦊", "4 <0xF0>", "7 <0x8A>", "8 ▁is"),
-        ("{} is", " zoo", "1 ▁", "4 o", "5 ▁is"),
+        ("{} is", " zoo", "2 <0x7A>", "4 o", "5 ▁is"),
     ],
     "llama2-normalizer": [
         ("The capital of {} is", "Paris", "5 ▁Paris", "5 ▁Paris", "6 ▁is"),
@@ -336,3 +336,21 @@ def test_tokenizer_without_offsets() -> None:
     slow: Any = Slow()
     with pytest.raises(ModelError, match=r"some/model \(Slow\) gives no character offsets"):
         locate_keys(slow, [Fact("{}", "x", "x")])
+
+
+@pytest.mark.parametrize("subject", ["France ", " France", "France\u00a0\u2003", "\u200bFrance\t"])
+def test_a_subject_s_key_is_at_its_last_token_that_is_seen(subject: str) -> None:
+    tokenizer = byte_level([" The", " capital", " of", " France", "France", " is"])
+    fact = Fact("The capital of {} is", subject, "Paris")
+    clean = Fact("The capital of {} is", subject.strip("\u200b\t \u00a0\u2003"), "Paris")
+    (located,) = locate_keys(tokenizer, [fact])
+    (expected,) = locate_keys(tokenizer, [clean])
+    assert has_blank_end(fact)
+    assert not has_blank_end(clean)
+    text = tokenizer.decode([located.token_id]).strip()
+    assert tokenizer.decode([expected.token_id]).strip().endswith(text)
+
+
+def test_an_accent_that_joins_the_subject_is_refused() -> None:
+    with pytest.raises(FactsError, match="joins its last letter"):
+        locate_keys(byte_level([]), [Fact("{}\u0301 is in", "Cafe", "Paris")])
