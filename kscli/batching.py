@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kscli.models.forward import pad_right
+from kscli.models.forward import beyond, pad_right
 
 MOST_PADDING = 0.03
 # What one batch may hold of padding: as much as keeps all batches together under MOST_PADDING.
@@ -115,11 +115,14 @@ def _head(tokenizer: Any, document: str, max_length: int) -> str:
     return document
 
 
-def make_batches(sequences: Iterable[TokenSequence], budget: int) -> list[TokenBatch]:
+def make_batches(
+    sequences: Iterable[TokenSequence], budget: int, boundary: int | None = None
+) -> list[TokenBatch]:
     """Batches of at most `budget` tokens, padding included, together `MOST_PADDING` of it at most.
 
     The longest come first, so that what does not fit in memory shows at once. A sequence longer
-    than the budget is a batch of its own. Empty sequences are left out.
+    than the budget is a batch of its own. Empty sequences are left out. No batch has sequences of
+    both sides of `boundary` tokens (`LoadedModel.boundary`).
     """
     longest_first = sorted(
         (sequence for sequence in sequences if sequence.token_ids),
@@ -127,7 +130,8 @@ def make_batches(sequences: Iterable[TokenSequence], budget: int) -> list[TokenB
     )
     tokens = sum(len(sequence.token_ids) for sequence in longest_first)
     for most in BATCH_PADDING:
-        groups = list(_cut(longest_first, budget, most))
+        sides = groupby(longest_first, lambda each: beyond(boundary, len(each.token_ids)))
+        groups = [group for _, side in sides for group in _cut(side, budget, most)]
         padded = sum(len(group[0].token_ids) * len(group) for group in groups)
         if padded - tokens <= MOST_PADDING * padded:
             break
@@ -135,7 +139,7 @@ def make_batches(sequences: Iterable[TokenSequence], budget: int) -> list[TokenB
 
 
 def _cut(
-    sequences: Sequence[TokenSequence], budget: int, most: float
+    sequences: Iterable[TokenSequence], budget: int, most: float
 ) -> Iterator[list[TokenSequence]]:
     """Cut sequences, longest first, where a batch is full or padding is more than `most` of it."""
     batch: list[TokenSequence] = []

@@ -17,7 +17,7 @@ from kscli.facts import Fact, FactSet
 from kscli.layers import select_layers
 from kscli.models.forward import require_positions
 from kscli.models.loading import LoadedModel, ModelIdentity
-from kscli.positions import KeyToken, locate_keys
+from kscli.positions import KeyToken, has_blank_end, locate_keys
 from kscli.reporter import SILENT, Reporter
 
 BATCH_TOKENS = 4096
@@ -63,13 +63,19 @@ def extract_keys(
     decoder = model.decoder
     chosen = select_layers(layers, range(decoder.n_layers), model.identity.model_id)
     prompts = locate_keys(model.tokenizer, facts.facts, token)
+    blank = sum(map(has_blank_end, facts.facts))
+    if blank:
+        reporter.warn(
+            f"{blank} of the {len(prompts)} subjects have white space or other unseen characters "
+            "at an end; their keys are read at the last token that is seen."
+        )
     for fact, prompt in zip(facts.facts, prompts, strict=True):
         require_positions(model, fact.text, len(prompt.token_ids))
     row_of = {layer: row for row, layer in enumerate(chosen)}
     keys = np.empty((len(chosen), len(prompts), decoder.d_m), dtype=np.float32)
     sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))
     with reporter.task("keys", len(prompts), unit="facts") as task:
-        for batch in make_batches(sequences, BATCH_TOKENS):
+        for batch in make_batches(sequences, BATCH_TOKENS, model.boundary):
             indexes = [sequence.index for sequence in batch.sequences]
             positions = torch.tensor([prompts[index].position for index in indexes])
 

@@ -35,6 +35,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt-neox": ("gpt_neox", LLAMA_LIKE, "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
     "llama": ("llama", GROUPED, "model.layers.{}.mlp.down_proj"),
     "mistral": ("mistral", GROUPED | {"sliding_window": 8}, "model.layers.{}.mlp.down_proj"),
+    # Beyond 16 tokens all positions of a batch are encoded with the long factors.
+    "phi3-longrope": (
+        "phi3",
+        GROUPED
+        | {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.5, 3.0, 6.0, 12.0],
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 10000.0,
+            },
+        },
+        "model.layers.{}.mlp.down_proj",
+    ),
     "qwen2": ("qwen2", GROUPED, "model.layers.{}.mlp.down_proj"),
     "qwen3": ("qwen3", GROUPED | {"head_dim": 16}, "model.layers.{}.mlp.down_proj"),
     "gemma": ("gemma", GROUPED | {"head_dim": 16}, "model.layers.{}.mlp.down_proj"),

@@ -64,9 +64,7 @@ SIZES = {
 
 
 def test_every_promised_alias_is_there_once() -> None:
-    names = [alias.name for alias in ALIASES]
-    assert len(set(names)) == len(names)
-    assert set(NAMES) <= set(names)
+    assert [alias.name for alias in ALIASES] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -346,3 +346,17 @@ def test_a_long_document_gives_the_tokens_that_the_whole_of_it_gives(text: str) 
     tokenizer = load_model(ModelOptions("tiny")).tokenizer
     (sequence,) = encode(tokenizer, [(0, text)], 100)
     assert list(sequence.token_ids) == tokenizer(text)["input_ids"][:100]
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"my-model holds an adapter .* merge_and_unload"):
+        load_model(ModelOptions(str(folder)))
+
+
+def test_a_configuration_fetches_no_attention(folder: Path) -> None:
+    path = folder / "config.json"
+    wanted = {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | wanted))
+    model = load_model(ModelOptions(str(folder), dtype="float32"))
+    assert model.decoder.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]

@@ -68,7 +68,7 @@ def fact_gradients(
     sequences = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes]
     found: dict[int, FactGradient] = {}
     with reporter.task("gradients", len(facts), unit="facts") as task:
-        for rows in full_batches(sequences):
+        for rows in full_batches(sequences, model.boundary):
             ids = pad_right([sequences[row] for row in rows])
             keys, outputs = _factors(model, layer, ids, [clozes[row] for row in rows])
             for place, row in enumerate(rows):

@@ -54,7 +54,7 @@ def _at_keys(
 ) -> NDArray[np.float64]:
     found: list[NDArray[np.float64]] = [np.empty(0)] * len(prompts)
     sequences = [prompt.token_ids for prompt in prompts]
-    for rows in full_batches(sequences):
+    for rows in full_batches(sequences, model.boundary):
         ids = pad_right([sequences[row] for row in rows]).to(model.decoder.device)
         values = _values(model.decoder.model, module, side, ids)
         for row, of_row in zip(rows, values, strict=True):

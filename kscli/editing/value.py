@@ -34,7 +34,7 @@ from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError
 from kscli.facts import SLOT, UNUSABLE, Fact
 from kscli.models.decoder import is_out_of_memory
-from kscli.models.forward import hooked, logits_of, pad_right, require_positions
+from kscli.models.forward import beyond, hooked, logits_of, pad_right, require_positions
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 
@@ -270,6 +270,12 @@ def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[s
     rows = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes] + [essence.prompt_ids]
     for text, of_row, cloze in zip(texts, located, (*clozes, essence), strict=True):
         _check_row(model, text, of_row, cloze)
+    if len({beyond(model.boundary, len(row)) for row in rows}) > 1:
+        raise FactsError(
+            f"The texts of {fact.text!r} and its prefixes lie on both sides of {model.boundary:,} "
+            f"tokens, where {model.identity.model_id} changes its position encodings, so they "
+            "cannot be in one batch; use fewer --prefixes."
+        )
     input_ids = pad_right(rows)
     asked = [
         (row, len(cloze.prompt_ids) - 1 + index, token, 1 / len(cloze.target_ids) / len(clozes))

@@ -27,7 +27,7 @@ from kscli.errors import ModelError
 from kscli.hub import asking
 from kscli.models.aliases import ALIASES, close_aliases
 from kscli.models.fingerprint import is_tokenizer_file
-from kscli.models.weights import weight_files
+from kscli.models.weights import refuse_adapter, weight_files
 from kscli.reporter import SILENT, Reporter, Task
 
 CONFIG = "config.json"
@@ -131,6 +131,7 @@ def _needed_files(
             f"{request.hub_id} has no {CONFIG}, so it is not a transformers model."
             + (" Download one of its .gguf files and give its path." if gguf else "")
         )
+    refuse_adapter(names, f"{request.hub_id} at {request.revision}")
     return [
         CONFIG,
         *sorted(name for name in names if is_tokenizer_file(name)),

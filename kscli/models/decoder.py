@@ -191,8 +191,13 @@ def find_down_projections(
 def _projections_of_layers(
     model: nn.Module, hidden_size: int, n_layers: int
 ) -> tuple[DownProjection, ...]:
-    """The projections of the first list of `n_layers` layers that has one in each."""
-    for name, module in model.named_modules():
+    """The projections of the first list of `n_layers` layers that has one in each.
+
+    Of a model that sees or hears, too, only the language model is looked at.
+    """
+    language = getattr(model, "get_decoder", lambda: None)() or model
+    prefix = next((name for name, module in model.named_modules() if module is language), "")
+    for name, module in language.named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             found = [
                 _down_projection(f"{name}.{index}", layer, hidden_size)

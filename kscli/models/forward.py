@@ -60,26 +60,40 @@ def logits_of(
     return output.logits[:, -keep:], getattr(output, "past_key_values", None)
 
 
+def beyond(boundary: int | None, length: int) -> bool:
+    """On which side of a model's `boundary` a sequence lies; a batch has those of one side."""
+    return boundary is not None and length > boundary
+
+
 def same_length_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indexes of sequences of one length, longest first."""
     return _batches(sequences, few=0)
 
 
-def full_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def full_batches(
+    sequences: Sequence[Sequence[int]], boundary: int | None = None
+) -> Iterator[list[int]]:
     """Indexes of sequences, longest first, of one length where these are many.
 
-    A pass over few tokens takes as long as reading the weights does; shorter sequences join it.
+    A pass over few tokens takes as long as reading the weights does; shorter sequences of the same
+    side of `boundary` join it.
     """
-    return _batches(sequences, few=FEW_TOKENS)
+    return _batches(sequences, FEW_TOKENS, boundary)
 
 
-def _batches(sequences: Sequence[Sequence[int]], few: int) -> Iterator[list[int]]:
+def _batches(
+    sequences: Sequence[Sequence[int]], few: int, boundary: int | None = None
+) -> Iterator[list[int]]:
     """Indexes of sequences of one length, or of any as long as a batch has `few` tokens."""
     lengths = [len(sequence) for sequence in sequences]
     batch: list[int] = []
     for row in sorted(range(len(sequences)), key=lambda index: -lengths[index]):
         tokens = len(batch) * lengths[batch[0]] if batch else 0
-        joins = batch and (lengths[row] == lengths[batch[0]] or tokens < few)
+        side = beyond(boundary, lengths[row])
+        joins = batch and (
+            lengths[row] == lengths[batch[0]]
+            or (tokens < few and side == beyond(boundary, lengths[batch[0]]))
+        )
         full = batch and (len(batch) == BATCH_ROWS or tokens + lengths[batch[0]] > BATCH_TOKENS)
         if batch and (full or not joins):
             yield batch

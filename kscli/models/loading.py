@@ -22,7 +22,7 @@ from kscli.models.fingerprint import (
     is_tokenizer_file,
     read_safetensors_header,
 )
-from kscli.models.weights import weight_files
+from kscli.models.weights import refuse_adapter, weight_files
 from kscli.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class LoadedModel:
     dtype: str
     device: str
     positions: int | None
+    boundary: int | None = None  # sequences of more tokens have other position encodings
     has_head: bool = True  # False: its checkpoint lacks the LM head, and random weights stand in
 
     @property
@@ -167,6 +168,7 @@ def load_model(
         dtype=dtype,
         device=device,
         positions=positions_of(text),
+        boundary=boundary_of(text),
         has_head=has_head,
     )
 
@@ -182,6 +184,19 @@ def positions_of(config: Any) -> int | None:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
+    return None
+
+
+def boundary_of(config: Any) -> int | None:
+    """The length beyond which LongRoPE gives all tokens of a batch other position encodings.
+
+    Then a batch must not hold sequences of both sides. None for models of another encoding; with
+    dynamic NTK the encodings change only beyond the positions that kscli uses.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for of_layers in (rope, *rope.values()):
+        if isinstance(of_layers, dict) and of_layers.get("rope_type") == "longrope":
+            return int(of_layers["original_max_position_embeddings"])
     return None
 
 
@@ -262,6 +277,7 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json; it is not a Hugging Face model folder.")
     files = [path.name for path in folder.iterdir() if path.is_file()]
+    refuse_adapter(files, str(folder))
     names = weight_files(
         files, lambda name: (folder / name).read_text("utf-8"), str(folder), options.allow_pickle
     )
@@ -292,6 +308,9 @@ def load_config(located: LocatedModel, options: ModelOptions) -> Any:
             **_gguf_argument(located),
         )
     _check_kind(located, config)
+    # A configuration may name an attention that is fetched from the Hub. None lets transformers
+    # choose its own: scaled_dot_product_attention where the model has it, else eager.
+    config._attn_implementation = None
     return config
 
 

@@ -11,6 +11,19 @@ SAFE = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 
 
+def refuse_adapter(names: Collection[str], where: str) -> None:
+    """Raise ModelError for an adapter among the files, which changes what the weights compute.
+
+    transformers adds it to the weights, or does not, by whether peft is installed.
+    """
+    if "adapter_config.json" in names:
+        raise ModelError(
+            f"{where} holds an adapter (adapter_config.json), which changes the model. Merge it "
+            "into the weights with peft's merge_and_unload() and save the model to another folder, "
+            "or move the adapter's files away to measure the base model."
+        )
+
+
 def weight_files(
     names: Collection[str], read: Callable[[str], str], where: str, allow_pickle: bool
 ) -> list[str]:

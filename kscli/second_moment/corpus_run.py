@@ -224,7 +224,7 @@ class CovarianceRun:
         for window in ahead(stream, WINDOWS_AHEAD, stop_if_asked):
             if current.position.batches and current.position.digest != window.end.digest:
                 raise stream.changed(window.end)
-            batches = make_batches(window.sequences, self.plan.batch_tokens)
+            batches = make_batches(window.sequences, self.plan.batch_tokens, self.model.boundary)
             current.position = replace(current.position, digest=window.end.digest)
             for batch in batches[current.position.batches :]:
                 current.sums.add(batch, current.watch)
