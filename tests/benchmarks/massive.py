@@ -4,9 +4,9 @@
 
 The reference is P of the float64 second moment of the same float32 keys. For every layer: how many
 keys are massive; how many times the longest key is as long as the median; and the largest error
-in P of m facts (a) with float32 sums of all keys, (b) as cache-cov sums them, in float64, (c) as
-cov.h5 stores that, in float32; (d) stored in float32 beside its 8 largest directions in float64;
-and (e) the error that pmatrix estimates for the storage.
+in P of m facts (a) with float32 sums of all keys, (b) as cache-cov sums them. Against P of (b), the
+largest error of (c) its storage in float32, (d) its storage in float32 beside its 8 largest
+directions in float64, and (e) what pmatrix estimates of (c).
 """
 
 from __future__ import annotations
@@ -77,15 +77,20 @@ def report(layer: int, rows: list[Tensor], facts: Real) -> None:
         plain.add(batch, int((batch != 0).any(dim=1).sum()))
     moments.MASSIVE = before
     C = summed.sums() / count
-    stored = superposition(C.astype(np.float32).astype(np.float64), count, facts)
-    true = p_of(exact, count, facts)
+    true, of_sums = p_of(exact, count, facts), p_of(C, count, facts)
+    in_float32 = C.astype(np.float32).astype(np.float64)
     errors = [
-        np.abs(p_of(each, count, facts) - true).max()
-        for each in (plain.sums() / count, C, C.astype(np.float32).astype(np.float64), beside(C))
+        np.abs(P - than).max()
+        for P, than in (
+            (p_of(plain.sums() / count, count, facts), true),
+            (of_sums, true),
+            (p_of(in_float32, count, facts), of_sums),
+            (p_of(beside(C), count, facts), of_sums),
+        )
     ]
     ratio = float(lengths.max() / lengths.median())
     text = "  ".join(f"{error:.1e}" for error in errors)
-    estimated = getattr(stored, "storage_error", float("nan"))
+    estimated = superposition(in_float32, count, facts).storage_error
     print(f"{layer:5} {massive:7} {ratio:14.0f}  {text}  {estimated:.1e}", flush=True)
 
 

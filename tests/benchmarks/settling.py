@@ -4,8 +4,9 @@
 
 In bfloat16: the error of p that cache-cov itself estimates to be left at doublings of the tokens,
 and how far P of 128 facts is apart between C of two disjoint halves of the documents, N tokens
-each, over sqrt(2), at doublings of N from 2 d_m up. Then, at 16 d_m tokens: P with bfloat16 keys
-and C against float32 on the same text, beside the two halves. Rms off the diagonal.
+each, over sqrt(2), at doublings of N from 2 d_m up. Then, at 16 d_m tokens and for every layer: P
+with bfloat16 keys and C against float32 on the same text, beside the two halves over sqrt(2), the
+noise of the corpus. Rms off the diagonal.
 """
 
 from __future__ import annotations
@@ -71,12 +72,16 @@ def main(model_path: str, corpus: str, facts_path: str) -> None:
     off = [rms(a - b) for a, b in zip(*P, strict=True)]
     halves_P = [matrices(half[size], size, keys["bfloat16"]) for half in halves]
     apart = [rms(a - b) for a, b in zip(*halves_P, strict=True)]
-    print(f"at {size:,} tokens, bfloat16 against float32 on the same text, by layer {watched}:")
-    print("  " + ", ".join(f"{off[layer]:.4f}" for layer in watched) + f"; all {pooled(off):.4f}")
-    print("two disjoint halves, both in bfloat16:")
-    print(
-        "  " + ", ".join(f"{apart[layer]:.4f}" for layer in watched) + f"; all {pooled(apart):.4f}"
-    )
+    noise = [each / np.sqrt(2) for each in apart]
+    worst = [float(np.abs(a - b).max()) for a, b in zip(*P, strict=True)]
+    print(f"at {size:,} tokens, by layer, those where bfloat16 is most beside the noise first:")
+    print("layer  bfloat16 against float32: rms  largest  noise of the corpus: rms  ratio")
+    for layer in sorted(range(len(off)), key=lambda at: -off[at] / noise[at]):
+        print(
+            f"{layer:5}  {off[layer]:.4f}  {worst[layer]:.3f}  {noise[layer]:.4f}  "
+            f"{off[layer] / noise[layer]:.2f}"
+        )
+    print(f"all layers: {pooled(off):.4f}, and the noise {pooled(noise):.4f}")
 
 
 def moments_at(
