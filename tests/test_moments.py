@@ -18,6 +18,8 @@ from kscli.second_moment.moments import (
 from kscli.superposition import superposition
 
 UNIT = 2**-24
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
 
 def exact(keys: torch.Tensor) -> NDArray[np.float64]:
@@ -193,15 +195,16 @@ def with_massive(dtype: torch.dtype, tokens: int = 600, d_m: int = 64) -> torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize("kept", [1, 64])
+@pytest.mark.parametrize("device", DEVICES)
 def test_massive_keys_do_not_spoil_the_others_sums(
-    dtype: torch.dtype, partial: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, partial: bool, kept: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moments, "MASSIVE_KEPT", kept)
     keys = with_massive(dtype)
     before = keys.clone()
     moment = SecondMoment(64, partial=partial)
     for batch in keys.split(200):
-        assert moment.add(batch).item()
+        assert moment.add(batch.to(device)).item()
     assert torch.equal(keys, before)
     assert moment.count == 600
     S = moment.sums() / 600
