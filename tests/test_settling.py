@@ -13,6 +13,7 @@ from collections.abc import Callable
 import naive
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from kscli.second_moment.settling import FIRST, KEYS, Settled, Settling
@@ -21,7 +22,7 @@ D = 64
 START = FIRST * 2 * KEYS
 
 Array = NDArray[np.float64]
-Sums = Callable[[int], Array]
+Sums = Callable[[int], torch.Tensor]
 
 
 class Stream:
@@ -32,7 +33,7 @@ class Stream:
 
     def sums(self, tokens: int) -> Sums:
         exact = self.keys[:, :tokens].astype(np.float64)
-        return lambda layer: exact[layer].T @ exact[layer]
+        return lambda layer: torch.from_numpy(exact[layer].T @ exact[layer])
 
     def feed(self, settling: Settling, start: int, stop: int) -> None:
         rows = settling.wants(start, stop)
@@ -274,7 +275,7 @@ def test_a_key_that_lies_outside_all_other_tokens_is_passed_over() -> None:
     stream.feed(settling, 0, 2 * START)
     for tokens in (START, 2 * START):
         rounded = (exact[:tokens].T @ exact[:tokens]).astype(np.float32)
-        settled = settling.evaluate(tokens, lambda _, S=rounded: S.astype(np.float64))
+        settled = settling.evaluate(tokens, lambda _, S=rounded: torch.from_numpy(S).double())
     assert settled is not None
 
     live = np.setdiff1d(np.arange(D), [5, 9, 20])

@@ -247,7 +247,10 @@ class CovarianceRun:
         settling, tokens = current.settling, current.position.tokens
         if settling is None or tokens < settling.next_at:
             return False
-        settled = settling.evaluate(tokens, lambda layer: current.sums.moments[layer].sums())
+        device_of = self.model.decoder.device_of
+        settled = settling.evaluate(
+            tokens, lambda layer: current.sums.moments[layer].lower_sums(device_of(layer))
+        )
         if settled is None:
             return False
         self.reporter.note(f"at {tokens:,} tokens p is settled to {settled.rms:.4f} (rms).")

@@ -143,6 +143,20 @@ class SecondMoment:
         """The sum of k k^T, not divided, as a new (d_m, d_m) float64 array, both triangles."""
         return self._square(np.float64, 1)
 
+    def lower_sums(self, device: str) -> Tensor:
+        """`sums` as a tensor on a device, if it has room, else on the host.
+
+        What lies above the diagonal is not defined.
+        """
+        self.flush()
+        try:
+            S = torch.empty((self.d_m, self.d_m), dtype=torch.float64, device=device)
+        except torch.OutOfMemoryError:
+            S = torch.empty((self.d_m, self.d_m), dtype=torch.float64)
+        for (start, end), total in zip(_spans(self.d_m, ROWS), self._sums, strict=True):
+            S[start:end, :end] = total
+        return S
+
     def _square(self, dtype: type[Float], divisor: int) -> NDArray[Float]:
         self.flush()
         S = np.empty((self.d_m, self.d_m), dtype)

@@ -170,7 +170,7 @@ def plan_memory(
     entries = lower_entries(shape.d_m)
     model = shape.parameters * ITEM_BYTES[dtype]
     # One layer's products, and C on its way to the file or to the settling estimate.
-    products, layer = 4 * entries, 12 * shape.d_m**2
+    products, layer = 4 * entries, 16 * shape.d_m**2
     work = batch_tokens * _bytes_a_token(shape, dtype) + products
     on_device = resources.device_memory is not None
     free = resources.host_memory if resources.device_memory is None else resources.device_memory

@@ -24,10 +24,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-
-from kscli.errors import NumericsError
-from kscli.whitening import whitening
+from torch import Tensor
 
 KEYS = 64
 FEWEST_KEYS = KEYS // 2
@@ -37,7 +36,6 @@ FIRST = 2
 # A coordinate of which the sampled keys hold all but this share is 0 without them: what is left
 # of a difference of sums that were rounded to float32 is no measurement.
 LEAST_SHARE = 1e-3
-ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -83,20 +81,20 @@ class Settling:
         first = self._slots(start, start).start
         self._keys[self.layers.index(layer), first : first + len(keys)] = keys
 
-    def evaluate(self, tokens: int, sums: Callable[[int], NDArray[np.float64]]) -> Settled | None:
+    def evaluate(self, tokens: int, sums: Callable[[int], Tensor]) -> Settled | None:
         """The error that is left at `tokens` tokens, or None while it cannot be told.
 
-        `sums(layer)` gives the sum of k k^T over these tokens, (d_m, d_m) with both triangles,
-        in a new array that is overwritten; one is held at a time. There is no estimate at the
-        first evaluation, nor where a layer's C has no inverse, now or at the evaluation before,
-        nor where over half of the sampled keys lie outside what the other tokens span. Raises
+        `sums(layer)` gives the sum of k k^T over these tokens, (d_m, d_m) float64 of which the lower
+        triangle is read, in a new tensor that is overwritten; one is held at a time. There is no
+        estimate at the first evaluation, nor where a layer's C has no inverse, now or at the
+        evaluation before, nor where over half of the sampled keys lie outside what the other tokens span. Raises
         ValueError when `tokens` is not beyond the evaluation before.
         """
         if tokens <= self._tokens:
             raise ValueError(f"{tokens} tokens are not beyond the {self._tokens} evaluated before.")
         p = np.stack(
             [
-                _p_of_new_keys(sums(layer), tokens, keys.astype(np.float64))
+                _p_of_new_keys(sums(layer), tokens, torch.from_numpy(keys).double())
                 for layer, keys in zip(self.layers, self._keys, strict=True)
             ]
         )
@@ -143,31 +141,43 @@ class Settling:
         return slice(int(first), int(end))
 
 
-def _p_of_new_keys(
-    sums: NDArray[np.float64], tokens: int, keys: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _p_of_new_keys(sums: Tensor, tokens: int, keys: Tensor) -> NDArray[np.float64]:
     """P among (m, d_m) keys, their own k k^T left out of `sums`, which is overwritten.
 
-    A key without p, because it is 0 or is not 0 where all other tokens are, has NaN in its row
-    and column; where C has no inverse, or most keys have no p, all is NaN.
+    Of `sums` (d_m, d_m) the lower triangle is read. A key without p, because it is 0 or is not 0
+    where all other tokens are, has NaN in its row and column; where C has no inverse, or most keys
+    have no p, all is NaN.
     """
     P = np.full((len(keys), len(keys)), np.nan)
-    whole = np.diagonal(sums).copy()
-    for start in range(0, len(sums), ROWS_AT_ONCE):
-        sums[start : start + ROWS_AT_ONCE] -= keys[:, start : start + ROWS_AT_ONCE].T @ keys
-    dead = np.diagonal(sums) <= LEAST_SHARE * whole
-    sums[dead, dead] = 0
-    usable = (keys != 0).any(axis=1) & (keys[:, dead] == 0).all(axis=1)
-    if usable.sum() < FEWEST_KEYS:
+    keys = keys.to(sums.device)
+    whole = sums.diagonal().clone()
+    sums.addmm_(keys.T, keys, alpha=-1)
+    dead = sums.diagonal() <= LEAST_SHARE * whole
+    usable = (keys != 0).any(dim=1) & (keys[:, dead] == 0).all(dim=1)
+    if usable.sum() < FEWEST_KEYS or tokens - len(keys) < (~dead).sum():
         return P
-    try:
-        white = whitening(sums, tokens - len(keys))
-    except NumericsError:
+    scale = torch.where(dead, 0.0, sums.diagonal().rsqrt())
+    sums.mul_(scale).mul_(scale[:, None])
+    # A dead coordinate becomes an uncoupled 1 and takes no part, since the keys are 0 there.
+    sums.diagonal().fill_(1.0)
+    factor, info = _cholesky(sums)
+    if info != 0:
         return P
-    whitened = white.whiten(keys[usable])
-    G = whitened.T @ whitened
-    P[np.ix_(usable, usable)] = G / np.diagonal(G)[:, None]
+    columns = (keys[usable] * scale).T.to(factor.device)
+    whitened = torch.linalg.solve_triangular(factor, columns, upper=False)
+    G = (whitened.T @ whitened).cpu().numpy()
+    there = usable.cpu().numpy()
+    P[np.ix_(there, there)] = G / np.diagonal(G)[:, None]
     return P
+
+
+def _cholesky(C: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor, on the host where C's device has no room for it, and LAPACK's info."""
+    try:
+        factor, info = torch.linalg.cholesky_ex(C)
+    except torch.OutOfMemoryError:
+        factor, info = torch.linalg.cholesky_ex(C.cpu())
+    return factor, info
 
 
 def _rms_change(before: NDArray[np.float64], after: NDArray[np.float64]) -> float:
