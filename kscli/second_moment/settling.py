@@ -84,11 +84,11 @@ class Settling:
     def evaluate(self, tokens: int, sums: Callable[[int], Tensor]) -> Settled | None:
         """The error that is left at `tokens` tokens, or None while it cannot be told.
 
-        `sums(layer)` gives the sum of k k^T over these tokens, (d_m, d_m) float64 of which the lower
-        triangle is read, in a new tensor that is overwritten; one is held at a time. There is no
-        estimate at the first evaluation, nor where a layer's C has no inverse, now or at the
-        evaluation before, nor where over half of the sampled keys lie outside what the other tokens span. Raises
-        ValueError when `tokens` is not beyond the evaluation before.
+        `sums(layer)` gives the sum of k k^T over these tokens, (d_m, d_m) float64 of which the
+        lower triangle is read, in a new tensor that is overwritten; one is held at a time. There is
+        no estimate at the first evaluation, nor where a layer's C has no inverse, now or at the
+        evaluation before, nor where over half of the sampled keys lie outside what the other tokens
+        span. Raises ValueError when `tokens` is not beyond the evaluation before.
         """
         if tokens <= self._tokens:
             raise ValueError(f"{tokens} tokens are not beyond the {self._tokens} evaluated before.")
