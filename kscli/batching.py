@@ -1,9 +1,8 @@
-"""Token batches: documents tokenised, bucketed by length and padded on the right.
+"""Token batches: sequences of nearly one length, padded on the right.
 
-One document is one sequence: the tokenizer's own special tokens, truncated to a
-maximum length. A number of sequences at once is sorted by length, so that a batch holds
-sequences of nearly one length; which of them meet in a batch is a pure function of the
-sequences and the budget.
+No mask is needed: in a causal decoder no token sees what follows it, so every sequence gets what
+it would get alone. Which sequences meet in a batch is a pure function of their lengths. A document
+is one sequence: the tokenizer's own special tokens, truncated to a maximum length.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kscli.models.forward import beyond, pad_right
-
 MOST_PADDING = 0.03
 # What one batch may hold of padding: as much as keeps all batches together under MOST_PADDING.
 BATCH_PADDING = (1.0, 0.5, 0.2, 0.1, 0.05, MOST_PADDING)
+BATCH_TOKENS = 4096
+BATCH_ROWS = 64
+FEW_TOKENS = 256
 ENCODE_CHUNK = 64
 # A document is tokenised only as far as it is used: first LONG_TOKEN characters a token, then
 # more, until MARGIN tokens beyond the last one stand between it and the cut.
@@ -57,7 +57,7 @@ class TokenBatch:
     def halves(self) -> tuple[TokenBatch, TokenBatch]:
         """The batch as two of half as many sequences; of one sequence there are no halves."""
         middle = len(self.sequences) // 2
-        return _pad(self.sequences[:middle]), _pad(self.sequences[middle:])
+        return _batch(self.sequences[:middle]), _batch(self.sequences[middle:])
 
     @cached_property
     def real_rows(self) -> Tensor:
@@ -124,38 +124,73 @@ def make_batches(
     than the budget is a batch of its own. Empty sequences are left out. No batch has sequences of
     both sides of `boundary` tokens (`LoadedModel.boundary`).
     """
-    longest_first = sorted(
-        (sequence for sequence in sequences if sequence.token_ids),
-        key=lambda sequence: (-len(sequence.token_ids), sequence.index),
-    )
-    tokens = sum(len(sequence.token_ids) for sequence in longest_first)
+    kept = [sequence for sequence in sequences if sequence.token_ids]
+    lengths = [len(sequence.token_ids) for sequence in kept]
     for most in BATCH_PADDING:
-        sides = groupby(longest_first, lambda each: beyond(boundary, len(each.token_ids)))
-        groups = [group for _, side in sides for group in _cut(side, budget, most)]
-        padded = sum(len(group[0].token_ids) * len(group) for group in groups)
-        if padded - tokens <= MOST_PADDING * padded:
+        groups = list(_groups(lengths, budget, boundary, most_padding=most))
+        padded = sum(lengths[group[0]] * len(group) for group in groups)
+        if padded - sum(lengths) <= MOST_PADDING * padded:
             break
-    return [_pad(group) for group in groups]
+    return [_batch([kept[index] for index in group]) for group in groups]
 
 
-def _cut(
-    sequences: Iterable[TokenSequence], budget: int, most: float
-) -> Iterator[list[TokenSequence]]:
-    """Cut sequences, longest first, where a batch is full or padding is more than `most` of it."""
-    batch: list[TokenSequence] = []
+def padded_batches(
+    sequences: Sequence[Sequence[int]], boundary: int | None = None, few_tokens: int = FEW_TOKENS
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The indexes of some sequences, longest first, and their token ids as `pad_right` gives them.
+
+    They are of one length; but a pass over few tokens takes as long as reading the weights does,
+    so shorter ones of the same side of `boundary` join a batch that has not `few_tokens` yet.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    limits = {"most_rows": BATCH_ROWS, "few_tokens": few_tokens}
+    for group in _groups(lengths, BATCH_TOKENS, boundary, **limits):
+        yield group, pad_right([sequences[index] for index in group])
+
+
+def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids (sequences, longest), padded with token 0."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences])
+
+
+def beyond(boundary: int | None, length: int) -> bool:
+    """On which side of a model's `boundary` a sequence lies; a batch has those of one side."""
+    return boundary is not None and length > boundary
+
+
+def _groups(
+    lengths: Sequence[int],
+    budget: int,
+    boundary: int | None,
+    *,
+    most_padding: float = 0.0,
+    most_rows: int | None = None,
+    few_tokens: int = 0,
+) -> Iterator[list[int]]:
+    """Indexes of sequences, longest first, cut where the next one does not belong to a batch.
+
+    With it the batch would have more than `budget` tokens, padding included, or more than
+    `most_rows` sequences; or it is of the other side of `boundary`; or more than `most_padding` of
+    the batch would be padding, and the batch has `few_tokens` without it.
+    """
+    group: list[int] = []
     tokens = 0
-    for sequence in sequences:
-        longest = len(batch[0].token_ids) if batch else len(sequence.token_ids)
-        padded = longest * (len(batch) + 1)
-        real = tokens + len(sequence.token_ids)
-        if batch and (padded > budget or padded - real > most * padded):
-            yield batch
-            batch, real = [], len(sequence.token_ids)
-        batch.append(sequence)
-        tokens = real
-    if batch:
-        yield batch
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        longest = lengths[group[0]] if group else length
+        padded = longest * (len(group) + 1)
+        full = padded > budget or len(group) == most_rows
+        sparse = padded - tokens - length > most_padding * padded
+        sparse = sparse and padded - longest >= few_tokens
+        if group and (full or sparse or beyond(boundary, longest) != beyond(boundary, length)):
+            yield group
+            group, tokens = [], 0
+        group.append(index)
+        tokens += length
+    if group:
+        yield group
 
 
-def _pad(sequences: Sequence[TokenSequence]) -> TokenBatch:
+def _batch(sequences: Sequence[TokenSequence]) -> TokenBatch:
     return TokenBatch(pad_right([each.token_ids for each in sequences]), tuple(sequences))

@@ -1,9 +1,6 @@
 """What a model says after a prompt: its greedy continuation, and how probable a target is.
 
-Prompts of one length share a batch. Where they are few, shorter ones join them, padded on the
-right, which no token sees in a causal decoder: every model gets what it would get alone, and no
-mask is needed. The LM head is the model's own, with whatever the model does to its
-logits (a scale, a soft cap). The continuation keeps the decoder's cache where it has one.
+Targets that follow one text share a row of a batch.
 """
 
 from __future__ import annotations
@@ -19,14 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kscli.batching import padded_batches
 from kscli.errors import FactsError, ModelError, NumericsError
-from kscli.models.forward import (
-    full_batches,
-    logits_of,
-    pad_right,
-    require_positions,
-    same_length_batches,
-)
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
 
@@ -152,8 +143,7 @@ def score_targets(
     unique = list(wanting)
     scores: dict[int, _Score] = {}
     with torch.no_grad(), reporter.task("probabilities", len(clozes), unit="targets") as task:
-        for rows in full_batches(unique, model.boundary):
-            ids = pad_right([unique[row] for row in rows]).to(model.decoder.device)
+        for rows, ids in padded_batches(unique, model.boundary):
             indexes = [wanting[unique[row]] for row in rows]
             ends = [len(unique[row]) - ids.shape[1] for row in rows]
             keep = max(
@@ -161,7 +151,7 @@ def score_targets(
                 for same, end in zip(indexes, ends, strict=True)
                 for index in same
             )
-            logits, _ = _forward(model, ids, keep=keep)
+            logits = model.decoder.logits(ids, keep)
             for same, end, of_row in zip(indexes, ends, logits, strict=True):
                 for index in same:
                     scores[index] = _score(of_row[: keep + end], clozes[index].target_ids)
@@ -207,10 +197,9 @@ def continue_greedily(
     end = model.tokenizer.eos_token_id
     found: list[tuple[int, ...]] = [()] * len(prompts)
     with torch.no_grad(), reporter.task("continuations", len(prompts), unit="prompts") as task:
-        for rows in same_length_batches(prompts):
-            ids = torch.tensor([list(prompts[row]) for row in rows], device=model.decoder.device)
-            steps = max(lengths[row] for row in rows)
-            for row, token_ids in zip(rows, _greedy(model, ids, steps).tolist(), strict=True):
+        for rows, ids in padded_batches(prompts, few_tokens=0):
+            tokens = model.decoder.greedy(ids, max(lengths[row] for row in rows))
+            for row, token_ids in zip(rows, tokens.tolist(), strict=True):
                 found[row] = _until(tuple(token_ids[: lengths[row]]), end)
             task.advance(len(rows))
     return tuple(found)
@@ -249,31 +238,6 @@ def _target_ids(
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
-def _greedy(model: LoadedModel, ids: Tensor, steps: int) -> Tensor:
-    """The (batch, steps) tokens that greedily follow the (batch, length) ids."""
-    length = ids.shape[1]
-    cache: Any = None
-    for _ in range(steps):
-        # Without a cache the whole sequence is read again.
-        unread = ids if cache is None else ids[:, -1:]
-        logits, cache = _forward(model, unread, keep=1, cache=cache, keep_cache=True)
-        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    return ids[:, length:]
-
-
-def _forward(
-    model: LoadedModel, ids: Tensor, keep: int, cache: Any = None, keep_cache: bool = False
-) -> tuple[Tensor, Any]:
-    """The last `keep` tokens' logits, (batch, keep, vocabulary), and the cache if there is one."""
-    try:
-        return logits_of(model.decoder, ids, keep, cache=cache, keep_cache=keep_cache)
-    except Exception as error:
-        raise ModelError(
-            f"{model.identity.model_id} cannot run {ids.shape[0]} prompts of {ids.shape[1]} "
-            f"tokens: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
-
-
 class _Score(NamedTuple):
     logprob: float
     rank: int
@@ -300,12 +264,7 @@ def _check(model: LoadedModel, sequences: Sequence[Sequence[int]], lengths: Sequ
             "the decoder alone. Use a checkpoint that has one."
         )
     for sequence, length in zip(sequences, lengths, strict=True):
-        if max(sequence) >= model.decoder.vocabulary:
-            raise ModelError(
-                f"the tokenizer gives token {max(sequence)}, but the model embeds only "
-                f"{model.decoder.vocabulary}; the tokenizer belongs to another model."
-            )
-        require_positions(model, _opening(model, sequence), length)
+        model.require_positions(_opening(model, sequence), length)
 
 
 def _check_finite(

@@ -37,3 +37,12 @@ class ArtifactError(KscliError):
 
 class NumericsError(KscliError):
     """A matrix or a key from which p cannot be computed."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a device or of the host, is used up."""
+    # Of torch only the caching allocators raise an error of a class of its own.
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

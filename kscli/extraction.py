@@ -11,16 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kscli.artifacts import KeysAbout, Recipe, write_artifact
-from kscli.batching import TokenSequence, make_batches
+from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.errors import NumericsError
 from kscli.facts import Fact, FactSet
 from kscli.layers import select_layers
-from kscli.models.forward import require_positions
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.positions import KeyToken, has_blank_end, locate_keys
 from kscli.reporter import SILENT, Reporter
-
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def extract_keys(
             "at an end; their keys are read at the last token that is seen."
         )
     for fact, prompt in zip(facts.facts, prompts, strict=True):
-        require_positions(model, fact.text, len(prompt.token_ids))
+        model.require_positions(fact.text, len(prompt.token_ids))
     row_of = {layer: row for row, layer in enumerate(chosen)}
     keys = np.empty((len(chosen), len(prompts), decoder.d_m), dtype=np.float32)
     sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))

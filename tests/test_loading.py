@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kscli import resources
 from kscli.batching import TokenBatch, TokenSequence, make_batches
 from kscli.errors import ModelError, UsageError
-from kscli.models.decoder import Decoder
+from kscli.models.forward import Decoder
 from kscli.models.loading import ModelOptions, load_model, locate_model, resolve_dtype
 from kscli.resources import MemorySplit
 from kscli.second_moment.layer_sums import LayerSums
@@ -187,7 +187,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_layers_differ_in_size_is_refused(tmp_path: Path) -> None:
-    from kscli.models.decoder import find_down_projections
+    from kscli.models.down_projections import find_down_projections
 
     layers = torch.nn.ModuleList(
         torch.nn.ModuleDict({"up": torch.nn.Linear(8, n), "down": torch.nn.Linear(n, 8)})
@@ -291,7 +291,7 @@ def test_an_encoder_that_masks_by_its_padding_token_is_refused(tmp_path: Path) -
 
 
 def test_a_forward_without_use_cache_is_run() -> None:
-    from kscli.models.decoder import Decoder
+    from kscli.models.forward import Decoder
 
     class Bare(torch.nn.Module):
         def __init__(self) -> None:

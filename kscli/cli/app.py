@@ -16,7 +16,7 @@ from typer.core import TyperArgument, TyperGroup
 
 from kscli import __version__
 from kscli.cli.commands import COMMANDS, PLAIN, load_command
-from kscli.errors import KscliError
+from kscli.errors import KscliError, is_out_of_memory
 
 
 class _Group(TyperGroup):
@@ -35,12 +35,10 @@ class _Group(TyperGroup):
             return super().main(*args, **kwargs)
         except KscliError as error:
             _fail(str(error), error.exit_code)
-        except MemoryError:
-            _fail("out of memory.")
-        except RuntimeError as error:
-            if "out of memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-            _fail(f"out of memory: {str(error).splitlines()[0]}")
+            _fail(": ".join(["out of memory", *str(error).splitlines()[:1]]))
         except BrokenPipeError:
             sys.exit(0)
         except OSError as error:

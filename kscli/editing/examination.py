@@ -22,7 +22,6 @@ from kscli.completion import (
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
 from kscli.facts import Fact
-from kscli.models.forward import logits_of
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
 
@@ -115,8 +114,8 @@ class HeldOutText:
         total, count = 0.0, 0
         with torch.no_grad(), reporter.task("perplexity", len(self._sequences)) as task:
             for sequence in self._sequences:
-                logits = logits_of(self._model.decoder, torch.tensor([sequence]), len(sequence))[0]
-                logits = logits[0, :-1]
+                ids = torch.tensor([sequence])
+                logits = self._model.decoder.logits(ids, len(sequence))[0, :-1]
                 targets = torch.tensor(sequence[1:], device=logits.device)
                 for start in range(0, len(targets), LOGITS_AT_ONCE):
                     piece = slice(start, start + LOGITS_AT_ONCE)

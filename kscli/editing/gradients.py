@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kscli.batching import padded_batches
 from kscli.completion import Cloze, tokenize_clozes
 from kscli.facts import Fact
-from kscli.models.forward import full_batches, hooked, logits_of, pad_right
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
 
@@ -68,8 +68,7 @@ def fact_gradients(
     sequences = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes]
     found: dict[int, FactGradient] = {}
     with reporter.task("gradients", len(facts), unit="facts") as task:
-        for rows in full_batches(sequences, model.boundary):
-            ids = pad_right([sequences[row] for row in rows])
+        for rows, ids in padded_batches(sequences, model.boundary):
             keys, outputs = _factors(model, layer, ids, [clozes[row] for row in rows])
             for place, row in enumerate(rows):
                 own = slice(len(sequences[row]))
@@ -105,9 +104,9 @@ def _factors(
 
     # The first token whose logits any target asks for.
     first = min(len(cloze.prompt_ids) for cloze in clozes) - 1
-    handle = model.decoder.projections[layer].module.register_forward_hook(hook)
-    with hooked(handle), torch.enable_grad():
-        logits, _ = logits_of(model.decoder, ids, ids.shape[1] - first)
+    module = model.decoder.projections[layer].module
+    with module.register_forward_hook(hook), torch.enable_grad():
+        logits = model.decoder.logits(ids, ids.shape[1] - first)
         loss = torch.stack(
             [_surprise(of_row, first, cloze) for of_row, cloze in zip(logits, clozes, strict=True)]
         ).sum()

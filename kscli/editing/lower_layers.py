@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from kscli.models.forward import hooked
 from kscli.models.loading import LoadedModel
 
 
@@ -28,11 +27,10 @@ class LowerLayers:
     def recorded(self) -> Iterator[None]:
         """Keep what the layers give in the pass that the block makes."""
         self._outputs.clear()
-        keep = [
-            module.register_forward_hook(lambda _, __, output: self._outputs.append(output))
-            for module in self._modules
-        ]
-        with hooked(*keep):
+        with ExitStack() as hooks:
+            for module in self._modules:
+                keep = module.register_forward_hook(lambda _, __, out: self._outputs.append(out))
+                hooks.enter_context(keep)
             yield
 
     @contextmanager

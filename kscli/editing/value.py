@@ -28,13 +28,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kscli.batching import beyond, pad_right
 from kscli.completion import Cloze, tokenize_clozes
 from kscli.editing.editors import Site
 from kscli.editing.lower_layers import LowerLayers
-from kscli.errors import FactsError, ModelError, NumericsError
+from kscli.errors import FactsError, ModelError, NumericsError, is_out_of_memory
 from kscli.facts import SLOT, UNUSABLE, Fact
-from kscli.models.decoder import is_out_of_memory
-from kscli.models.forward import beyond, hooked, logits_of, pad_right, require_positions
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 
@@ -164,7 +163,7 @@ def generated_prefixes(
     ids = torch.tensor([_beginning(tokenizer, number) for number in range(count)])
     with torch.no_grad():
         for _ in range(length - 1):
-            logits = logits_of(model.decoder, ids, keep=1)[0][:, -1].float().cpu()
+            logits = model.decoder.logits(ids, keep=1)[:, -1].float().cpu()
             logits[:, special] = -torch.inf
             likeliest, tokens = logits.topk(min(LIKELIEST, logits.shape[-1]))
             drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
@@ -226,8 +225,7 @@ class ShiftLoss:
         """What the model says with a shift, and the site's output without it in the bare prompt."""
         batch = self._batch
         with self._below(), _shifted(self._module, batch, shift) as outputs:
-            keep = int(-batch.place.min())
-            logits, _ = logits_of(self._model.decoder, batch.input_ids, keep)
+            logits = self._model.decoder.logits(batch.input_ids, int(-batch.place.min()))
         device = outputs[0].device
         asked = logits[batch.row, batch.place].float().log_softmax(-1).to(device)
         targets = asked[:-1].gather(1, batch.token.to(device)[:, None])[:, 0]
@@ -301,7 +299,7 @@ def _check_row(model: LoadedModel, text: str, located: LocatedPrompt, cloze: Clo
             f"In {text!r} the subject's last token is white space, which no answer follows; strip "
             "the subject."
         )
-    require_positions(model, text, len(cloze.prompt_ids) + len(cloze.target_ids) - 1)
+    model.require_positions(text, len(cloze.prompt_ids) + len(cloze.target_ids) - 1)
 
 
 @contextmanager
@@ -325,7 +323,7 @@ def _shifted(module: nn.Module, batch: _Batch, shift: Tensor | None) -> Iterator
         changed = flat.index_add(0, tokens.to(flat.device), rows).reshape(own.shape)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    with hooked(module.register_forward_hook(hook)):
+    with module.register_forward_hook(hook):
         yield found
 
 

@@ -1,118 +1,206 @@
-"""How a model is run: short sequences in batches, hooks on its modules, and its logits.
+"""A decoder that can be run: the keys of its layers, a module's output, its logits.
 
-In a causal decoder no token sees what follows it. So sequences are padded on the right, and no mask
-is needed. The logits are the model's own, with whatever it does to them (a scale, a soft cap).
+A batch is padded on the right and no mask is given: in a causal decoder no token sees what follows
+it, so padding changes nothing before it. What tells that memory is used up
+(`kscli.errors.is_out_of_memory`) is raised as it is.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
-from kscli.errors import FactsError
+from kscli.errors import ModelError, is_out_of_memory
+from kscli.models.down_projections import find_down_projections
 
-if TYPE_CHECKING:
-    from kscli.models.decoder import Decoder
-    from kscli.models.loading import LoadedModel
-
-BATCH_ROWS = 64
-BATCH_TOKENS = 4096
-FEW_TOKENS = 256
+OnKeys = Callable[[int, Tensor], None]
 
 
-class LastWantedError(Exception):
-    """A hook raises it to end a forward pass, when nothing that follows is wanted."""
+class _EndOfPassError(Exception):
+    """Ends a forward pass when nothing that follows is wanted."""
 
 
-@contextmanager
-def hooked(*handles: RemovableHandle) -> Iterator[None]:
-    """Keep hooks while the block runs, and remove them then. `LastWantedError` ends the block."""
-    try:
-        yield
-    except LastWantedError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+class Decoder:
+    """A causal decoder and its down-projections, one a layer.
 
-
-def logits_of(
-    decoder: Decoder, input_ids: Tensor, keep: int, *, cache: Any = None, keep_cache: bool = False
-) -> tuple[Tensor, Any]:
-    """The last `keep` tokens' logits, (batch, keep, vocabulary), and the cache if there is one.
-
-    Only these are computed where the model can do that. With a `cache`, `input_ids` (batch, length)
-    are the tokens that follow those that it holds.
+    Raises ModelError as `find_down_projections` does, and for a model whose tokens see what
+    follows them.
     """
-    takes = inspect.signature(decoder.model.forward).parameters
-    options = {"logits_to_keep": keep, "use_cache": keep_cache}
-    options = {name: value for name, value in options.items() if name in takes}
-    if cache is not None:
-        # Its name since transformers 5.24, and before.
-        options["cache" if "cache" in takes else "past_key_values"] = cache
-    output = decoder.model(input_ids=input_ids.to(decoder.device), **options)
-    return output.logits[:, -keep:], getattr(output, "past_key_values", None)
+
+    def __init__(self, model: nn.Module, hidden_size: int, n_layers: int) -> None:
+        self.model = model.eval()
+        self.projections = find_down_projections(model, hidden_size, n_layers)
+        self.d_m = self.projections[0].d_m
+        self.n_layers = n_layers
+        self.device = _entrance(model)
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        self.vocabulary = int(embeddings.weight.shape[0])
+        self._check_causal()
+
+    @property
+    def hook(self) -> str:
+        """The projections' dotted path with `{}` for the layer: `transformer.h.{}.mlp.c_proj`."""
+        return ".".join(
+            "{}" if part == "0" else part for part in self.projections[0].name.split(".")
+        )
+
+    def layer(self, number: int) -> nn.Module:
+        """The module of a whole decoder layer."""
+        return self.model.get_submodule(f"{self.hook.partition('.{}')[0]}.{number}")
+
+    def device_of(self, layer: int) -> str:
+        """The device of a layer's down-projection, where its keys come to be."""
+        weight = next(self.projections[layer].module.parameters(), None)
+        return str(self.device if weight is None else weight.device)
+
+    def __call__(
+        self, input_ids: Tensor, keep: int | None = None, use_cache: bool = False, **cache: Any
+    ) -> Any:
+        """The model's own output for (batch, length) token ids; None where a hook ends the pass.
+
+        A model that can compute the logits of the last `keep` tokens alone does so. Raises
+        ModelError for a token that the model does not embed, and where it cannot run.
+        """
+        largest = int(input_ids.max())
+        if largest >= self.vocabulary:
+            raise ModelError(
+                f"the tokenizer gives token {largest}, but the model embeds only "
+                f"{self.vocabulary}; the tokenizer belongs to another model."
+            )
+        takes = self._takes()
+        options: dict[str, Any] = {"use_cache": use_cache} if "use_cache" in takes else {}
+        if keep is not None and "logits_to_keep" in takes:
+            options["logits_to_keep"] = keep
+        try:
+            return self.model(input_ids=input_ids.to(self.device), **options, **cache)
+        except _EndOfPassError:
+            return None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            batch, length = input_ids.shape
+            raise ModelError(
+                f"the model cannot run {batch} sequences of {length} tokens: "
+                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
+
+    def logits(self, input_ids: Tensor, keep: int) -> Tensor:
+        """The model's logits of the last `keep` tokens, (batch, keep, vocabulary).
+
+        They have what the model does to its logits (a scale, a soft cap). Raises as a call does.
+        """
+        logits: Tensor = self(input_ids, keep).logits[:, -keep:]
+        return logits
+
+    def greedy(self, input_ids: Tensor, steps: int) -> Tensor:
+        """The (batch, steps) tokens that greedily follow the (batch, length) ids.
+
+        The model's cache is kept, where it has one; else the whole sequence is read at each step.
+        Raises as a call does.
+        """
+        # The name of the cache since transformers 5.24, and before.
+        name = "cache" if "cache" in self._takes() else "past_key_values"
+        ids = input_ids.to(self.device)
+        cache: Any = None
+        for _ in range(steps):
+            unread, held = (ids, {}) if cache is None else (ids[:, -1:], {name: cache})
+            output = self(unread, keep=1, use_cache=True, **held)
+            cache = getattr(output, "past_key_values", None)
+            ids = torch.cat([ids, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        return ids[:, input_ids.shape[1] :]
+
+    def output_of(self, module: nn.Module, input_ids: Tensor) -> Tensor:
+        """What a module gives, (batch, length, size), the first of a tuple; the pass ends there."""
+        taken: list[Tensor] = []
+
+        def take(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            taken.append(output[0] if isinstance(output, tuple) else output)
+            raise _EndOfPassError
+
+        with torch.inference_mode(), module.register_forward_hook(take):
+            self(input_ids)
+        return taken[0].reshape(*input_ids.shape, -1)
+
+    def keys_of(self, layer: int, input_ids: Tensor) -> Tensor:
+        """The keys of one layer, (batch, length, d_m), in the model's dtype."""
+        taken: list[Tensor] = []
+        self.run(input_ids, [layer], lambda _, keys: taken.append(keys))
+        return taken[0]
+
+    def run(self, input_ids: Tensor, layers: Sequence[int], on_keys: OnKeys) -> None:
+        """Run (batch, length) token ids up to the last of `layers`.
+
+        `on_keys(layer, keys)` is called once a layer with keys of shape (batch, length, d_m)
+        in the model's dtype; what it raises is raised here. Raises as a call does.
+        """
+        last = max(layers)
+        seen: list[int] = []
+        raised: list[Exception] = []
+
+        def hook_of(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                seen.append(layer)
+                try:
+                    on_keys(layer, inputs[0].reshape(*input_ids.shape, self.d_m))
+                except Exception as error:
+                    raised.append(error)
+                if raised or layer == last:
+                    raise _EndOfPassError
+
+            return hook
+
+        with torch.inference_mode(), ExitStack() as hooks:
+            for layer in layers:
+                module = self.projections[layer].module
+                hooks.enter_context(module.register_forward_pre_hook(hook_of(layer)))
+            self(input_ids)
+        if raised:
+            # Taken out: an error holds its frames and these all activations, while it is held.
+            raise raised.pop()
+        if sorted(seen) != sorted(layers):
+            raise ModelError(
+                f"the down-projections {self.hook} of layers {sorted(layers)} were not each called "
+                f"once in a forward pass (called: {sorted(seen)}); kscli cannot measure this model."
+            )
+
+    def _takes(self) -> set[str]:
+        """What may be given to the model by name; `use_cache` also where it takes any name."""
+        parameters = inspect.signature(self.model.forward).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        return {*parameters, *(["use_cache"] if takes_any else [])}
+
+    def _check_causal(self) -> None:
+        """Refuse a model in which a change of the last tokens changes earlier keys.
+
+        The tokens are ordinary ones: special ones have small ids, and some models mask them.
+        """
+        ids = torch.linspace(0.4, 0.9, 16).mul(self.vocabulary).long().reshape(2, 8)
+        for row in ids:
+            pair = row.repeat(2, 1)
+            pair[1, -3:] = pair[1, :3]
+            earlier = self.keys_of(self.n_layers - 1, pair)[:, :-3]
+            change = (earlier[0] - earlier[1]).abs().max()
+            tolerance = 1e-5 if earlier.dtype == torch.float32 else 1e-2
+            if change > tolerance * earlier.abs().max():
+                raise ModelError(
+                    "in this model tokens see the tokens that follow them (an encoder); kscli "
+                    "measures decoder-only causal language models."
+                )
 
 
-def beyond(boundary: int | None, length: int) -> bool:
-    """On which side of a model's `boundary` a sequence lies; a batch has those of one side."""
-    return boundary is not None and length > boundary
+def _entrance(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids: where its first weights are, or would be if it is spread.
 
-
-def same_length_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indexes of sequences of one length, longest first."""
-    return _batches(sequences, few=0)
-
-
-def full_batches(
-    sequences: Sequence[Sequence[int]], boundary: int | None = None
-) -> Iterator[list[int]]:
-    """Indexes of sequences, longest first, of one length where these are many.
-
-    A pass over few tokens takes as long as reading the weights does; shorter sequences of the same
-    side of `boundary` join it.
+    Of a model that is laid over several devices and the host, the weights on the host are
+    carried to the first device for each use.
     """
-    return _batches(sequences, FEW_TOKENS, boundary)
-
-
-def _batches(
-    sequences: Sequence[Sequence[int]], few: int, boundary: int | None = None
-) -> Iterator[list[int]]:
-    """Indexes of sequences of one length, or of any as long as a batch has `few` tokens."""
-    lengths = [len(sequence) for sequence in sequences]
-    batch: list[int] = []
-    for row in sorted(range(len(sequences)), key=lambda index: -lengths[index]):
-        tokens = len(batch) * lengths[batch[0]] if batch else 0
-        side = beyond(boundary, lengths[row])
-        joins = batch and (
-            lengths[row] == lengths[batch[0]]
-            or (tokens < few and side == beyond(boundary, lengths[batch[0]]))
-        )
-        full = batch and (len(batch) == BATCH_ROWS or tokens + lengths[batch[0]] > BATCH_TOKENS)
-        if batch and (full or not joins):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids (sequences, longest), padded with token 0."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences])
-
-
-def require_positions(model: LoadedModel, text: str, length: int) -> None:
-    """Raise FactsError where a text and what follows it have more tokens than the model takes."""
-    if length > (model.positions or length):
-        raise FactsError(
-            f"{text[:60]!r}... comes to {length:,} tokens, and {model.identity.model_id} takes "
-            f"{model.positions:,}; leave the fact out."
-        )
+    spread = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    cards = sorted(name for name in spread if name not in ("cpu", "disk"))
+    if len(spread) > 1 and cards:
+        return torch.device(int(cards[0]) if cards[0].isdigit() else cards[0])
+    return next(model.parameters()).device

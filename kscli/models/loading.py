@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kscli.errors import KscliError, ModelError, UsageError
+from kscli.errors import FactsError, KscliError, ModelError, UsageError
 from kscli.models.aliases import classify, find_alias, slug
 from kscli.models.fingerprint import (
     fingerprint_files,
@@ -28,7 +28,7 @@ from kscli.reporter import SILENT, Reporter
 if TYPE_CHECKING:
     import torch
 
-    from kscli.models.decoder import Decoder
+    from kscli.models.forward import Decoder
     from kscli.resources import MemorySplit
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,6 +94,14 @@ class LoadedModel:
         ids = self.tokenizer("", add_special_tokens=True)["input_ids"]
         return " ".join(self.tokenizer.convert_ids_to_tokens(ids))
 
+    def require_positions(self, text: str, length: int) -> None:
+        """Raise FactsError where a text and what follows it have more tokens than positions."""
+        if length > (self.positions or length):
+            raise FactsError(
+                f"{text[:60]!r}... comes to {length:,} tokens, and {self.identity.model_id} takes "
+                f"{self.positions:,}; leave the fact out."
+            )
+
     def provenance(self) -> dict[str, Any]:
         """The fields of `kscli.artifacts.About` that every file of this model shares."""
         return {
@@ -151,7 +159,7 @@ def load_model(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     located = located or locate_model(options, reporter)
-    from kscli.models.decoder import Decoder
+    from kscli.models.forward import Decoder
 
     with quiet_transformers():
         config = load_config(located, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kscli.models.decoder import find_down_projections
+from kscli.models.down_projections import find_down_projections
 from kscli.models.loading import (
     LocatedModel,
     ModelOptions,

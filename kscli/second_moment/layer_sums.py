@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kscli.batching import TokenBatch
-from kscli.errors import ModelError, NumericsError
-from kscli.models.decoder import Decoder, is_out_of_memory
+from kscli.errors import ModelError, NumericsError, is_out_of_memory
+from kscli.models.forward import Decoder
 from kscli.second_moment.moments import HostSums, SecondMoment
 from kscli.second_moment.plan import Placement
 

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from kscli.batching import make_batches
-from kscli.models.decoder import Decoder
+from kscli.models.forward import Decoder
 from kscli.models.loading import LoadedModel, ModelIdentity
 from kscli.models.shape import ModelShape
 from kscli.resources import format_size, matmul_rate, measure_resources
