@@ -15,6 +15,7 @@ from tokenizers import decoders, normalizers
 from tokenizers_kit import byte_level, sentencepiece_bpe, unigram
 from transformers import AutoModelForCausalLM
 
+from kscli import batching
 from kscli.completion import (
     Cloze,
     continue_greedily,
@@ -26,7 +27,6 @@ from kscli.completion import (
 )
 from kscli.errors import FactsError, ModelError, NumericsError
 from kscli.facts import read_facts
-from kscli.models import forward as forward_module
 from kscli.models.loading import LoadedModel, ModelOptions, load_model
 from kscli.tiny import MODEL_DIR
 
@@ -148,7 +148,7 @@ def test_small_batches_and_a_model_without_a_cache_give_the_same(
         calls.append(input_ids.shape)
         return forward(input_ids=input_ids, use_cache=False)
 
-    monkeypatch.setattr(forward_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(batching, "BATCH_ROWS", 3)
     monkeypatch.setattr(tiny.decoder.model, "forward", plain)
     assert continue_greedily(tiny, prompts, LENGTHS) == expected
     again = score_targets(tiny, clozes)
