@@ -85,7 +85,7 @@ def test_rows_hold_both_facts_and_say_whether_they_share_the_token() -> None:
     P = np.array([[1.0, 0.1, 0.97], [0.2, 1.0, 0.0], [-0.1, 0.05, 1.0]])
     stored = Stored(P, facts, np.array([11, 22, 11]))
     rows = pair_rows(stored, 7, 2)
-    assert rows == [
+    assert list(rows) == [
         {
             "model": "gpt2",
             "rank": 1,
@@ -123,7 +123,7 @@ def test_rows_hold_both_facts_and_say_whether_they_share_the_token() -> None:
 
 def test_rows_of_one_fact_are_none() -> None:
     fact = Fact("{} is", "Rome", "old")
-    assert pair_rows(Stored(np.ones((1, 1)), (fact,), np.array([3])), 7, 20) == []
+    assert len(pair_rows(Stored(np.ones((1, 1)), (fact,), np.array([3])), 7, 20)) == 0
 
 
 @dataclass

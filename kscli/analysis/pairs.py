@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,19 +43,63 @@ def top_pairs(
     order of (i, j). Fewer than `k` pairs give all there are. Raises UsageError where `k` is
     below 1.
     """
+    rows, columns = _top_entries(P, k, absolute, among)
+    return [Pair(int(i), int(j), float(P[i, j])) for i, j in zip(rows, columns, strict=True)]
+
+
+def _top_entries(
+    P: NDArray[np.float64], k: int, absolute: bool, among: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of the entries of `top_pairs`; raises as that does."""
     if k < 1:
         raise UsageError(f"{k} pairs were asked for; ask for at least 1.")
-    off_diagonal = ~np.eye(P.shape[0], dtype=bool)
-    rows, columns = np.nonzero(off_diagonal if among is None else off_diagonal & among)
-    p = P[rows, columns]
-    # A stable sort of entries that lie in the order of (i, j) leaves ties in that order.
-    order = np.argsort(-np.abs(p) if absolute else -p, kind="stable")[:k]
-    return [Pair(int(rows[at]), int(columns[at]), float(p[at])) for at in order]
+    considered = ~np.eye(len(P), dtype=bool)
+    if among is not None:
+        considered &= among
+    size = np.where(considered, np.abs(P) if absolute else P, -np.inf).ravel()
+    k = min(k, int(np.count_nonzero(considered)))
+    if k == 0:
+        return np.empty(0, np.intp), np.empty(0, np.intp)
+    # Those as large as the k-th largest, in the order of (i, j), which a stable sort keeps.
+    least = np.partition(size, len(size) - k)[len(size) - k]
+    candidates = np.flatnonzero(size >= least)
+    order = np.argsort(-size[candidates], kind="stable")[:k]
+    rows, columns = np.divmod(candidates[order], len(P))
+    return rows, columns
+
+
+class PairRows(Sequence[dict[str, Any]]):
+    """The records of pairs, each made when it is asked for: there may be more than memory holds."""
+
+    def __init__(
+        self,
+        pm: FactMatrices,
+        P: NDArray[np.float64],
+        layer_of: NDArray[np.int64],
+        entries: tuple[NDArray[np.intp], NDArray[np.intp]],
+    ) -> None:
+        self._pm = pm
+        self._i, self._j = entries
+        self._p, self._layer = P[entries], layer_of[entries]
+
+    def __len__(self) -> int:
+        return len(self._i)
+
+    @overload
+    def __getitem__(self, at: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, at: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(at, slice):
+            return [self[place] for place in range(*at.indices(len(self)))]
+        place = range(len(self))[at]
+        pair = Pair(int(self._i[place]), int(self._j[place]), float(self._p[place]))
+        return pair_record(self._pm, int(self._layer[place]), place + 1, pair)
 
 
 def pair_rows(
     pm: FactMatrices, layer: int, k: int, absolute: bool = False, distinct_token: bool = False
-) -> list[dict[str, Any]]:
+) -> PairRows:
     """`top_pairs` of one layer as flat records with both facts, rank 1 first.
 
     `prompt_i` and `prompt_j` are the facts' templates, with `{}` where the subject goes.
@@ -71,17 +115,14 @@ def strongest_rows(
     k: int,
     absolute: bool = False,
     distinct_token: bool = False,
-) -> list[dict[str, Any]]:
+) -> PairRows:
     """The records of `pair_rows` over several layers, each pair once, where it is strongest.
 
     That is the layer of `layers` where its P, or |P|, is largest, the first of equals.
     """
     P, layer_of = _strongest(pm, layers, absolute)
     among = different_last_token(pm.token_id) if distinct_token else None
-    return [
-        pair_record(pm, int(layer_of[pair.i, pair.j]), rank, pair)
-        for rank, pair in enumerate(top_pairs(P, k, absolute, among), start=1)
-    ]
+    return PairRows(pm, P, layer_of, _top_entries(P, k, absolute, among))
 
 
 def pair_record(pm: FactMatrices, layer: int, rank: int, pair: Pair) -> dict[str, Any]:

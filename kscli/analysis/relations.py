@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kscli.facts import Fact
 
 FEWEST_FACTS = 3
+BLOCK_BYTES = 2**28  # of the layers that are put beside permuted relations at once
 FEW_RELATIONS = 3  # that are named of a layer
 
 # The pairs that a mean is over: those within a relation, and those across, all of them and by
@@ -166,7 +167,7 @@ def relation_statistics(
     permutations: Permutations | None = None,
     reporter: Reporter = SILENT,
 ) -> RelationStatistics:
-    """Mean |p| within and across relations at `layers`, one layer in memory at a time.
+    """Mean |p| within and across relations at `layers`, a few layers in memory at a time.
 
     Facts without a relation take no part. Raises FactsError where no relation has
     `FEWEST_FACTS` facts, or all facts of one have their keys at one token, and UsageError for
@@ -185,16 +186,17 @@ def relation_statistics(
         {kind: np.full(shape, np.nan) for kind in TESTED} for _ in ("null_95", "p_value")
     )
     with reporter.task("relations", len(layers), unit="layers") as task:
-        for at, layer in enumerate(layers):
-            size = np.abs(pm.matrix("P", layer))
-            for kind in WITHIN + ACROSS:
-                sums = groups.sums(kind, np.where(groups.masks[kind], size, 0.0))
-                means[kind][at] = _ratio(sums, pairs[kind])
-            for kind in TESTED:
-                values = null.means(kind, size)
-                null_95[kind][at] = _quantile_95(values)
-                p_value[kind][at] = _p_values(means[kind][at], values)
-            task.advance()
+        for block in _blocks(len(layers), len(pm.facts)):
+            sizes = [np.abs(pm.matrix("P", layers[at])) for at in block]
+            for at, size in zip(block, sizes, strict=True):
+                for kind in WITHIN + ACROSS:
+                    sums = groups.sums(kind, np.where(groups.masks[kind], size, 0.0))
+                    means[kind][at] = _ratio(sums, pairs[kind])
+            for kind, of_layers in null.means(sizes).items():
+                for at, values in zip(block, of_layers, strict=True):
+                    null_95[kind][at] = _quantile_95(values)
+                    p_value[kind][at] = _p_values(means[kind][at], values)
+            task.advance(len(block))
     counts = {kind: np.rint(count).astype(np.int64) for kind, count in pairs.items()}
     return RelationStatistics(pm.model, tuple(layers), relations, means, counts, null_95, p_value)
 
@@ -329,24 +331,37 @@ class _Null:
         self._i = np.concatenate([at[i] for at, (i, _) in zip(places, corners, strict=True)])
         self._j = np.concatenate([at[j] for at, (_, j) in zip(places, corners, strict=True)])
         self._starts = np.cumsum([0, *(len(i) for i, _ in corners)])[:-1]
-        self._counts = {
-            kind: self._sums(mask.astype(np.float64)) for kind, mask in self._masks.items()
+        masks = [mask.astype(np.float64) for mask in self._masks.values()]
+        self._counts = dict(zip(self._masks, self._sums(masks), strict=True))
+
+    def means(self, sizes: Sequence[Real]) -> dict[str, list[Real]]:
+        """(permutations, R + 1) means of each |P| (m, m) over the pairs of every kind."""
+        masked = [np.where(mask, size, 0.0) for mask in self._masks.values() for size in sizes]
+        sums = iter(self._sums(masked))
+        return {
+            kind: [_ratio(next(sums), self._counts[kind]) for _ in sizes] for kind in self._masks
         }
 
-    def means(self, kind: str, size: Real) -> Real:
-        """(permutations, R + 1) means of |P| (m, m) over the pairs of that kind."""
-        sums = self._sums(np.where(self._masks[kind], size, 0.0))
-        return _ratio(sums, self._counts[kind])
+    def _sums(self, values: Sequence[Real]) -> list[Real]:
+        """The sums of several (m, m) values by permuted relation, (permutations, R + 1) each.
 
-    def _sums(self, values: Real) -> Real:
-        both = values + values.T
-        of_each = np.array(
-            [
-                np.add.reduceat(both[facts[self._i], facts[self._j]], self._starts)
-                for facts in self._dealt
-            ]
-        )
-        return np.column_stack([of_each, of_each.sum(axis=1)])
+        All values of a pair lie side by side, since the pairs that are looked up lie far apart.
+        """
+        m = len(values[0])
+        table = np.stack([(each + each.T).ravel() for each in values], axis=1)
+        picked = np.empty((len(self._i), len(values)))
+        sums = np.empty((len(self._dealt), len(self._starts) + 1, len(values)))
+        for at, facts in enumerate(self._dealt):
+            np.take(table, facts[self._i] * m + facts[self._j], axis=0, out=picked, mode="clip")
+            np.add.reduceat(picked, self._starts, axis=0, out=sums[at, :-1])
+        sums[:, -1] = sums[:, :-1].sum(axis=1)
+        return list(np.moveaxis(sums, 2, 0))
+
+
+def _blocks(layers: int, m: int) -> list[range]:
+    """Indexes of layers in blocks whose values are worked on together, within `BLOCK_BYTES`."""
+    size = max(1, BLOCK_BYTES // (8 * len(TESTED) * m**2))
+    return [range(start, min(start + size, layers)) for start in range(0, layers, size)]
 
 
 def _ratio(sums: Real, counts: Real) -> Real:

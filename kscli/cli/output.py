@@ -7,13 +7,16 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 from kscli.errors import KscliError
 from kscli.tables import Column, Row, cell, shown
 
+TEXTS_AT_ONCE = 1000  # of a long list, that are written together
 NARROWEST_TEXT = 16  # columns of the terminal that a folded column keeps
 
 
@@ -32,23 +35,24 @@ FOR_MACHINES = (Format.json, Format.csv, Format.tsv)
 
 
 def print_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     columns: Sequence[Column],
     output: Format,
     title: str = "",
     *,
     further: bool = False,
 ) -> None:
-    """Print records: every field for machines, `columns` for people.
+    """Print records: every field for machines, as they come; `columns` for people.
 
     A `further` table has its title in Markdown and LaTeX too, to part it from the one before.
     """
     if output is Format.json:
-        print_json(rows)
+        _write_all(_objects(rows))
         return
     if output in FOR_MACHINES:
-        _write(_separated(rows, "," if output is Format.csv else "\t"))
+        _write_all(_separated(rows, "," if output is Format.csv else "\t"))
         return
+    rows = list(rows)
     columns = shown(columns, rows)
     cells = [[column.title for column in columns], *(_cells(row, columns) for row in rows)]
     if output is Format.table:
@@ -69,13 +73,19 @@ def print_head(title: str, output: Format) -> None:
 
 def print_json(value: Any) -> None:
     """Print one strict JSON document; what is undefined is null."""
-    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    _write(json.dumps(_strict(value), ensure_ascii=not unicode, indent=2, allow_nan=False) + "\n")
+    _write(_json(value) + "\n")
 
 
 def print_line(text: str) -> None:
     """Print one line of results."""
     _write(text + "\n")
+
+
+def _write_all(texts: Iterable[str]) -> None:
+    """Write texts as they come, some at once."""
+    iterator = iter(texts)
+    while some := "".join(islice(iterator, TEXTS_AT_ONCE)):
+        _write(some)
 
 
 def _write(text: str) -> None:
@@ -103,14 +113,31 @@ def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
     return [" ".join(cell(column, row).split()) for column in columns]
 
 
-def _separated(rows: Sequence[Row], delimiter: str) -> str:
+def _separated(rows: Iterable[Row], delimiter: str) -> Iterator[str]:
     text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: "" if v is None else v for k, v in _strict(row).items()})
-    return text.getvalue()
+    writer = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(text, list(row), delimiter=delimiter, lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({k: "" if v is None else v for k, v in _strict(row).items()})
+        yield text.getvalue()
+        text.seek(0)
+        text.truncate()
+
+
+def _objects(rows: Iterable[Row]) -> Iterator[str]:
+    """The list of the rows as `_json` writes it, one by one."""
+    before = "[\n"
+    for row in rows:
+        yield before + textwrap.indent(_json(row), "  ")
+        before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
+
+
+def _json(value: Any) -> str:
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    return json.dumps(_strict(value), ensure_ascii=not unicode, indent=2, allow_nan=False)
 
 
 def _markdown(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:

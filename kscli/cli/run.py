@@ -98,7 +98,7 @@ def run(
         print_json(
             {
                 "statistics": statistics,
-                "top_pairs": pairs,
+                "top_pairs": list(pairs),
                 "figures": [str(path) for path in figures],
             }
         )

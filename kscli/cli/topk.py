@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,30 +51,27 @@ def topk(
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.layers import select_layers
 
-    rows = []
+    found: list[Sequence[Row]] = []
     with ExitStack() as stack:
         for file in open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack):
             spec = layer or ("all" if strongest else "0")
             layers = select_layers(spec, file.layers, str(file.path))
-            if strongest:
-                of_file = strongest_rows(file, layers, k, absolute, distinct_token)
-            else:
-                of_file = [
-                    row
-                    for number in layers
-                    for row in pair_rows(file, number, k, absolute, distinct_token)
-                ]
-            if distinct_token and not of_file and len(file.facts) > 1:
+            of_file = (
+                [strongest_rows(file, layers, k, absolute, distinct_token)]
+                if strongest
+                else [pair_rows(file, number, k, absolute, distinct_token) for number in layers]
+            )
+            if distinct_token and not any(of_file) and len(file.facts) > 1:
                 ConsoleReporter().warn(
                     f"{file.path}: all subjects end in the same token, so --distinct-token leaves "
                     "no pair."
                 )
-            rows += of_file
-    print_pairs(rows, output_format, show_layer=strongest)
+            found += of_file
+        print_pairs(chain.from_iterable(found), output_format, show_layer=strongest)
 
 
 def print_pairs(
-    rows: Sequence[Row], output_format: Format, title: str = "", *, show_layer: bool = False
+    rows: Iterable[Row], output_format: Format, title: str = "", *, show_layer: bool = False
 ) -> None:
     """Print a list of pairs; in LaTeX in two lines a pair, as the paper's Tables 1 to 4."""
     columns = PAIRS_OF_LAYERS if show_layer else PAIRS
