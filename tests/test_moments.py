@@ -243,3 +243,32 @@ def test_a_restored_moment_goes_on_with_massive_keys() -> None:
     second.restore(first.packed(), first.count)
     second.add(keys[300:])
     np.testing.assert_allclose(second.sums(), whole.sums(), rtol=1e-14)
+
+
+def test_the_fastest_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert moments.fastest_product(64, torch.float32)[0] == "float32"
+    clock = iter(range(100))
+    monkeypatch.setattr(moments.time, "perf_counter", lambda: next(clock))
+    slower = {"name": ""}
+
+    def slow(keys: torch.Tensor, product: str) -> list[moments.BlockRow]:
+        for _ in range(2 if product == slower["name"] else 0):
+            next(clock)
+        return []
+
+    monkeypatch.setattr(moments, "lower_products", slow)
+    for slower["name"], fastest, expected in (
+        ("float32", "bfloat16", 1 / 3),
+        ("bfloat16", "float32", 3),
+    ):
+        found, ratio = moments.fastest_product(64, torch.bfloat16)
+        assert found == fastest
+        assert ratio == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("product", ["float32", "bfloat16"])
+def test_both_products_of_bfloat16_keys_are_exact_in_float32(product: moments.Product) -> None:
+    keys = torch.randn(300, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moment = SecondMoment(70, product=product)
+    moment.add(keys)
+    assert error(moment.matrix(), exact(keys)) < 301 * UNIT

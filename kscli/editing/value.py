@@ -296,8 +296,8 @@ def _check_row(model: LoadedModel, text: str, located: LocatedPrompt, cloze: Clo
     end = located.position + 1
     if located.token_ids[:end] != cloze.prompt_ids[:end]:
         raise FactsError(
-            f"In {text!r} the subject's last token is white space, which no answer follows; strip "
-            "the subject."
+            f"In {text!r} the subject has other tokens where an answer follows; strip the white "
+            "space at the text's end."
         )
     model.require_positions(text, len(cloze.prompt_ids) + len(cloze.target_ids) - 1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kscli.batching import TokenBatch
 from kscli.errors import ModelError, NumericsError, is_out_of_memory
 from kscli.models.forward import Decoder
-from kscli.second_moment.moments import HostSums, SecondMoment
+from kscli.second_moment.moments import HostSums, Product, SecondMoment
 from kscli.second_moment.plan import Placement
 
 # Called with a layer, the keys (batch x length, d_m) of a batch, those of padding 0, and the batch.
@@ -24,8 +24,8 @@ Watch = Callable[[int, Tensor, TokenBatch], None]
 class LayerSums:
     """k k^T of several layers, summed over batches.
 
-    `placement` says where the sums lie (`plan`); float32 sums are added to the float64 ones when
-    they are over `flush_tokens` tokens.
+    `placement` says where the sums lie, `product` how keys are multiplied (`plan`). Float32 sums
+    are added to the float64 ones when they are over `flush_tokens` tokens.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class LayerSums:
         layers: tuple[int, ...],
         placement: Placement = "host",
         flush_tokens: int = 0,
+        product: Product = "float32",
     ) -> None:
         self.layers = layers
         self.halved = False
@@ -48,6 +49,7 @@ class LayerSums:
                 home=decoder.device_of(layer) if placement == "device" else "cpu",
                 partial=placement == "split",
                 host=host,
+                product=product,
             )
             for layer in layers
         }

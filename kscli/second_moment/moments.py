@@ -17,9 +17,10 @@ A batch's products are n d_m^2 multiplications for n keys, of which half are eno
 symmetric. They come as rows of blocks, whose height is what was fastest on each kind of hardware:
 
 - float32 on a CPU: BLAS `ssyrk`, the whole triangle at once up to 4,096 columns;
-- bfloat16 on a CPU that multiplies it: oneDNN takes float32 tensors through bfloat16, which is
-  exact for keys that are bfloat16 already, and sums in float32 (`mkldnn.matmul.fp32_precision`
-  is global, and put back after each product);
+- bfloat16 on a CPU: the same in float32, or oneDNN, which takes float32 tensors through bfloat16.
+  That is exact for keys that are bfloat16 already, and sums in float32
+  (`mkldnn.matmul.fp32_precision` is global, and put back after each product). Which is faster
+  differs from processor to processor, so `fastest_product` measures it;
 - bfloat16 and float16 on CUDA: `torch.mm` with float32 output, for products of 16-bit values
   are exact in float32; float32 as it is, without TF32 unless the user has asked torch for it.
 
@@ -29,20 +30,20 @@ own, and a thread adds them in float64 when the copy is done; the device compute
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg.blas import ssyrk
 from torch import Tensor
-
-from kscli.resources import fast_bfloat16
 
 ROWS = 256
 SYRK_ROWS = 4096
@@ -52,9 +53,11 @@ DEVICE_ROWS = 1024
 MASSIVE = 10.0
 # So many massive keys of a layer are kept before they are added: one pass over its sums for all.
 MASSIVE_KEPT = 64
+TIMED_TOKENS, TIMED_WIDTH = 1024, 4096
 # Layers under way at most: one is copied while another is added.
 UNDER_WAY = 2
 
+Product = Literal["float32", "bfloat16"]
 Float = TypeVar("Float", np.float32, np.float64)
 
 
@@ -68,7 +71,8 @@ class SecondMoment:
 
     The float64 sums lie on the device `home`: 8 bytes for each of `lower_entries`. With
     `partial`, batches are summed in float32 on the keys' own device, 4 bytes an entry, until
-    `flush` adds them to the float64 sums. `host` carries what comes from another device.
+    `flush` adds them to the float64 sums. `host` carries what comes from another device. `product`
+    says how keys are multiplied on a CPU.
     """
 
     def __init__(
@@ -78,8 +82,10 @@ class SecondMoment:
         home: str = "cpu",
         partial: bool = False,
         host: HostSums | None = None,
+        product: Product = "float32",
     ) -> None:
         self.count = 0
+        self._product: Product = product
         self.d_m = d_m
         self._keep_partial = partial
         self._partial: list[Tensor] = []
@@ -99,7 +105,7 @@ class SecondMoment:
         """
         apart = massive_keys(keys)
         massive = keys[apart]
-        products = _products_without(keys, apart)
+        products = _products_without(keys, apart, self._product)
         if self._keep_partial and not self._partial:
             self._partial = [
                 torch.zeros(total.shape, dtype=torch.float32, device=keys.device)
@@ -218,26 +224,45 @@ def massive_keys(keys: Tensor) -> Tensor:
     return torch.nonzero(lengths > MASSIVE * lengths.median())[:, 0]
 
 
-def _products_without(keys: Tensor, apart: Tensor) -> list[BlockRow]:
+def _products_without(keys: Tensor, apart: Tensor, product: Product) -> list[BlockRow]:
     """The lower products of the keys but those of the indexes `apart`, which stay as they were."""
     if not len(apart):
-        return lower_products(keys)
+        return lower_products(keys, product)
     # Keys of a forward pass were created in inference mode, so only inference mode may change them.
     with torch.inference_mode():
         kept = keys[apart]
         # For the time of the product: a copy of all keys would cost more.
         keys[apart] = 0
         try:
-            return lower_products(keys)
+            return lower_products(keys, product)
         finally:
             keys[apart] = kept
 
 
-def lower_products(keys: Tensor) -> list[BlockRow]:
+def fastest_product(d_m: int, dtype: torch.dtype) -> tuple[Product, float]:
+    """How keys of a dtype are multiplied fastest on this CPU, and bfloat16's time by float32's.
+
+    Measured on keys of the shape, cut to `TIMED_TOKENS` and `TIMED_WIDTH`. Only keys that are
+    bfloat16 are multiplied so without loss.
+    """
+    if dtype != torch.bfloat16:
+        return "float32", math.inf
+    keys = torch.ones(TIMED_TOKENS, min(d_m, TIMED_WIDTH), dtype=dtype)
+    products: tuple[Product, ...] = get_args(Product)
+    took = dict.fromkeys(products, math.inf)
+    for _ in range(3):
+        for product in products:
+            began = time.perf_counter()
+            lower_products(keys, product)
+            took[product] = min(took[product], time.perf_counter() - began)
+    return min(products, key=took.__getitem__), took["bfloat16"] / took["float32"]
+
+
+def lower_products(keys: Tensor, product: Product = "float32") -> list[BlockRow]:
     """The lower triangle of keys^T keys for (n, d_m) keys, on the device of the keys."""
     if keys.device.type != "cpu":
         return _on_device(keys)
-    if keys.dtype == torch.bfloat16 and fast_bfloat16("cpu"):
+    if product == "bfloat16":
         with _through_bfloat16():
             return _in_bfloat16(keys.float())
     return _by_syrk(keys.float())

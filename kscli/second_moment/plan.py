@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from kscli.errors import ModelError
 from kscli.layers import format_layers
 from kscli.models.shape import ModelShape
 from kscli.resources import MemorySplit, Resources, format_size
-from kscli.second_moment.moments import lower_entries
+from kscli.second_moment.moments import Product, lower_entries
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_BATCH = 4096
@@ -47,12 +47,14 @@ class RunPlan:
     """How the sums are computed; but for rounding, what they are does not depend on it.
 
     `groups` of layers are summed one pass each; `placement` says where the sums lie; a batch
-    holds `batch_tokens` tokens at most, padding included.
+    holds `batch_tokens` tokens at most, padding included. `product` says how keys are multiplied on
+    a CPU.
     """
 
     groups: tuple[tuple[int, ...], ...]
     placement: Placement
     batch_tokens: int
+    product: Product = field(default="float32", kw_only=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
