@@ -46,3 +46,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

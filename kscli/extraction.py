@@ -15,7 +15,8 @@ from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.errors import NumericsError
 from kscli.facts import Fact, FactSet
 from kscli.layers import select_layers
-from kscli.models.loading import LoadedModel, ModelIdentity
+from kscli.models.loading import LoadedModel
+from kscli.models.locating import ModelIdentity
 from kscli.positions import KeyToken, has_blank_end, locate_keys
 from kscli.reporter import SILENT, Reporter
 

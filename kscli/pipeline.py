@@ -21,7 +21,8 @@ from kscli.reporter import Reporter
 if TYPE_CHECKING:
     from kscli.corpus import Corpus
     from kscli.facts import FactSet
-    from kscli.models.loading import LoadedModel, LocatedModel, ModelOptions
+    from kscli.models.loading import LoadedModel
+    from kscli.models.locating import LocatedModel, ModelOptions
     from kscli.models.shape import ModelShape
     from kscli.positions import KeyToken
     from kscli.resources import MemorySplit
@@ -43,7 +44,7 @@ class Session:
     @cached_property
     def located(self) -> LocatedModel:
         """The model's files."""
-        from kscli.models.loading import locate_model
+        from kscli.models.locating import locate_model
 
         return locate_model(self.options, self.reporter)
 
@@ -65,7 +66,7 @@ class Session:
     @cached_property
     def dtype(self) -> str:
         """The dtype that the model is run in."""
-        from kscli.models.loading import resolve_device, resolve_dtype
+        from kscli.resources import resolve_device, resolve_dtype
 
         dtype = resolve_dtype(self.options.dtype, resolve_device(self.options.device))
         if dtype == "bfloat16" and self.options.dtype == "auto":
@@ -161,8 +162,7 @@ class Session:
 
     def plan(self, options: CovarianceOptions, execution: Execution) -> MemoryPlan:
         """What goes where when cache-cov is run with these options; no weight is read."""
-        from kscli.models.loading import resolve_device
-        from kscli.resources import measure_resources
+        from kscli.resources import measure_resources, resolve_device
         from kscli.second_moment.plan import plan_memory
 
         layers = select_layers(options.layers, range(self.shape.n_layers), self.options.model)

@@ -1,4 +1,4 @@
-"""How a long computation tells its caller what it is doing.
+"""How a long computation tells its caller what it is doing, and what is not told.
 
 The library calls a `Reporter`; by default nothing is shown. The command line
 hands in one that draws progress bars on a terminal (`kscli.cli.console`).
@@ -6,6 +6,8 @@ hands in one that draws progress bars on a terminal (`kscli.cli.console`).
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,3 +40,17 @@ class Reporter:
 
 
 SILENT = Reporter()
+
+
+@contextmanager
+def silenced(library: str) -> Iterator[None]:
+    """Keep a library's logs, and all warnings, off the terminal; what matters is raised."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

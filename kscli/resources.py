@@ -12,6 +12,8 @@ from pathlib import Path
 
 from kscli.errors import UsageError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 _PREFIXES = "KMGT"
 _UNITS = {
     "": 1,
@@ -100,6 +102,40 @@ def free_disk(path: Path) -> int:
     """Bytes that are free where `path` is or will be."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def resolve_device(device: str) -> str:
+    """The device that `auto` means here; UsageError when the one named is not at hand."""
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or (kind != "cuda" and ":" in device):
+        raise UsageError(f"--device {device} is unknown; it is auto, cpu, cuda, cuda:N or mps.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device {device}: MPS is not available; use --device cpu.")
+    if kind == "cuda" and ":" in device:
+        number = device.partition(":")[2]
+        if not number.isdigit() or int(number) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, "
+                "counted from 0."
+            )
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """The dtype that `auto` means: bfloat16 where the hardware multiplies it fast, else float32."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is unknown; it is one of {', '.join(DTYPES)}.")
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if fast_bfloat16(device) else "float32"
 
 
 def fast_bfloat16(device: str) -> bool:

@@ -8,7 +8,8 @@ import pytest
 from cli_kit import kscli
 from fork_kit import ONE_THREAD
 
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 
 # Matrices are small here: threads that wait for each other take longer than one alone.
 os.environ |= ONE_THREAD

@@ -27,7 +27,8 @@ from kscli.completion import (
 )
 from kscli.errors import FactsError, ModelError, NumericsError
 from kscli.facts import read_facts
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.tiny import MODEL_DIR
 
 FACTS = read_facts("tiny", 40).facts

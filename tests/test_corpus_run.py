@@ -22,7 +22,8 @@ from torch import Tensor
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.errors import ArtifactError, CorpusError, ModelError, NumericsError, UsageError
 from kscli.interrupts import InterruptedRunError
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.reporter import Reporter, Task
 from kscli.second_moment import checkpoints as checkpoints_module
 from kscli.second_moment.checkpoints import Checkpoints

@@ -43,7 +43,8 @@ from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, ModelError, NumericsError, UsageError
 from kscli.facts import Fact
 from kscli.interrupts import InterruptedRunError
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.reporter import SILENT, Reporter
 from kscli.tiny import MODEL_DIR
 from kscli.whitening import whitening

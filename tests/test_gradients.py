@@ -13,7 +13,8 @@ from kscli.completion import tokenize_clozes
 from kscli.editing import gradients
 from kscli.editing.gradients import gradient_cosines
 from kscli.facts import read_facts
-from kscli.models.loading import ModelOptions, load_model
+from kscli.models.loading import load_model
+from kscli.models.locating import ModelOptions
 
 FACTS = read_facts("tiny", 12).facts
 

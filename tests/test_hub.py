@@ -12,7 +12,8 @@ from huggingface_hub import errors as hub_errors
 
 from kscli.errors import FactsError
 from kscli.hub import asking
-from kscli.hub.asking import Wanted, ask, explain, explained, is_out_of_reach, silenced
+from kscli.hub.asking import Wanted, ask, explain, explained, is_out_of_reach
+from kscli.reporter import silenced
 
 WANTED = Wanted("data set", "o/n", "v1", FactsError, ", so wait.", ", so unset it.", " Or m/n?")
 
@@ -96,7 +97,7 @@ def test_the_clients_own_logging_and_warnings_are_silenced(
 ) -> None:
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    with silenced():
+    with silenced("huggingface_hub"):
         logging.getLogger("huggingface_hub.file_download").warning("loud")
         warnings.warn("loud", stacklevel=1)
     assert logger.level == level

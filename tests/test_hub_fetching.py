@@ -26,8 +26,9 @@ from huggingface_hub.hf_api import api
 from kscli.errors import ModelError
 from kscli.hub import models as hub
 from kscli.hub.asking import REQUEST_TIMEOUT, HTTPError
-from kscli.hub.models import FetchedModel, fetch_model
+from kscli.hub.models import fetch_model
 from kscli.models.aliases import find_alias
+from kscli.models.locating import ModelOptions
 from kscli.reporter import SILENT, Reporter, Task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -221,10 +222,9 @@ def fetch(
     pickle: bool = False,
     code: bool = False,
     reporter: Reporter = SILENT,
-) -> FetchedModel:
-    return fetch_model(
-        hub_id, revision, allow_pickle=pickle, trust_remote_code=code, reporter=reporter
-    )
+) -> Path:
+    options = ModelOptions(hub_id, revision, allow_pickle=pickle, trust_remote_code=code)
+    return fetch_model(options, reporter)
 
 
 def refusal(hub_id: str, revision: str = "main", *, pickle: bool = False) -> str:
@@ -236,9 +236,9 @@ def refusal(hub_id: str, revision: str = "main", *, pickle: bool = False) -> str
     return text
 
 
-def files(model: FetchedModel) -> list[str]:
-    paths = (path for path in model.folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(model.folder).as_posix() for path in paths)
+def files(model: Path) -> list[str]:
+    paths = (path for path in model.rglob("*") if path.is_file())
+    return sorted(path.relative_to(model).as_posix() for path in paths)
 
 
 def http_error(kind: type[Exception], status: int, message: str = "refused") -> Exception:
@@ -257,9 +257,9 @@ def http_error(kind: type[Exception], status: int, message: str = "refused") -> 
 
 def test_only_what_is_read_is_fetched(local_hub: LocalHub) -> None:
     model = fetch("owner/plain")
-    assert model.commit == COMMIT
+    assert model.name == COMMIT
     assert files(model) == PLAIN == local_hub.fetched()
-    assert (model.folder / "model.safetensors").read_bytes() == b"w" * 50_000
+    assert (model / "model.safetensors").read_bytes() == b"w" * 50_000
 
 
 def test_python_files_only_when_remote_code_is_trusted(local_hub: LocalHub) -> None:
@@ -349,7 +349,7 @@ def test_a_branch_that_has_not_moved_is_only_asked_about(local_hub: LocalHub) ->
 
 def test_what_is_missing_is_fetched_again(local_hub: LocalHub) -> None:
     model = fetch("owner/plain", COMMIT)
-    (model.folder / "tokenizer.json").unlink()
+    (model / "tokenizer.json").unlink()
     assert files(fetch("owner/plain", COMMIT)) == PLAIN
 
 
@@ -359,7 +359,7 @@ def test_the_cache_serves_when_the_network_is_down(local_hub: LocalHub) -> None:
     reporter = RecordingReporter()
     assert fetch("owner/sharded", reporter=reporter) == first
     assert reporter.notes == ["The Hub is out of reach; owner/sharded comes from the local cache."]
-    (first.folder / "model-2-of-2.safetensors").unlink()
+    (first / "model-2-of-2.safetensors").unlink()
     assert "not complete in the local cache" in refusal("owner/sharded")
 
 
@@ -374,7 +374,7 @@ def test_a_cache_without_the_list_of_files_serves_too(
     # So it is when other programs have downloaded the files one by one.
     monkeypatch.setattr(hub, "get_cached_repo_tree", no_list)
     assert fetch("owner/plain") == model
-    for path in model.folder.glob("tokenizer*"):
+    for path in model.glob("tokenizer*"):
         path.unlink()
     assert "not complete in the local cache" in refusal("owner/plain")
 

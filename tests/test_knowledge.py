@@ -17,7 +17,8 @@ from families import save_family
 from kscli.errors import ArtifactError, FactsError, UsageError
 from kscli.facts import Fact, fact_record, read_facts, write_records
 from kscli.knowledge import begins_with, check_facts, read_knowledge, select_facts, write_knowledge
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 
 FACTS = tuple(Fact("The capital of {} is", f"Land {i}", f"City {i}", "P36", i) for i in range(10))
 

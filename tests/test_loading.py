@@ -16,8 +16,9 @@ from kscli import resources
 from kscli.batching import TokenBatch, TokenSequence, make_batches
 from kscli.errors import ModelError, UsageError
 from kscli.models.forward import Decoder
-from kscli.models.loading import ModelOptions, load_model, locate_model, resolve_dtype
-from kscli.resources import MemorySplit
+from kscli.models.loading import load_model
+from kscli.models.locating import ModelOptions, locate_model
+from kscli.resources import MemorySplit, resolve_dtype
 from kscli.second_moment.layer_sums import LayerSums
 from kscli.tiny import MODEL_DIR
 

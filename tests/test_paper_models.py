@@ -30,7 +30,8 @@ from transformers import (
 from kscli.extraction import Keys, extract_keys
 from kscli.facts import Fact, FactSet
 from kscli.models.aliases import find_alias
-from kscli.models.loading import LoadedModel, ModelOptions, load_model, locate_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions, locate_model
 from kscli.models.shape import model_shape
 
 LAYERS = 2

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kscli.editing.saving import EDIT_LOG, require_new_folder, save_edited_model
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, UsageError
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.tiny import MODEL_DIR
 
 LOG = [

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kscli.models.loading import ModelOptions, load_model, locate_model
+from kscli.models.loading import load_model
+from kscli.models.locating import ModelOptions, locate_model
 from kscli.models.shape import model_shape
 
 

@@ -31,7 +31,8 @@ from kscli.editing.value import (
 from kscli.editing.weights import EditableWeight
 from kscli.errors import FactsError
 from kscli.facts import Fact
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.positions import locate_keys
 from kscli.whitening import whitening
 

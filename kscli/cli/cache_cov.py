@@ -57,7 +57,7 @@ def cache_cov(
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, device_of_rank, number_or_all
-    from kscli.models.loading import ModelOptions
+    from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
     from kscli.resources import parse_size

@@ -191,7 +191,7 @@ def edit(
     from kscli.editing.stage import EditRequest, HeldOut, edit_model
     from kscli.editing.value import ValueOptions
     from kscli.layers import format_layers
-    from kscli.models.loading import ModelOptions
+    from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
 

@@ -35,7 +35,7 @@ def extract(
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import facts_for
-    from kscli.models.loading import ModelOptions
+    from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
 

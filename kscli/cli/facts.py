@@ -45,7 +45,8 @@ def check(
     from kscli.cli.requests import facts_for
     from kscli.facts import require_facts_path
     from kscli.knowledge import check_facts, write_knowledge
-    from kscli.models.loading import ModelOptions, load_model
+    from kscli.models.loading import load_model
+    from kscli.models.locating import ModelOptions
     from kscli.places import Places
 
     reporter = ConsoleReporter(quiet=quiet)

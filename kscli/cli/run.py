@@ -54,7 +54,7 @@ def run(
     from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, facts_for, number_or_all
-    from kscli.models.loading import ModelOptions
+    from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
     from kscli.second_moment.options import CovarianceOptions

@@ -15,7 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kscli.errors import ArtifactError, UsageError
-from kscli.models.loading import LoadedModel, quiet_transformers
+from kscli.models.config import quiet_transformers
+from kscli.models.loading import LoadedModel
 
 EDIT_LOG = "kscli_edits.jsonl"
 

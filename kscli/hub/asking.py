@@ -12,7 +12,6 @@ import json
 import logging
 import textwrap
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -92,20 +91,6 @@ def ask(question: Callable[[float], Answer]) -> Answer:
     if not answer.done():
         raise TimeoutError(f"no answer in {patience:.2g} seconds")
     return answer.result()
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """Keep the client's logs and warnings off the terminal; what matters is raised."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def silence_datasets() -> None:

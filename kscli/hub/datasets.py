@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from kscli.errors import KscliError
+from kscli.reporter import silenced
 
 if TYPE_CHECKING:
     from kscli.hub.asking import Wanted
@@ -107,7 +108,7 @@ def open_dataset(source: HubSource, error: type[KscliError], instead: str) -> Hu
         offline=f", and {repository} is not in the cache. Unset HF_HUB_OFFLINE, or {instead}.",
     )
     try:
-        with asking.silenced():
+        with silenced("huggingface_hub"):
             info = asking.ask(
                 lambda timeout: HfApi().dataset_info(repository, revision=revision, timeout=timeout)
             )

@@ -7,7 +7,6 @@ Hub's own cache; everything is then loaded from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -26,136 +25,99 @@ from huggingface_hub.utils.tqdm import tqdm
 from kscli.errors import ModelError
 from kscli.hub import asking
 from kscli.models.aliases import ALIASES, close_aliases
-from kscli.models.fingerprint import is_tokenizer_file
-from kscli.models.weights import refuse_adapter, weight_files
-from kscli.reporter import SILENT, Reporter, Task
-
-CONFIG = "config.json"
+from kscli.models.files import CONFIG, ModelFiles, model_files
+from kscli.models.locating import ModelOptions
+from kscli.reporter import SILENT, Reporter, Task, silenced
 
 
-@dataclass(frozen=True)
-class FetchedModel:
-    """A model's files on this disk and the commit they belong to."""
+def fetch_model(options: ModelOptions, reporter: Reporter = SILENT) -> Path:
+    """Have the files of the repository `options.model` at `options.revision` in the cache.
 
-    folder: Path
-    commit: str
+    Returns their folder, which has the commit's name. A commit that is complete in the cache is
+    used without asking the Hub, and so is any revision when the Hub is out of reach.
 
-
-@dataclass(frozen=True)
-class _Request:
-    hub_id: str
-    revision: str
-    allow_pickle: bool
-    trust_remote_code: bool
-
-
-def fetch_model(
-    hub_id: str,
-    revision: str,
-    *,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    reporter: Reporter = SILENT,
-) -> FetchedModel:
-    """Have the configuration, tokenizer and weights of `hub_id` at `revision` in the cache.
-
-    Weights are safetensors; pickled ones only with `allow_pickle` and where there are no
-    others. Python files come only with `trust_remote_code`. A commit that is complete in the
-    cache is used without asking the Hub, and so is any revision when the Hub is out of reach.
-
-    Raises ModelError when the Hub does not answer in time or refuses, when the repository lacks
-    what is needed, and when the disk is full.
+    Raises ModelError as `model_files` does, when the Hub does not answer in time or refuses, and
+    when the disk is full.
     """
-    request = _Request(hub_id, revision, allow_pickle, trust_remote_code)
-    with asking.silenced(), asking.explained(_wanted(request)):
-        return _fetch(request, reporter)
+    with silenced("huggingface_hub"), asking.explained(_wanted(options)):
+        return _fetch(options, reporter)
 
 
-def _fetch(request: _Request, reporter: Reporter) -> FetchedModel:
-    cached = _cached_model(request, listed_only=True)
-    if cached is not None and cached.commit == request.revision:
+def _fetch(options: ModelOptions, reporter: Reporter) -> Path:
+    cached = _cached_model(options, listed_only=True)
+    if cached is not None and cached.name == options.revision:
         return cached
     try:
         # The commit, and the files with their sizes.
         info = asking.ask(
             lambda timeout: model_info(
-                request.hub_id, revision=request.revision, timeout=timeout, files_metadata=True
+                options.model, revision=options.revision, timeout=timeout, files_metadata=True
             )
         )
     except asking.CLIENT_ERRORS as error:
-        cached = (
-            _cached_model(request, listed_only=False) if asking.is_out_of_reach(error) else None
-        )
+        if not asking.is_out_of_reach(error):
+            raise
+        cached = _cached_model(options, listed_only=False)
         if cached is None:
             raise
         if not asking.is_offline(error):
-            reporter.note(f"The Hub is out of reach; {request.hub_id} comes from the local cache.")
+            reporter.note(f"The Hub is out of reach; {options.model} comes from the local cache.")
         return cached
-    if cached is not None and cached.commit == info.sha:
+    if cached is not None and cached.name == info.sha:
         return cached
-    return _download(request, info, reporter)
+    return _download(options, info, reporter)
 
 
-def _download(request: _Request, info: ModelInfo, reporter: Reporter) -> FetchedModel:
+def _download(options: ModelOptions, info: ModelInfo, reporter: Reporter) -> Path:
     commit = info.sha
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
 
     def read(name: str) -> str:
-        path = hf_hub_download(request.hub_id, name, revision=commit, tqdm_class=_bar_class(Task()))
+        path = hf_hub_download(options.model, name, revision=commit, tqdm_class=_bar_class(Task()))
         return Path(path).read_text("utf-8")
 
-    files = _needed_files(request, sizes, read)
-    missing = [name for name in files if _cached_file(request.hub_id, name, commit) is None]
+    files = _files(options, sizes, read).all
+    missing = [name for name in files if _cached_file(options.model, name, commit) is None]
     with reporter.task(
-        f"Fetching {request.hub_id}", total=sum(sizes[name] for name in missing), unit="B"
+        f"Fetching {options.model}", total=sum(sizes[name] for name in missing), unit="B"
     ) as task:
         # By its name and not by its commit, so that the cache can find the name again offline.
-        folder = Path(
-            snapshot_download(
-                request.hub_id,
-                revision=request.revision,
-                allow_patterns=files,
-                tqdm_class=_bar_class(task),
-            )
+        folder = snapshot_download(
+            options.model,
+            revision=options.revision,
+            allow_patterns=files,
+            tqdm_class=_bar_class(task),
         )
-    return FetchedModel(folder, folder.name)
+    return Path(folder)
 
 
-def _needed_files(
-    request: _Request, names: Collection[str], read: Callable[[str], str]
-) -> list[str]:
-    """Which of a repository's files to fetch; `read` gives the text of one."""
-    if CONFIG not in names:
-        gguf = any(name.endswith(".gguf") for name in names)
-        raise ModelError(
-            f"{request.hub_id} has no {CONFIG}, so it is not a transformers model."
-            + (" Download one of its .gguf files and give its path." if gguf else "")
-        )
-    refuse_adapter(names, f"{request.hub_id} at {request.revision}")
-    return [
-        CONFIG,
-        *sorted(name for name in names if is_tokenizer_file(name)),
-        *sorted(name for name in names if request.trust_remote_code and name.endswith(".py")),
-        *weight_files(names, read, f"{request.hub_id} at {request.revision}", request.allow_pickle),
-    ]
+def _files(options: ModelOptions, names: Collection[str], read: Callable[[str], str]) -> ModelFiles:
+    where = f"{options.model} at {options.revision}"
+    return model_files(
+        names,
+        read,
+        where,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
-def _cached_model(request: _Request, *, listed_only: bool) -> FetchedModel | None:
+def _cached_model(options: ModelOptions, *, listed_only: bool) -> Path | None:
     """The revision's snapshot in the cache, if it is complete.
 
     Complete by the repository's list of files, which a download leaves in the cache; or,
     without `listed_only` and where there is no such list, by what lies in the folder.
     """
-    config = _cached_file(request.hub_id, CONFIG, request.revision)
+    config = _cached_file(options.model, CONFIG, options.revision)
     if config is None:
         return None
     folder = config.parent
-    listed = _cached_list(request.hub_id, folder.name)
+    listed = _cached_list(options.model, folder.name)
     if listed is None and listed_only:
         return None
     names = listed or {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     try:
-        files = _needed_files(request, names, lambda name: (folder / name).read_text("utf-8"))
+        files = _files(options, names, lambda name: (folder / name).read_text("utf-8"))
     except OSError:
         return None
     except ModelError:
@@ -163,9 +125,8 @@ def _cached_model(request: _Request, *, listed_only: bool) -> FetchedModel | Non
         if listed is None or listed_only:
             return None
         raise
-    complete = all((folder / name).is_file() for name in files)
-    has_tokenizer = any(is_tokenizer_file(name) for name in files)
-    return FetchedModel(folder, folder.name) if complete and has_tokenizer else None
+    complete = all((folder / name).is_file() for name in files.all)
+    return folder if complete and files.tokenizer else None
 
 
 def _cached_list(hub_id: str, commit: str) -> set[str] | None:
@@ -205,11 +166,13 @@ def _bar_class(task: Task) -> type[tqdm]:
     return Bar
 
 
-def _wanted(request: _Request) -> asking.Wanted:
-    hub_id = request.hub_id
+def _wanted(options: ModelOptions) -> asking.Wanted:
+    hub_id = options.model
     known = any(alias.hub_id == hub_id for alias in ALIASES)
     close = [] if known else close_aliases(hub_id)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     # A name with an owner is none of a mistyped alias; only the Hub can say that it is wrong.
     absent = f", and {hub_id} is not complete in the local cache.{'' if '/' in hub_id else hint}"
-    return asking.Wanted("model", hub_id, request.revision, ModelError, absent, absent, hint)
+    return asking.Wanted(
+        "model", hub_id, options.revision or "main", ModelError, absent, absent, hint
+    )

@@ -21,32 +21,21 @@ BLOCKS_PER_FILE = 256
 BLOCKS_PER_TENSOR = 3
 HEADER_LIMIT = 100 << 20
 
-_TOKENIZER_NAMES = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-}
-_TOKENIZER_SUFFIXES = (".model", ".tiktoken")
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of a model's folder, by its name, belongs to the tokenizer."""
-    return name in _TOKENIZER_NAMES or ("/" not in name and name.endswith(_TOKENIZER_SUFFIXES))
-
 
 def fingerprint_file(path: Path) -> str:
-    """SHA-256 of a file's size and of its contents, sampled beyond `WHOLE` bytes."""
+    """SHA-256 of a file's size and of its contents, sampled beyond `WHOLE` bytes.
+
+    Raises ModelError when a safetensors file is truncated or is none.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
+        spans = _tensor_spans(file, path, size) if path.suffix == ".safetensors" else None
+        file.seek(0)
         if size <= WHOLE:
             digest.update(file.read())
-        elif path.suffix == ".safetensors":
-            _update_from_safetensors(digest, file, path, size)
+        elif spans is not None:
+            _update_from_tensors(digest, file, spans)
         else:
             _update_from_blocks(digest, file, 0, size, BLOCKS_PER_FILE)
     return digest.hexdigest()
@@ -60,17 +49,9 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def read_safetensors_header(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: name to (start, end) bytes in the file.
-
-    Raises ModelError when the file is truncated or is not safetensors.
-    """
-    with path.open("rb") as file:
-        return _tensor_spans(file, path, path.stat().st_size)
-
-
-def _update_from_safetensors(digest: hashlib._Hash, file: BinaryIO, path: Path, size: int) -> None:
-    spans = _tensor_spans(file, path, size)
+def _update_from_tensors(
+    digest: hashlib._Hash, file: BinaryIO, spans: dict[str, tuple[int, int]]
+) -> None:
     digest.update(json.dumps(spans, sort_keys=True).encode())
     for name in sorted(spans):
         start, end = spans[name]
@@ -88,6 +69,7 @@ def _update_from_blocks(
 
 
 def _tensor_spans(file: BinaryIO, path: Path, size: int) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies: name to (start, end) bytes in the file."""
     damaged = ModelError(f"{path} is damaged or is not a safetensors file; fetch it again.")
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(HEADER_LIMIT, size - 8):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kscli.errors import ModelError, is_out_of_memory
+from kscli.errors import ModelError, first_line, is_out_of_memory
 from kscli.models.down_projections import find_down_projections
 
 OnKeys = Callable[[int, Tensor], None]
@@ -85,8 +85,7 @@ class Decoder:
                 raise
             batch, length = input_ids.shape
             raise ModelError(
-                f"the model cannot run {batch} sequences of {length} tokens: "
-                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                f"the model cannot run {batch} sequences of {length} tokens: {first_line(error)}"
             ) from error
 
     def logits(self, input_ids: Tensor, keep: int) -> Tensor:
@@ -110,7 +109,7 @@ class Decoder:
         for _ in range(steps):
             unread, held = (ids, {}) if cache is None else (ids[:, -1:], {name: cache})
             output = self(unread, keep=1, use_cache=True, **held)
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, name, None)
             ids = torch.cat([ids, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         return ids[:, input_ids.shape[1] :]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kscli.models.down_projections import find_down_projections
-from kscli.models.loading import (
-    LocatedModel,
-    ModelOptions,
+from kscli.models.config import (
     default_length,
     load_config,
     model_errors,
     positions_of,
     quiet_transformers,
 )
+from kscli.models.down_projections import find_down_projections
+from kscli.models.locating import LocatedModel, ModelOptions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from kscli.artifacts import ArtifactWriter, CovarianceAbout, Recipe, write_artif
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
 from kscli.layers import select_layers, spread
-from kscli.models.loading import LoadedModel, ModelIdentity
+from kscli.models.loading import LoadedModel
+from kscli.models.locating import ModelIdentity
 from kscli.reporter import SILENT, Reporter
 from kscli.second_moment.checkpoints import Position
 from kscli.second_moment.corpus_run import CovarianceRun

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from kscli.batching import TokenSequence, encode
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
-from kscli.models.loading import LONGEST_DOCUMENT
+from kscli.models.config import LONGEST_DOCUMENT
 from kscli.second_moment.options import CovarianceOptions
 
 # How many documents an expectation is taken from.

@@ -24,7 +24,8 @@ from kscli.analysis.pairs import top_pairs
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
-from kscli.models.loading import ModelOptions, load_model
+from kscli.models.loading import load_model
+from kscli.models.locating import ModelOptions
 from kscli.second_moment.covariance import CovarianceOptions, second_moments
 from kscli.superposition import superposition
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from kscli.batching import TokenBatch, make_batches
 from kscli.corpus import CorpusSpec, open_corpus
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.second_moment.corpus_run import WINDOW_BATCHES
 from kscli.second_moment.covariance import BATCH_TOKENS, second_moments
 from kscli.second_moment.options import CovarianceOptions

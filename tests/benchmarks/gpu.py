@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from kscli.batching import make_batches
 from kscli.models.forward import Decoder
-from kscli.models.loading import LoadedModel, ModelIdentity
+from kscli.models.loading import LoadedModel
+from kscli.models.locating import ModelIdentity
 from kscli.models.shape import ModelShape
 from kscli.resources import format_size, matmul_rate, measure_resources
 from kscli.second_moment.corpus_run import WINDOW_BATCHES

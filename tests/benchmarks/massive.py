@@ -22,7 +22,8 @@ from kscli.batching import make_batches
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
-from kscli.models.loading import ModelOptions, load_model
+from kscli.models.loading import load_model
+from kscli.models.locating import ModelOptions
 from kscli.second_moment import moments
 from kscli.second_moment.moments import SecondMoment, massive_keys
 from kscli.second_moment.options import CovarianceOptions

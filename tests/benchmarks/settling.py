@@ -28,7 +28,8 @@ from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
 from kscli.layers import spread
-from kscli.models.loading import LoadedModel, ModelOptions, load_model
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
 from kscli.second_moment.covariance import second_moments
 from kscli.second_moment.layer_sums import LayerSums
 from kscli.second_moment.options import CovarianceOptions, Shard

@@ -1,0 +1,117 @@
+"""A model's configuration, read and judged before its weights are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kscli.errors import KscliError, ModelError, first_line
+from kscli.models.locating import LocatedModel, ModelOptions
+from kscli.reporter import silenced
+
+LONGEST_DOCUMENT = 2048
+
+# What transformers says somewhere in an error, and what this means for a model.
+_EXPLANATIONS = (
+    (
+        ("trust_remote_code",),
+        "needs code from its repository; add --trust-remote-code if you have read and trust it.",
+    ),
+    (
+        ("ignore_mismatched_sizes", "size mismatch"),
+        "cannot be loaded: its weights do not have the shapes that its config.json says.",
+    ),
+    (
+        ("backend tokenizer",),
+        "has no tokenizer that can be read; its folder needs a tokenizer.json.",
+    ),
+)
+
+
+def reading(located: LocatedModel, options: ModelOptions) -> dict[str, Any]:
+    """The arguments of transformers' `from_pretrained` for a model's files."""
+    gguf = {"gguf_file": located.gguf} if located.gguf else {}
+    trust = {"trust_remote_code": options.trust_remote_code}
+    return {"pretrained_model_name_or_path": located.folder, **trust, **gguf}
+
+
+def load_config(located: LocatedModel, options: ModelOptions) -> Any:
+    """The model's configuration; raises ModelError when it is not that of a causal decoder."""
+    from transformers import AutoConfig
+
+    with model_errors(located):
+        config = AutoConfig.from_pretrained(**reading(located, options))
+    _check_kind(located, config)
+    # A configuration may name an attention that is fetched from the Hub. None lets transformers
+    # choose its own: scaled_dot_product_attention where the model has it, else eager.
+    config._attn_implementation = None
+    return config
+
+
+def _check_kind(located: LocatedModel, config: Any) -> None:
+    """Refuse what the configuration already shows not to be a causal decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = list(getattr(config, "architectures", None) or [])
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    masked = architectures and all("MaskedLM" in a or "PreTraining" in a for a in architectures)
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote
+    if getattr(config, "is_encoder_decoder", False) or masked or not known:
+        what = ", ".join(architectures) or config.model_type
+        raise ModelError(
+            f"{located.identity.model_id} is a {what}; kscli measures decoder-only causal "
+            "language models."
+        )
+
+
+def default_length(positions: int | None) -> int:
+    """The default length of a document: a model's positions, `LONGEST_DOCUMENT` at most."""
+    return min(positions or LONGEST_DOCUMENT, LONGEST_DOCUMENT)
+
+
+def positions_of(config: Any) -> int | None:
+    """How many positions a model has; None where its configuration sets no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def boundary_of(config: Any) -> int | None:
+    """The length beyond which LongRoPE gives all tokens of a batch other position encodings.
+
+    Then a batch must not hold sequences of both sides. None for models of another encoding; with
+    dynamic NTK the encodings change only beyond the positions that kscli uses.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for of_layers in (rope, *rope.values()):
+        if isinstance(of_layers, dict) and of_layers.get("rope_type") == "longrope":
+            return int(of_layers["original_max_position_embeddings"])
+    return None
+
+
+@contextmanager
+def model_errors(located: LocatedModel) -> Iterator[None]:
+    """Turn whatever transformers raises while it reads files into one sentence."""
+    try:
+        yield
+    except KscliError:
+        raise
+    except Exception as error:
+        known = [said for signs, said in _EXPLANATIONS if any(sign in str(error) for sign in signs)]
+        said = known[0] if known else f"cannot be loaded: {first_line(error)}"
+        raise ModelError(f"{located.identity.model_id} {said}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars, logs and warnings off the user's terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with silenced("transformers"):
+        yield

@@ -1,0 +1,123 @@
+"""From a name to a model's files on this disk: alias, Hub id, local folder or GGUF file.
+
+Pickled weights are read, and remote code is run, only when asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kscli.errors import ModelError, UsageError
+from kscli.models.aliases import classify, find_alias, slug
+from kscli.models.files import CONFIG, model_files
+from kscli.models.fingerprint import fingerprint_files
+from kscli.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, from where, and how it is to be run."""
+
+    model: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What must agree between two files that are used together.
+
+    `weights` and `tokenizer` are fingerprints: a Hub commit, or hashes of the files.
+    """
+
+    slug: str
+    model_id: str
+    revision: str
+    weights: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """A model's files on this disk, and who it is."""
+
+    folder: Path
+    gguf: str | None
+    identity: ModelIdentity
+
+
+def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedModel:
+    """Find the model's files, downloading them when it lives on the Hub.
+
+    Raises ModelError when there are none, or they are damaged or pickled and
+    `allow_pickle` is not set.
+    """
+    kind = classify(options.model)
+    name = slug(options.model)
+    if kind == "hub":
+        return _locate_on_hub(options, name, reporter)
+    if options.revision is not None:
+        raise UsageError(
+            f"--revision {options.revision} is for models on the Hub; {options.model} is local."
+        )
+    if kind == "gguf":
+        return _locate_gguf(Path(options.model).expanduser(), name)
+    if kind == "embedded":
+        from kscli.tiny import MODEL_DIR
+
+        return _locate_folder(MODEL_DIR, name, name, options)
+    path = Path(options.model)
+    return _locate_folder(path.expanduser(), name, str(path), options)
+
+
+def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> LocatedModel:
+    from kscli.hub.models import fetch_model
+
+    alias = find_alias(options.model)
+    hub_id = alias.hub_id if alias and alias.hub_id else options.model
+    revision = options.revision or (alias.revision if alias else None) or "main"
+    folder = fetch_model(replace(options, model=hub_id, revision=revision), reporter)
+    commit = f"commit:{folder.name}"
+    return LocatedModel(folder, None, ModelIdentity(name, hub_id, revision, commit, commit))
+
+
+def _locate_gguf(path: Path, name: str) -> LocatedModel:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist.")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f"{path} is a GGUF file, and the package gguf is not installed: "
+            "pip install 'kscli[gguf]'."
+        ) from error
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file.")
+    whole = fingerprint_files([path])
+    return LocatedModel(path.parent, path.name, ModelIdentity(name, str(path), "", whole, whole))
+
+
+def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions) -> LocatedModel:
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder with a model.")
+    files = model_files(
+        [path.name for path in folder.iterdir() if path.is_file()],
+        lambda name: (folder / name).read_text("utf-8"),
+        str(folder),
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
+    weights = [name for name in files.weights if not name.endswith(".json")]
+    identity = ModelIdentity(
+        slug=name,
+        model_id=model_id,
+        revision="",
+        weights=fingerprint_files(folder / name for name in [CONFIG, *weights, *files.code]),
+        tokenizer=fingerprint_files(folder / name for name in files.tokenizer),
+    )
+    return LocatedModel(folder, None, identity)
