@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,23 @@ class Cloze:
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """What the model reads: nothing is asked of the target's last token."""
+        return self.prompt_ids + self.target_ids[:-1]
+
+    def read(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities from the logits of its sequence, those of the token `first` foremost.
+
+        Those of all tokens at the place of each of the target's, (n, vocabulary), and those of the
+        target's own, (n,).
+        """
+        start = len(self.prompt_ids) - 1 - first
+        own = logits[start : start + len(self.target_ids)]
+        own = own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
+        targets = torch.tensor(self.target_ids, device=own.device)
+        return own, own.gather(1, targets[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -134,33 +151,36 @@ def score_targets(
     without an LM head or with another model's tokenizer, and NumericsError, naming the prompt,
     when a probability is not finite.
     """
-    # Nothing is asked of the target's last token; one-word targets of a prompt share a sequence.
-    sequences = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes]
+    sequences = [cloze.sequence for cloze in clozes]
     _check(model, sequences, [len(sequence) for sequence in sequences])
+    # One-word targets of a prompt share a sequence.
     wanting: dict[tuple[int, ...], list[int]] = {}
     for index, sequence in enumerate(sequences):
         wanting.setdefault(sequence, []).append(index)
     unique = list(wanting)
-    scores: dict[int, _Score] = {}
+    logprob, rank = np.empty(len(clozes)), np.empty(len(clozes), dtype=np.int64)
+    likeliest: list[tuple[int, ...]] = [()] * len(clozes)
     with torch.no_grad(), reporter.task("probabilities", len(clozes), unit="targets") as task:
         for rows, ids in padded_batches(unique, model.boundary):
             indexes = [wanting[unique[row]] for row in rows]
-            ends = [len(unique[row]) - ids.shape[1] for row in rows]
-            keep = max(
-                len(clozes[index].target_ids) - end
-                for same, end in zip(indexes, ends, strict=True)
-                for index in same
-            )
-            logits = model.decoder.logits(ids, keep)
-            for same, end, of_row in zip(indexes, ends, logits, strict=True):
+            first, logits = asked_logits(model, ids, [clozes[i] for same in indexes for i in same])
+            for same, of_row in zip(indexes, logits, strict=True):
                 for index in same:
-                    scores[index] = _score(of_row[: keep + end], clozes[index].target_ids)
+                    of_all, of_target = clozes[index].read(of_row, first)
+                    logprob[index] = sum(of_target.tolist())
+                    rank[index] = int((of_all[0] > of_target[0]).sum()) + 1
+                    likeliest[index] = tuple(of_all.argmax(-1).tolist())
                 task.advance(len(same))
-    ordered = [scores[index] for index in range(len(clozes))]
-    logprob = np.array([score.logprob for score in ordered])
     _check_finite(model, clozes, logprob)
-    rank = np.array([score.rank for score in ordered], dtype=np.int64)
-    return TargetScores(logprob, rank, tuple(score.likeliest for score in ordered))
+    return TargetScores(logprob, rank, tuple(likeliest))
+
+
+def asked_logits(
+    model: LoadedModel, input_ids: Tensor, clozes: Sequence[Cloze]
+) -> tuple[int, Tensor]:
+    """The first token whose logits the targets of a batch ask for, and the logits from it on."""
+    first = min(len(cloze.prompt_ids) for cloze in clozes) - 1
+    return first, model.decoder.logits(input_ids, input_ids.shape[1] - first)
 
 
 def greedy_answers(
@@ -236,23 +256,6 @@ def _target_ids(
         return whole[len(prompt) :]
     # The tokenizer has tokens of several words, one of which reaches from prompt to target.
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
-
-
-class _Score(NamedTuple):
-    logprob: float
-    rank: int
-    likeliest: tuple[int, ...]
-
-
-def _score(logits: Tensor, target_ids: tuple[int, ...]) -> _Score:
-    """A target's scores, from the logits (n, vocabulary) before it.
-
-    The last of them are the target's; those before, of a longer target in the batch.
-    """
-    own = logits[-len(target_ids) :].float().log_softmax(-1)
-    at_target = own.gather(1, torch.tensor(target_ids, device=own.device)[:, None])[:, 0]
-    rank = int((own[0] > at_target[0]).sum()) + 1
-    return _Score(sum(at_target.tolist()), rank, tuple(own.argmax(-1).tolist()))
 
 
 def _check(model: LoadedModel, sequences: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:

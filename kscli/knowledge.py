@@ -108,7 +108,7 @@ def write_knowledge(
     Raises as `kscli.facts.require_facts_path` does.
     """
     identity = model.identity
-    made_by = {"model": identity.slug, "weights": identity.weights, "dtype": model.dtype}
+    made_by = {"model": identity.model, "weights": identity.weights, "dtype": model.dtype}
     records = (
         {
             **fact_record(each.fact),

@@ -33,7 +33,7 @@ def test_a_folder_is_the_same_model_as_the_embedded_one(folder: Path) -> None:
     mine, embedded = locate_model(ModelOptions(str(folder))), locate_model(ModelOptions("tiny"))
     assert mine.identity.weights == embedded.identity.weights
     assert mine.identity.tokenizer == embedded.identity.tokenizer
-    assert mine.identity.slug == "my-model"
+    assert mine.identity.model == "my-model"
 
 
 def test_the_fingerprint_follows_weights_config_and_tokenizer(folder: Path) -> None:

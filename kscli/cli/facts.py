@@ -60,7 +60,7 @@ def check(
     reporter.note(f"wrote {path}")
     known = sum(each.known for each in checked)
     row = {
-        "model": loaded.identity.slug,
+        "model": loaded.identity.model,
         "facts": len(checked),
         "known": known,
         "share": known / len(checked),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kscli.batching import padded_batches
-from kscli.completion import Cloze, tokenize_clozes
+from kscli.completion import Cloze, asked_logits, tokenize_clozes
 from kscli.facts import Fact
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
@@ -65,7 +65,7 @@ def fact_gradients(
     clozes = tokenize_clozes(
         model.tokenizer, [fact.text for fact in facts], [fact.target for fact in facts]
     )
-    sequences = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes]
+    sequences = [cloze.sequence for cloze in clozes]
     found: dict[int, FactGradient] = {}
     with reporter.task("gradients", len(facts), unit="facts") as task:
         for rows, ids in padded_batches(sequences, model.boundary):
@@ -102,26 +102,15 @@ def _factors(
         # Falcon adds to it in place, which is not allowed of a leaf.
         return leaf.clone()
 
-    # The first token whose logits any target asks for.
-    first = min(len(cloze.prompt_ids) for cloze in clozes) - 1
     module = model.decoder.projections[layer].module
     with module.register_forward_hook(hook), torch.enable_grad():
-        logits = model.decoder.logits(ids, ids.shape[1] - first)
-        loss = torch.stack(
-            [_surprise(of_row, first, cloze) for of_row, cloze in zip(logits, clozes, strict=True)]
-        ).sum()
+        first, logits = asked_logits(model, ids, clozes)
+        rows = zip(logits, clozes, strict=True)
+        surprises = [-cloze.read(of_row, first)[1].sum() for of_row, cloze in rows]
         keys, outputs = taken[0]
-        (gradients,) = torch.autograd.grad(loss, outputs)
+        (gradients,) = torch.autograd.grad(torch.stack(surprises).sum(), outputs)
     shape = (*ids.shape, -1)
     return keys.reshape(shape), gradients.reshape(shape)
-
-
-def _surprise(logits: Tensor, first: int, cloze: Cloze) -> Tensor:
-    """-log P of a cloze's target, from the logits of its row from the token `first` on."""
-    start = len(cloze.prompt_ids) - 1 - first
-    own = logits[start : start + len(cloze.target_ids)]
-    own = own.to(torch.promote_types(own.dtype, torch.float32)).log_softmax(-1)
-    return -own.gather(1, torch.tensor(cloze.target_ids, device=own.device)[:, None]).sum()
 
 
 def _blocks(gradients: Sequence[FactGradient]) -> list[Sequence[FactGradient]]:

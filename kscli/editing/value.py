@@ -265,7 +265,7 @@ def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[s
     texts = [of_row.text for of_row in facts]
     *clozes, essence = tokenize_clozes(model.tokenizer, texts, [target_new] * len(texts))
     located = locate_keys(model.tokenizer, facts)
-    rows = [cloze.prompt_ids + cloze.target_ids[:-1] for cloze in clozes] + [essence.prompt_ids]
+    rows = [cloze.sequence for cloze in clozes] + [essence.prompt_ids]
     for text, of_row, cloze in zip(texts, located, (*clozes, essence), strict=True):
         _check_row(model, text, of_row, cloze)
     if len({beyond(model.boundary, len(row)) for row in rows}) > 1:
@@ -299,7 +299,7 @@ def _check_row(model: LoadedModel, text: str, located: LocatedPrompt, cloze: Clo
             f"In {text!r} the subject has other tokens where an answer follows; strip the white "
             "space at the text's end."
         )
-    model.require_positions(text, len(cloze.prompt_ids) + len(cloze.target_ids) - 1)
+    model.require_positions(text, len(cloze.sequence))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Hub's own cache; everything is then loaded from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,7 +24,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from kscli.errors import ModelError
 from kscli.hub import asking
 from kscli.models.aliases import ALIASES, close_aliases
-from kscli.models.files import CONFIG, ModelFiles, model_files
+from kscli.models.files import CONFIG, model_files
 from kscli.models.locating import ModelOptions
 from kscli.reporter import SILENT, Reporter, Task, silenced
 
@@ -76,7 +75,7 @@ def _download(options: ModelOptions, info: ModelInfo, reporter: Reporter) -> Pat
         path = hf_hub_download(options.model, name, revision=commit, tqdm_class=_bar_class(Task()))
         return Path(path).read_text("utf-8")
 
-    files = _files(options, sizes, read).all
+    files = model_files(sizes, read, f"{options.model} at {options.revision}", options).all
     missing = [name for name in files if _cached_file(options.model, name, commit) is None]
     with reporter.task(
         f"Fetching {options.model}", total=sum(sizes[name] for name in missing), unit="B"
@@ -89,17 +88,6 @@ def _download(options: ModelOptions, info: ModelInfo, reporter: Reporter) -> Pat
             tqdm_class=_bar_class(task),
         )
     return Path(folder)
-
-
-def _files(options: ModelOptions, names: Collection[str], read: Callable[[str], str]) -> ModelFiles:
-    where = f"{options.model} at {options.revision}"
-    return model_files(
-        names,
-        read,
-        where,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
-    )
 
 
 def _cached_model(options: ModelOptions, *, listed_only: bool) -> Path | None:
@@ -116,8 +104,9 @@ def _cached_model(options: ModelOptions, *, listed_only: bool) -> Path | None:
     if listed is None and listed_only:
         return None
     names = listed or {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    where = f"{options.model} at {options.revision}"
     try:
-        files = _files(options, names, lambda name: (folder / name).read_text("utf-8"))
+        files = model_files(names, lambda name: (folder / name).read_text("utf-8"), where, options)
     except OSError:
         return None
     except ModelError:

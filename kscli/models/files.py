@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kscli.errors import ModelError
+
+if TYPE_CHECKING:
+    from kscli.models.locating import ModelOptions
 
 CONFIG = "config.json"
 SAFE = "model.safetensors"
@@ -39,19 +43,16 @@ class ModelFiles:
 
 
 def model_files(
-    names: Collection[str],
-    read: Callable[[str], str],
-    where: str,
-    *,
-    allow_pickle: bool,
-    trust_remote_code: bool,
+    names: Collection[str], read: Callable[[str], str], where: str, options: ModelOptions
 ) -> ModelFiles:
     """The files to read among `names`; `read` gives the text of one.
 
-    Weights are safetensors; pickled ones only with `allow_pickle`, and where there are no others.
-    Python files count only with `trust_remote_code`. Raises ModelError, naming `where`, when there
-    is no model, when its weights are not all there, and for an adapter, which changes what the
-    weights compute: transformers adds it to them, or does not, by whether peft is installed.
+    Weights are safetensors; pickled ones only where `options` allow them and there are no others.
+    Python files count only where `options` trust them.
+
+    Raises ModelError, naming `where`, when there is no model, when its weights are not all there,
+    and for an adapter, which changes what the weights compute: transformers adds it to them, or
+    does not, by whether peft is installed.
     """
     if CONFIG not in names:
         gguf = any(name.endswith(".gguf") for name in names)
@@ -67,8 +68,8 @@ def model_files(
         )
     return ModelFiles(
         tokenizer=sorted(filter(_is_tokenizer_file, names)),
-        code=sorted(name for name in names if trust_remote_code and name.endswith(".py")),
-        weights=_weight_files(names, read, where, allow_pickle),
+        code=sorted(name for name in names if options.trust_remote_code and name.endswith(".py")),
+        weights=_weight_files(names, read, where, options.allow_pickle),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kscli.errors import FactsError, ModelError
@@ -60,11 +60,7 @@ class LoadedModel:
     def provenance(self) -> dict[str, Any]:
         """The fields of `kscli.artifacts.About` that every file of this model shares."""
         return {
-            "model": self.identity.slug,
-            "model_id": self.identity.model_id,
-            "revision": self.identity.revision,
-            "weights": self.identity.weights,
-            "tokenizer": self.identity.tokenizer,
+            **asdict(self.identity),
             "hook": self.decoder.hook,
             "d_m": self.decoder.d_m,
             "n_layers": self.decoder.n_layers,

@@ -29,12 +29,12 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What must agree between two files that are used together.
+    """What must agree between two files that are used together; `model` is the slug.
 
     `weights` and `tokenizer` are fingerprints: a Hub commit, or hashes of the files.
     """
 
-    slug: str
+    model: str
     model_id: str
     revision: str
     weights: str
@@ -109,12 +109,11 @@ def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions
         [path.name for path in folder.iterdir() if path.is_file()],
         lambda name: (folder / name).read_text("utf-8"),
         str(folder),
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
+        options,
     )
     weights = [name for name in files.weights if not name.endswith(".json")]
     identity = ModelIdentity(
-        slug=name,
+        model=name,
         model_id=model_id,
         revision="",
         weights=fingerprint_files(folder / name for name in [CONFIG, *weights, *files.code]),
