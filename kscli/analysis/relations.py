@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from kscli.facts import Fact
 
 FEWEST_FACTS = 3
-BLOCK_BYTES = 2**28  # of the layers that are put beside permuted relations at once
+THREADS = 2
+BLOCK_BYTES = 2**27  # of the layers that are put beside permuted relations at once
 FEW_RELATIONS = 3  # that are named of a layer
 
 # The pairs that a mean is over: those within a relation, and those across, all of them and by
@@ -348,12 +350,21 @@ class _Null:
         All values of a pair lie side by side, since the pairs that are looked up lie far apart.
         """
         m = len(values[0])
-        table = np.stack([(each + each.T).ravel() for each in values], axis=1)
-        picked = np.empty((len(self._i), len(values)))
+        table = np.empty((m * m, len(values)))
+        for at, each in enumerate(values):
+            table[:, at] = (each + each.T).ravel()
         sums = np.empty((len(self._dealt), len(self._starts) + 1, len(values)))
-        for at, facts in enumerate(self._dealt):
-            np.take(table, facts[self._i] * m + facts[self._j], axis=0, out=picked, mode="clip")
-            np.add.reduceat(picked, self._starts, axis=0, out=sums[at, :-1])
+
+        def sum_up(permutations: range) -> None:
+            picked = np.empty((len(self._i), len(values)))
+            for at in permutations:
+                facts = self._dealt[at]
+                np.take(table, facts[self._i] * m + facts[self._j], axis=0, out=picked, mode="clip")
+                np.add.reduceat(picked, self._starts, axis=0, out=sums[at, :-1])
+
+        # NumPy's work in one thread leaves the interpreter to another.
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(sum_up, [range(at, len(sums), THREADS) for at in range(THREADS)]))
         sums[:, -1] = sums[:, :-1].sum(axis=1)
         return list(np.moveaxis(sums, 2, 0))
 

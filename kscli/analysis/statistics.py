@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,10 @@ class Sample:
     entries: Entries
 
     @cached_property
-    def ascending(self) -> Entries:
-        """The entries, sorted."""
-        return np.sort(self.entries)
+    def quantiles(self) -> dict[float, float]:
+        """The entries' quantiles at every one of `LEVELS`."""
+        found = np.quantile(self.entries, LEVELS)
+        return dict(zip(LEVELS, found.tolist(), strict=True))
 
     @cached_property
     def standardised(self) -> Entries:
@@ -64,6 +66,8 @@ class Sample:
 
 
 DISTINCT = "_distinct"
+LAYERS_AT_ONCE = 2  # NumPy's work on one leaves the interpreter to another
+LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
 WHOLE_NUMBERS = ("top_pair_i", "top_pair_j", "top_fact", "fourth_moment_pairs")
 
@@ -201,14 +205,20 @@ def compute_statistics(
     resampling: Resampling | None = None,
     reporter: Reporter = SILENT,
 ) -> Statistics:
-    """`describe` P at `layers` (default: all there are), one layer in memory."""
+    """`describe` P at `layers` (default: all there are), two layers in memory at a time."""
     chosen = tuple(pm.layers if layers is None else layers)
     m = len(pm.token_id)
     counts = (resampling or Resampling()).counts(m)
+    token_id = pm.token_id
     per_layer: list[dict[str, float]] = []
-    with reporter.task("statistics", len(chosen), unit="layers") as task:
-        for layer in chosen:
-            per_layer.append(describe(pm.matrix("P", layer), pm.token_id, counts))
+    with (
+        reporter.task("statistics", len(chosen), unit="layers") as task,
+        ThreadPoolExecutor(LAYERS_AT_ONCE) as threads,
+    ):
+        for found in threads.map(
+            lambda layer: describe(pm.matrix("P", layer), token_id, counts), chosen
+        ):
+            per_layer.append(found)
             task.advance()
     names = per_layer[0] if per_layer else field_names()
     return Statistics(
@@ -272,19 +282,19 @@ def _kurtosis(sample: Sample) -> float:
 @statistic("min")
 def _min(sample: Sample) -> float:
     """Smallest entry."""
-    return float(sample.ascending[0])
+    return float(sample.entries.min())
 
 
 @statistic("max")
 def _max(sample: Sample) -> float:
     """Largest entry."""
-    return float(sample.ascending[-1])
+    return float(sample.entries.max())
 
 
 @statistic("largest")
 def _largest(sample: Sample) -> float:
     """Largest |p|."""
-    return float(np.abs(sample.ascending[[0, -1]]).max())
+    return max(float(sample.entries.max()), -float(sample.entries.min()))
 
 
 def _register_tail(name: str, threshold: float) -> None:
@@ -298,10 +308,10 @@ def _register_quantile(level: float) -> None:
 
     @statistic(name)
     def _(sample: Sample) -> float:
-        return float(np.quantile(sample.ascending, level))
+        return sample.quantiles[level]
 
 
 for _name, _threshold in TAILS.items():
     _register_tail(_name, _threshold)
-for _level in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99):
+for _level in LEVELS:
     _register_quantile(_level)
