@@ -48,7 +48,7 @@ def data(axes):
     }
 
 def dump(figure, name, *arguments, **options):
-    dumped.append([data(axes) for axes in figure.axes])
+    dumped.append([held for held in map(data, figure.axes) if any(held.values())])
     return save(figure, name, *arguments, **options)
 
 Figure.savefig = dump
