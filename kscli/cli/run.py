@@ -93,12 +93,12 @@ def run(
         if said := caution(described, pm.facts):
             reporter.warn(said)
         statistics = described.rows()
-        pairs = pair_rows(pm, pm.layers[0], k=20)
+        pairs = list(pair_rows(pm, pm.layers[0], k=20))  # read while the file is open
     if output_format is Format.json:
         print_json(
             {
                 "statistics": statistics,
-                "top_pairs": list(pairs),
+                "top_pairs": pairs,
                 "figures": [str(path) for path in figures],
             }
         )
