@@ -67,8 +67,8 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_every_format_and_compression_is_tried() -> None:
-    assert FORMATS.keys() == {".txt", *WRITERS}
-    assert COMPRESSIONS.keys() | {""} == COMPRESSORS.keys()
+    assert FORMATS.keys() == {".txt", *WRITERS}, "a format needs a writer in WRITERS"
+    assert COMPRESSIONS.keys() | {""} == COMPRESSORS.keys(), "and a compression in COMPRESSORS"
 
 
 def opened(path: Path, text_field: str | None = None) -> Corpus:
