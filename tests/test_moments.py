@@ -272,3 +272,13 @@ def test_both_products_of_bfloat16_keys_are_exact_in_float32(product: moments.Pr
     moment = SecondMoment(70, product=product)
     moment.add(keys)
     assert error(moment.matrix(), exact(keys)) < 301 * UNIT
+
+
+@pytest.mark.parametrize("device", [*DEVICES, "mps", "meta"])
+def test_the_lower_sums_are_those_of_the_matrix(device: str) -> None:
+    keys = with_massive(torch.float32)
+    moment = SecondMoment(64)
+    moment.add(keys)
+    lower = moment.lower_sums(device)
+    assert lower.device.type == ("cuda" if device == "cuda" else "cpu")
+    np.testing.assert_array_equal(lower.cpu().tril().numpy(), np.tril(moment.sums()))

@@ -150,15 +150,18 @@ class SecondMoment:
         return self._square(np.float64, 1)
 
     def lower_sums(self, device: str) -> Tensor:
-        """`sums` as a tensor on a device, if it has room, else on the host.
+        """`sums` as a tensor on a CUDA device, if it has room, else on the host.
 
         What lies above the diagonal is not defined.
         """
         self.flush()
+        shape = (self.d_m, self.d_m)
         try:
-            S = torch.empty((self.d_m, self.d_m), dtype=torch.float64, device=device)
+            # Other devices have no float64, or no memory of their own.
+            on = device if device.startswith("cuda") else "cpu"
+            S = torch.empty(shape, dtype=torch.float64, device=on)
         except torch.OutOfMemoryError:
-            S = torch.empty((self.d_m, self.d_m), dtype=torch.float64)
+            S = torch.empty(shape, dtype=torch.float64)
         for (start, end), total in zip(_spans(self.d_m, ROWS), self._sums, strict=True):
             S[start:end, :end] = total
         return S
