@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -91,20 +90,6 @@ def ask(question: Callable[[float], Answer]) -> Answer:
     if not answer.done():
         raise TimeoutError(f"no answer in {patience:.2g} seconds")
     return answer.result()
-
-
-def silence_datasets() -> None:
-    """Turn off the logs and bars of `datasets` and of the client beneath it.
-
-    For good, because a stream is read between other work. What they log is their own retries.
-    """
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Importing this is light; opening a data set imports huggingface_hub, reading it 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -67,8 +68,7 @@ class HubDataset:
     def _stream(self) -> Iterator[tuple[str, int, object]]:
         from kscli.hub import asking
 
-        asking.silence_datasets()
-        _bound_retries()
+        _prepare_datasets()
         # No base class unites what `datasets` lets through of its file systems and formats.
         with asking.explained(self.wanted, (Exception,)):
             for split in self.source.splits:
@@ -129,14 +129,21 @@ def _cached_commit(repository: str) -> str | None:
     return Path(card).parent.name if isinstance(card, str) else None
 
 
-def _bound_retries() -> None:
-    """Let a lost connection end the stream after about a minute.
+def _prepare_datasets() -> None:
+    """Keep the logs and bars of `datasets` off the terminal, and bound its retries.
 
-    Each of these tries is up to six of the client's own, which take 23 s when they fail at
-    once; by default `datasets` makes 20, up to a minute apart.
+    For good, because a stream is read between other work. A lost connection ends the stream after
+    about a minute: each of these tries is up to six of the client's own, which take 23 s when they
+    fail at once; by default `datasets` makes 20, up to a minute apart.
     """
+    import datasets
     from datasets import config
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 2
     config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RETRY_INTERVAL
     config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = config.STREAMING_READ_RETRY_INTERVAL
