@@ -7,6 +7,7 @@ each group of layers. After any batch it can be saved and gone on with (`checkpo
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -150,6 +151,8 @@ class CovarianceRun:
             return
         product, ratio = fastest_product(decoder.d_m, dtype)
         self.plan = replace(self.plan, product=product)
+        if math.isinf(ratio):
+            return
         self.reporter.note(
             f"products in {product}: bfloat16 takes {ratio:.2f} of float32's time on this machine."
         )

@@ -54,6 +54,7 @@ MASSIVE = 10.0
 # So many massive keys of a layer are kept before they are added: one pass over its sums for all.
 MASSIVE_KEPT = 64
 TIMED_TOKENS, TIMED_WIDTH = 1024, 4096
+NARROW, WORTH = 1024, 0.8
 # Layers under way at most: one is copied while another is added.
 UNDER_WAY = 2
 
@@ -243,22 +244,25 @@ def _products_without(keys: Tensor, apart: Tensor, product: Product) -> list[Blo
 
 
 def fastest_product(d_m: int, dtype: torch.dtype) -> tuple[Product, float]:
-    """How keys of a dtype are multiplied fastest on this CPU, and bfloat16's time by float32's.
+    """How keys of a dtype are multiplied on this CPU, and bfloat16's time by float32's.
 
-    Measured on keys of the shape, cut to `TIMED_TOKENS` and `TIMED_WIDTH`. Only keys that are
-    bfloat16 are multiplied so without loss.
+    bfloat16, for keys that are so already, where it takes under `WORTH` of float32's time, measured
+    on keys of the shape, cut to `TIMED_TOKENS` and `TIMED_WIDTH`. The two round differently, so a
+    close race must not decide, nor a narrow model, where there is little to win: C would differ
+    from run to run.
     """
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or d_m < NARROW:
         return "float32", math.inf
     keys = torch.ones(TIMED_TOKENS, min(d_m, TIMED_WIDTH), dtype=dtype)
     products: tuple[Product, ...] = get_args(Product)
     took = dict.fromkeys(products, math.inf)
-    for _ in range(3):
+    for _ in range(5):
         for product in products:
             began = time.perf_counter()
             lower_products(keys, product)
             took[product] = min(took[product], time.perf_counter() - began)
-    return min(products, key=took.__getitem__), took["bfloat16"] / took["float32"]
+    ratio = took["bfloat16"] / took["float32"]
+    return "bfloat16" if ratio < WORTH else "float32", ratio
 
 
 def lower_products(keys: Tensor, product: Product = "float32") -> list[BlockRow]:
