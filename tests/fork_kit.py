@@ -72,7 +72,7 @@ class ForkedProcess:
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             self._server.settimeout(timeout if timeout != 0 else 0.001)
-            answer = self._server.recv(4)
+            answer = _received(self._server)
             self.returncode = int.from_bytes(answer, "big", signed=True)
             self._server.close()
         return self.returncode
@@ -151,7 +151,15 @@ def _ask(
     message = json.dumps(request).encode()
     socket.send_fds(connection, [len(message).to_bytes(4, "big")], fds)
     connection.sendall(message)
-    return connection, int.from_bytes(connection.recv(4), "big")
+    return connection, int.from_bytes(_received(connection), "big")
+
+
+def _received(connection: socket.socket) -> bytes:
+    """A number from the process that forks; EOFError where that has ended."""
+    answer = connection.recv(4, socket.MSG_WAITALL)
+    if len(answer) < 4:
+        raise EOFError("the process that forks has ended")
+    return answer
 
 
 def _stand_in(address: str, arguments: list[str]) -> int:
@@ -159,7 +167,7 @@ def _stand_in(address: str, arguments: list[str]) -> int:
     connection, pid = _ask(address, arguments, dict(os.environ), Path.cwd(), [0, 1, 2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: os.kill(pid, number))
-    code = int.from_bytes(connection.recv(4), "big", signed=True)
+    code = int.from_bytes(_received(connection), "big", signed=True)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -244,7 +252,9 @@ def _fork(connection: socket.socket) -> int:
     if pid:
         for fd in fds:
             os.close(fd)
-        connection.sendall(pid.to_bytes(4, "big"))
+        # Where the other side is gone, `serve` ends the child.
+        with contextlib.suppress(OSError):
+            connection.sendall(pid.to_bytes(4, "big"))
         return pid
     code = 1
     try:
