@@ -234,6 +234,15 @@ def test_a_massive_key_that_is_not_finite_is_noticed(value: float) -> None:
     assert not SecondMoment(64).add(keys).item()
 
 
+def test_massive_float16_keys_are_finite_though_their_sum_is_not() -> None:
+    keys = torch.ones(20, 64, dtype=torch.float16)
+    keys[::10] = 3000
+    assert keys[::10].sum().isinf()
+    moment = SecondMoment(64)
+    assert moment.add(keys).item()
+    np.testing.assert_array_equal(moment.sums(), np.full((64, 64), 18 + 2 * 3000.0**2))
+
+
 def test_a_restored_moment_goes_on_with_massive_keys() -> None:
     keys = with_massive(torch.float32)
     whole, first, second = (SecondMoment(64) for _ in range(3))

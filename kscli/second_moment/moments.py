@@ -106,7 +106,7 @@ class SecondMoment:
         """
         apart = massive_keys(keys)
         massive = keys[apart]
-        products = _products_without(keys, apart, self._product)
+        products = _products_without(keys, apart, massive, self._product)
         if self._keep_partial and not self._partial:
             self._partial = [
                 torch.zeros(total.shape, dtype=torch.float32, device=keys.device)
@@ -119,7 +119,8 @@ class SecondMoment:
             self._massive.append(massive)
             if sum(map(len, self._massive)) >= MASSIVE_KEPT:
                 self._add_massive()
-        return (trace.sum() + massive.sum()).isfinite()
+        # Of each entry: a sum of float16 entries can overflow where none of them is infinite.
+        return trace.sum().isfinite() & massive.isfinite().all()
 
     def flush(self) -> None:
         """Bring everything that was added into the float64 sums, and wait for it."""
@@ -228,19 +229,20 @@ def massive_keys(keys: Tensor) -> Tensor:
     return torch.nonzero(lengths > MASSIVE * lengths.median())[:, 0]
 
 
-def _products_without(keys: Tensor, apart: Tensor, product: Product) -> list[BlockRow]:
-    """The lower products of the keys but those of the indexes `apart`, which stay as they were."""
+def _products_without(
+    keys: Tensor, apart: Tensor, massive: Tensor, product: Product
+) -> list[BlockRow]:
+    """The lower products of the keys but `massive`, those at the indexes `apart`, which stay."""
     if not len(apart):
         return lower_products(keys, product)
     # Keys of a forward pass were created in inference mode, so only inference mode may change them.
     with torch.inference_mode():
-        kept = keys[apart]
         # For the time of the product: a copy of all keys would cost more.
         keys[apart] = 0
         try:
             return lower_products(keys, product)
         finally:
-            keys[apart] = kept
+            keys[apart] = massive
 
 
 def fastest_product(d_m: int, dtype: torch.dtype) -> tuple[Product, float]:
