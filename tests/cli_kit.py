@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import fork_kit
@@ -27,21 +26,6 @@ def kscli_process(
     command = ["-m", "kscli", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return fork_kit.run(command, env=env, cwd=cwd, text=text)
-
-
-def fresh_kscli(
-    *arguments: str | Path, cwd: Path | None = None, text: str | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in a new interpreter, which imports everything itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "kscli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        input=text,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )
 
 
 def one_sentence(stderr: str) -> str:

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -146,16 +145,15 @@ class CovarianceRun:
     def _choose_product(self) -> None:
         """Multiply keys in the way that is fastest on this machine, and say which."""
         decoder = self.model.decoder
-        dtype = next(decoder.model.parameters()).dtype
-        if decoder.device.type != "cpu" or dtype != torch.bfloat16:
+        if decoder.device.type != "cpu":
             return
-        product, ratio = fastest_product(decoder.d_m, dtype)
+        product, ratio = fastest_product(decoder.d_m, next(decoder.model.parameters()).dtype)
         self.plan = replace(self.plan, product=product)
-        if math.isinf(ratio):
-            return
-        self.reporter.note(
-            f"products in {product}: bfloat16 takes {ratio:.2f} of float32's time on this machine."
-        )
+        if math.isfinite(ratio):
+            self.reporter.note(
+                f"products in {product}: bfloat16 takes {ratio:.2f} of float32's time on this "
+                "machine."
+            )
 
     def moment(self, layer: int, last: dict[int, SecondMoment]) -> SecondMoment:
         """The sums of a layer, of the last pass or read from the checkpoints."""
