@@ -1,4 +1,4 @@
-"""pmatrix: P, the cosines and Q of a set of facts, layer by layer.
+"""pmatrix: P and Q of a set of facts, layer by layer.
 
 P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i (equation 16 and equation 18 of the paper). Row i is the
 fact that is edited, column j the fact that is moved.
@@ -6,6 +6,7 @@ fact that is edited, column j the fact that is moved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kscli.artifacts import (
     require_same_identity,
     write_artifact,
 )
+from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import NumericsError, UsageError
 from kscli.files import require_writable
 from kscli.layers import format_layers, layers_text
@@ -32,17 +34,15 @@ from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION, Whitening, whitening
 class Superposition:
     """One layer's matrices over m facts, each (m, m) float64, in the paper's terms.
 
-    `leverage` (m,) is k^T C^-1 k, `condition` the condition estimate of C scaled to unit
-    diagonal, `dead_coordinates` how many coordinates were 0 on every token. `whitening_residual`
-    is the largest |L^-1 C L^-T x - x| / |x| over 8 random x, `solve_residual` the largest
-    |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic did what Appendix B proves.
-    `storage_error` estimates how far p is moved because C was stored in float32
-    (`Whitening.storage_error`).
+    `Q` are the keys' inner products, `leverage` (m,) is k^T C^-1 k, `condition` the condition
+    estimate of C scaled to unit diagonal, `dead_coordinates` how many coordinates were 0 on every
+    token. `whitening_residual` is the largest |L^-1 C L^-T x - x| / |x| over 8 random x,
+    `solve_residual` the largest |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic
+    did what Appendix B proves. `storage_error` estimates how far p is moved because C was stored
+    in float32 (`Whitening.storage_error`).
     """
 
     P: NDArray[np.float64]
-    whitened_cosine: NDArray[np.float64]
-    cosine: NDArray[np.float64]
     Q: NDArray[np.float64]
     leverage: NDArray[np.float64]
     condition: float
@@ -50,6 +50,16 @@ class Superposition:
     whitening_residual: float
     solve_residual: float
     storage_error: float
+
+    @property
+    def whitened_cosine(self) -> NDArray[np.float64]:
+        """(m, m) k_i^T C^-1 k_j over the norms of both keys after whitening."""
+        return whitened_cosine(self.P, self.leverage)
+
+    @property
+    def cosine(self) -> NDArray[np.float64]:
+        """(m, m) k_i^T k_j over the norms of both keys."""
+        return cosine(self.Q)
 
 
 # What the storage of C in float32 costs p is said from here on.
@@ -67,14 +77,12 @@ def superposition(
     white = whitening(C, count, ridge)
     _check_keys(keys, white)
     whitened = white.whiten(keys)
-    G = whitened.T @ whitened
-    leverage = np.diagonal(G).copy()
-    Q = keys @ keys.T
+    P = whitened.T @ whitened
+    leverage = np.diagonal(P).copy()
+    P /= leverage[:, None]  # equation 16, and for all pairs equation 18
     return Superposition(
-        P=G / leverage[:, None],  # equation 16, and for all pairs equation 18
-        whitened_cosine=_cosine(G),
-        cosine=_cosine(Q),
-        Q=Q,
+        P=P,
+        Q=keys @ keys.T,
         leverage=leverage,
         condition=white.condition,
         dead_coordinates=len(white.dead),
@@ -82,6 +90,15 @@ def superposition(
         solve_residual=white.solve_residual(keys, whitened),
         storage_error=white.storage_error(whitened),
     )
+
+
+def rows_of_p(
+    white: Whitening, keys: NDArray[np.float64], facts: Sequence[int]
+) -> NDArray[np.float64]:
+    """P[facts] in float64, (n, m), of (m, d_m) keys whitened by `white`: equation 16."""
+    whitened = white.whiten(keys)
+    rows = whitened[:, facts].T @ whitened
+    return np.asarray(rows / rows[np.arange(len(facts)), facts][:, None])
 
 
 class KeyOfFactError(NumericsError):
@@ -196,11 +213,3 @@ def _check_keys(keys: NDArray[np.float64], white: Whitening) -> None:
     zero = np.flatnonzero((keys == 0).all(axis=1))
     if len(zero):
         raise KeyOfFactError(int(zero[0]), "is 0, so p is not defined")
-
-
-def _cosine(products: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Inner products divided by both norms; the diagonal is exactly 1."""
-    norms = np.sqrt(np.diagonal(products))
-    cosine = products / norms[:, None] / norms[None, :]
-    np.fill_diagonal(cosine, 1.0)
-    return np.clip(cosine, -1.0, 1.0)

@@ -97,7 +97,7 @@ def test_p_of_an_editor_is_how_far_its_edit_of_one_fact_moves_the_others(
         weight = find_editor(method).weight or 0.0
         found = file.matrix("P", 0)
     expected = P * (leverage / (weight + leverage))[:, None]
-    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert np.allclose(found, expected, rtol=3e-7, atol=1e-9)  # the file holds P in float32
     naive = G / (weight + np.diagonal(G))[:, None]
     assert np.allclose(found, naive, atol=1e-4 * np.abs(naive).max())
 

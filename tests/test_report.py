@@ -139,11 +139,14 @@ def some_facts(m: int, relations: Sequence[str] = ("P1", "P2"), subject: str = "
 
 
 def a_matrix(m: int, seed: int = 0, tail: float = 3.0, shift: float = 0.0) -> Real:
-    """A P whose kurtosis is larger for a smaller `tail`, about a mean of `shift`."""
+    """A P whose kurtosis is larger for a smaller `tail`, about a mean of `shift`.
+
+    Its numbers are float32's, as those in a file are.
+    """
     draw = np.random.default_rng(seed).standard_t(tail, (m, m))
     P = shift + (0.3 + 0.01 * seed) * draw / np.abs(draw).max()
     np.fill_diagonal(P, 1)
-    return P
+    return P.astype(np.float32).astype(np.float64)
 
 
 def write_p(
@@ -151,7 +154,6 @@ def write_p(
     matrices: Sequence[Real],
     facts: Sequence[Fact] | None = None,
     tokens: Sequence[int] | None = None,
-    cosines: Sequence[Real] | None = None,
     inputs: dict[str, str] | None = None,
     leverage: Real | None = None,
     details: dict[str, str] | None = None,
@@ -164,10 +166,9 @@ def write_p(
     with write_artifact(path, "pmatrix", about, force=True) as writer:
         writer.layers(range(len(matrices)))
         writer.facts(located(facts or some_facts(m), tokens))
-        for name in ("P", "whitened_cosine", "cosine", "Q"):
+        for name in ("P", "Q"):
             for at, P in enumerate(matrices):
-                of_layer = cosines[at] if cosines and "cosine" in name else P
-                writer.put(name, at, np.clip(of_layer, -1, 1) if "cosine" in name else of_layer)
+                writer.put(name, at, P)
         for at in range(len(matrices)):
             writer.put("leverage", at, np.ones(m) if leverage is None else leverage)
     return path
@@ -365,7 +366,7 @@ def test_relations_are_means_over_their_pairs(evil_page: Page, matrices: list[Re
 
 def test_angles_are_those_of_the_cosines(tmp_path: Path) -> None:
     cosine = np.full((5, 5), 0.5) + 0.5 * np.eye(5)
-    file = write_p(tmp_path / "pmatrix.h5", [a_matrix(5)], cosines=[cosine])
+    file = write_p(tmp_path / "pmatrix.h5", [cosine])
     assert examined(file).modes == (pytest.approx((60.0, 60.0)),)
     assert "60.0° (30.0° from a right angle) in the whitening space" in said(file)["Angles"]
 

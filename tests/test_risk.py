@@ -57,7 +57,7 @@ def write_pmatrix(
             rng = np.random.default_rng(layer)
             keys = (rng.standard_normal((m, 20)) + 1) * rng.lognormal(0, 0.5, (m, 1))
             s = keys[first] @ keys[first].T
-            for name in ("P", "whitened_cosine", "cosine", "Q"):
+            for name in ("P", "Q"):
                 writer.put(name, index, s / np.diag(s)[:, None])
             writer.put("leverage", index, np.diag(s))
     return path

@@ -58,20 +58,20 @@ def hill(P: Array, pairs: PairMask) -> Hill:
     Whitened cosines are bounded, so this describes the tail that is there and extrapolates none.
     """
     m = len(P)
-    rows, columns = np.nonzero(pairs)
-    sizes = np.abs(P[rows, columns])
+    sizes = np.abs(P[pairs])
     of_fact = pairs.sum(axis=0) + pairs.sum(axis=1)
     tails = (len(sizes) - of_fact) // HILL_ENTRIES
     # Without a fact, the tail that is left lies within this many of the largest entries.
     needed = min(len(sizes), int((tails + of_fact).max(initial=len(sizes) // HILL_ENTRIES)) + 1)
     if not needed:
         return Hill(math.nan, math.nan)
-    largest = np.argpartition(-sizes, needed - 1)[:needed]
-    largest = largest[np.argsort(-sizes[largest], kind="stable")]
+    largest = np.argpartition(sizes, len(sizes) - needed)[len(sizes) - needed :]
+    largest = largest[np.argsort(-sizes[largest])]
+    rows, columns = np.divmod(np.flatnonzero(pairs)[largest], m)
     with np.errstate(divide="ignore"):
         logs = np.log(sizes[largest])
     sums = np.append(0.0, np.cumsum(logs))
-    entries_of = _entries_of(np.stack([rows[largest], columns[largest]]), m)
+    entries_of = _entries_of(np.stack([rows, columns]), m)
     without = np.array(
         [_hill_index(logs, sums, int(tails[fact]), entries_of[fact]) for fact in range(m)]
     )
@@ -112,18 +112,20 @@ def carriers(P: Array, pairs: PairMask) -> Carriers:
     if not scale > ROUNDING * float(np.abs(entries).max()):
         return Carriers()
     squares = (deviations / scale) ** 2
-    i, j = np.nonzero(np.triu(pairs, 1))
-    of_pair = squares[i, j] + squares[j, i]
+    above = np.triu(pairs, 1)
+    of_pair = (squares + squares.T)[above]
     of_fact = squares.sum(axis=0) + squares.sum(axis=1)
     total = of_pair.sum()
     strongest, fact = int(of_pair.argmax()), int(of_fact.argmax())
-    top = -(-len(of_pair) // TOP_PAIRS)
-    fourth = np.cumsum(np.sort(squares[i, j] ** 2 + squares[j, i] ** 2)[::-1])
+    i, j = divmod(int(np.flatnonzero(above)[strongest]), len(P))
+    top = len(of_pair) - -(-len(of_pair) // TOP_PAIRS)
+    squares *= squares
+    fourth = np.cumsum(np.sort((squares + squares.T)[above])[::-1])
     return Carriers(
-        variance_top_pairs=float(np.sort(of_pair)[-top:].sum() / total),
+        variance_top_pairs=float(np.partition(of_pair, top)[top:].sum() / total),
         variance_top_pair=float(of_pair[strongest] / total),
-        top_pair_i=float(i[strongest]),
-        top_pair_j=float(j[strongest]),
+        top_pair_i=float(i),
+        top_pair_j=float(j),
         variance_top_fact=float(of_fact[fact] / total),
         top_fact=float(fact),
         fourth_moment_pairs=float(np.searchsorted(fourth, fourth[-1] / 2) + 1),

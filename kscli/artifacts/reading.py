@@ -27,6 +27,7 @@ from kscli.artifacts.schema import (
     datasets_of,
     from_attributes,
 )
+from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError, UsageError
 from kscli.facts import Fact
 from kscli.layers import format_layers
@@ -239,14 +240,18 @@ class KeysFile(FactsFile):
 
 
 class PMatrixFile(FactsFile):
-    """pmatrix.h5: P, the cosines and Q of every layer."""
+    """pmatrix.h5: P and Q of every layer, and the cosines that follow from them."""
 
     of_kind = "pmatrix"
     about: PMatrixAbout
 
     def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
         """One layer's (m, m) matrix of that name."""
-        return self._of_layer(name, layer)
+        if name == "whitened_cosine":
+            return whitened_cosine(self.matrix("P", layer), self.leverage(layer))
+        if name == "cosine":
+            return cosine(self.matrix("Q", layer))
+        return self._of_layer(name, layer).astype(np.float64)
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

@@ -217,11 +217,9 @@ _COV = _table("""
 )
 _KEYS = _table("keys  float32  layer m d_m  the key of every fact")
 _PMATRIX = _table("""
-    P                float64  layer m m  P[i, j]: fact i is edited, fact j is moved
-    whitened_cosine  float64  layer m m  the cosine of two keys after whitening by C
-    cosine           float64  layer m m  the raw cosine of two keys
-    Q                float64  layer m m  the inner product of two keys
-    leverage         float64  layer m    k^T C^-1 k of every fact
+    P         float32  layer m m  P[i, j]: fact i is edited, fact j is moved
+    Q         float32  layer m m  the inner product of two keys
+    leverage  float64  layer m    k^T C^-1 k of every fact
 """) | _table(
     """
     dead_coordinates    int64    layer  how many coordinates were 0 on every token

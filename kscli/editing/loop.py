@@ -35,6 +35,7 @@ from kscli.interrupts import HeldSignals
 from kscli.models.loading import LoadedModel
 from kscli.positions import locate_keys
 from kscli.reporter import Reporter, Task
+from kscli.superposition import rows_of_p
 from kscli.whitening import whitening
 
 Array = NDArray[np.float64]
@@ -101,7 +102,6 @@ class EditRun:
         self._held_out: HeldOutText | None = None
         self._find = options.find
         self._editor = find_editor(options.method)
-        self._p = sources.pm.matrix("P", sources.layers[0])
 
     def measure_perplexity_on(self, text: HeldOutText) -> None:
         """Measure perplexity, in every pass, on held-out text."""
@@ -160,6 +160,7 @@ class EditRun:
                 self._white.append(whitening(cov.second_moment(layer), cov.count, sources.ridge))
                 task.advance()
         self._keys = [sources.keys.keys_of(layer) for layer in layers]
+        self._similar = self._similarities()
         self._fresh()
         self._clean: FactsPass = self._examination.all_facts(self._reporter)
         true = self._examination.true
@@ -197,7 +198,7 @@ class EditRun:
 
     def _moved_most(self, fact: int) -> list[int]:
         """The other facts, by predicted damage: |p|, largest first."""
-        order = np.argsort(-np.abs(self._p[fact]), kind="stable")
+        order = np.argsort(-np.abs(self._similar["p"][fact]), kind="stable")
         return [int(j) for j in order if j != fact][: self.options.moved]
 
     def _ask_clean(self) -> list[Asked]:
@@ -240,7 +241,8 @@ class EditRun:
     def _change(self, at: int, edited: Sequence[int], deltas: Array, directions: Array) -> None:
         """Change the `at`-th edited layer by (b, d) deltas along (b, d_m) directions."""
         interference = self._interference[at]
-        interference.edit(edited, self._p[list(edited)], deltas, directions)
+        p = np.stack([self._similar["p"][fact] for fact in edited])
+        interference.edit(edited, p, deltas, directions)
         self._weights[at].set_change(interference.change)
 
     def _edit(self, planned: Sequence[Edit], log: EditLog, task: Task) -> None:
@@ -375,7 +377,8 @@ class EditRun:
             "edited": edit.fact,
             "target_new": edit.target_new,
             "moved_index": np.array(moved, dtype=np.int64),
-            **self._similarities(number),
+            **{name: rows[edit.fact] for name, rows in self._similar.items()},
+            "gradient_cosine": self._gradient_cosine[number],
             **self._linear(found is not None),
         }
         for when, asked in (("before", before), ("previous", previous), ("after", after)):
@@ -389,15 +392,16 @@ class EditRun:
         record["moved_answer_after"] = list(map(text, moved, answers))
         return record
 
-    def _similarities(self, number: int) -> dict[str, Array]:
-        """The edited fact's rows: of P, and of what it is compared with."""
-        fact, layer, pm = self.edits[number].fact, self.sources.layers[0], self.sources.pm
-        return {
-            "p": self._p[fact],
-            "whitened_cosine": pm.matrix("whitened_cosine", layer)[fact],
-            "cosine": pm.matrix("cosine", layer)[fact],
-            "gradient_cosine": self._gradient_cosine[number],
+    def _similarities(self) -> dict[str, dict[int, Array]]:
+        """The rows, by edited fact, of P in float64 and of the cosines that it is compared with."""
+        facts = sorted({edit.fact for edit in self.edits})
+        pm, layer = self.sources.pm, self.sources.layers[0]
+        found = {
+            "p": rows_of_p(self._white[0], self._keys[0], facts),
+            "whitened_cosine": pm.matrix("whitened_cosine", layer)[facts],
+            "cosine": pm.matrix("cosine", layer)[facts],
         }
+        return {name: dict(zip(facts, rows, strict=True)) for name, rows in found.items()}
 
     def _linear(self, in_full: bool) -> dict[str, Any]:
         """The theory's prediction for every fact after the last edit, and what came of it.
