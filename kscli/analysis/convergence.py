@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.matrices import Matrices
 from kscli.analysis.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.analysis.statistics import STATISTICS, Entries, off_diagonal
 from kscli.errors import UsageError
@@ -84,6 +86,14 @@ def default_counts(m: int) -> tuple[int, ...]:
     """Eight counts in even steps up to all `m` facts: 16, 32, ..., 128 of 128."""
     counts = sorted({round(m * at / _COUNTS) for at in range(1, _COUNTS + 1)})
     return tuple(count for count in counts if count >= 4 or count == m)
+
+
+@lru_cache(maxsize=64)
+def convergence_at(
+    matrices: Matrices, layer: int, counts: tuple[int, ...], resampling: Resampling
+) -> Convergence:
+    """`convergence_of` a layer's P, computed once: a report speaks of it and draws it."""
+    return convergence_of(matrices.matrix("P", layer), counts, resampling)
 
 
 def convergence_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from kscli.artifacts import MatrixName
 
 
-class Matrices(Protocol):
+class Matrices(Hashable, Protocol):
     """What the statistics and figures read: a pmatrix file that is open, or a stand-in."""
 
     @property

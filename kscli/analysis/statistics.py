@@ -147,8 +147,8 @@ def field_names() -> list[str]:
 def _described(
     P: NDArray[np.float64], pairs: PairMask, counts: Counts, suffix: str
 ) -> dict[str, float]:
-    sample = Sample(P[pairs])
     intervals = _intervals(P, PairSample(counts, pairs))
+    sample = Sample(P[pairs])
     described: dict[str, float] = {}
     for name, kind in STATISTICS.items():
         described[name + suffix] = kind(sample)

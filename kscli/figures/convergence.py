@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
-from kscli.analysis.convergence import Convergence, convergence_of
+from kscli.analysis.convergence import Convergence, convergence_at
 from kscli.analysis.density import Curve, make_curve
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import off_diagonal
@@ -89,7 +89,9 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
 
 def _row(source: Source, layer: int, options: FigureOptions) -> _Row:
     P = source.matrices.matrix("P", layer)
-    convergence = convergence_of(P, options.facts_counts, Resampling(seed=options.seed))
+    convergence = convergence_at(
+        source.matrices, layer, options.facts_counts, Resampling(seed=options.seed)
+    )
     curves = tuple(make_curve(off_diagonal(P[:count, :count])) for count in convergence.counts)
     named = (source.matrices.model, f"layer {layer}", f"m = {convergence.counts[-1]}")
     return _Row(named, convergence, curves)

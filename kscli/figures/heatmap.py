@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from kscli.analysis.matrices import different_last_token
+from kscli.analysis.resampling import ROUNDING
 from kscli.analysis.statistics import off_diagonal
 from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
@@ -34,8 +35,6 @@ from kscli.figures.style import (
 from kscli.layers import layers_text
 from kscli.numbers import number
 
-# Beyond the scale by less than this is rounding of a p of 1.
-_ROUNDING = 1e-9
 _MAX_COLUMNS = 6
 # Inches: beside the panels, for the labels of the rows and for the bar; between columns; between
 # rows, beside the panel's title; more between both where each panel has labels of its own; more
@@ -49,6 +48,7 @@ _DPI = (300, 600)
 _FRAME = COLOURS[2]
 # Frames that a vector file has room for.
 _MOST_FRAMES = 20_000
+_LEAST_FRAMED = 0.25  # points that a cell takes: a smaller one would vanish between frames
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,12 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     bar.set_label("$p(k_i, k_j)$")
     what = "Superposition matrix P"
     if options.mark_same_token:
-        what = "P; green frames: pairs with the same last token"
+        framed = any(_cell(panel, grid) >= _LEAST_FRAMED for panel in panels)
+        what = (
+            "P; green frames: pairs with the same last token"
+            if framed
+            else "P; its facts are too many for frames around pairs with the same last token"
+        )
     shared = named.shared
     if options.grid and named.own[0]:
         shared = (shared[0], layers_text(sources[0].layers), *shared[1:])
@@ -192,9 +197,11 @@ def _heads(own: Sequence[tuple[str, ...]], grid: _Grid) -> list[list[str]]:
 
 
 def _draw_panel(ax: Axes, panel: _Panel, head: list[str], grid: _Grid) -> None:
-    ax.imshow(panel.P, cmap=_colours(), norm=Normalize(-1, 1), interpolation="none")
-    if panel.marked is not None:
-        _frame(ax, panel.marked, 72 * grid.side / panel.m)
+    ax.imshow(
+        panel.P, cmap=_colours(), norm=Normalize(-1 - ROUNDING, 1 + ROUNDING), interpolation="none"
+    )
+    if panel.marked is not None and _cell(panel, grid) >= _LEAST_FRAMED:
+        _frame(ax, panel.marked, _cell(panel, grid))
     extremes = _extremes(panel)
     if grid.side > 2 and not head:
         extremes = f"off the diagonal: {extremes}"
@@ -203,6 +210,11 @@ def _draw_panel(ax: Axes, panel: _Panel, head: list[str], grid: _Grid) -> None:
         axis.set_major_locator(
             MaxNLocator(3 if grid.side < 1.2 else 5, integer=True, min_n_ticks=1)
         )
+
+
+def _cell(panel: _Panel, grid: _Grid) -> float:
+    """The side of a panel's cells, in points."""
+    return 72 * grid.side / panel.m
 
 
 def _frame(ax: Axes, cells: NDArray[np.bool_], size: float) -> None:
@@ -240,8 +252,8 @@ def _colours() -> Colormap:
 
 def _extend(panels: Sequence[_Panel]) -> str:
     extremes = [panel.extremes for panel in panels if panel.extremes is not None]
-    below = any(low < -1 - _ROUNDING for low, _ in extremes)
-    beyond = any(high > 1 + _ROUNDING for _, high in extremes)
+    below = any(low < -1 - ROUNDING for low, _ in extremes)
+    beyond = any(high > 1 + ROUNDING for _, high in extremes)
     return {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(
         (below, beyond), "both"
     )

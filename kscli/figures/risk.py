@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kscli.analysis.binding import cluster_order, rms_to_others
+from kscli.analysis.resampling import ROUNDING
 from kscli.figures import Source
 from kscli.figures.style import (
     GREY,
@@ -34,8 +35,6 @@ _HEADING, _BELOW, _GAP = 0.55, 0.22, 0.12
 _SIDE = 4.0
 _LINE = 1.25 * SMALL / 72  # inches that a name takes down the side
 _MOST = 24  # facts that are named where not all can be
-# A p beyond the scale by less than this is rounding of a p of 1.
-_ROUNDING = 1e-9
 
 Real = NDArray[np.float64]
 
@@ -84,7 +83,7 @@ def draw(sources: Sequence[Source]) -> Figure:
     bar = fig.add_axes(
         ((width - _BAR + 0.05) / width, _BELOW / height, 0.09 / width, length / height)
     )
-    beyond = any(panel.size.max() > 1 + _ROUNDING for panel in panels)
+    beyond = any(panel.size.max() > 1 + ROUNDING for panel in panels)
     fig.colorbar(
         fig.axes[0].images[0], cax=bar, extend="max" if beyond else "neither", extendfrac=0.03
     ).set_label("$|p(k_i, k_j)|$")
@@ -131,7 +130,9 @@ def spread(wanted: Real, gap: float, low: float, high: float) -> Real:
 
 def _draw_panel(ax: Axes, panel: Panel, side: float) -> None:
     m = len(panel.size)
-    ax.imshow(panel.size, cmap=size_colours(), norm=Normalize(0, 1), interpolation="none")
+    ax.imshow(
+        panel.size, cmap=size_colours(), norm=Normalize(0, 1 + ROUNDING), interpolation="none"
+    )
     ax.set(xticks=[], yticks=[])
     room = max(1, int(side / _LINE))
     # The most harmful where not all have room, in their order down the side.

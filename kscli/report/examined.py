@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.analysis.angles import angle_curve, mode
-from kscli.analysis.convergence import Convergence, convergence_of
+from kscli.analysis.convergence import Convergence, convergence_at
 from kscli.analysis.edit_runs import is_sequence
 from kscli.analysis.relations import Permutations, RelationStatistics, relation_statistics
 from kscli.analysis.resampling import Resampling
@@ -167,9 +167,7 @@ def examine(
         for layer in file.layers:
             modes.append((_mode(file, "whitened_cosine", layer), _mode(file, "cosine", layer)))
             task.advance()
-    convergences = [
-        convergence_of(file.matrix("P", layer), (), resampling) for layer in spread(file.layers, 2)
-    ]
+    convergences = [convergence_at(file, layer, (), resampling) for layer in spread(file.layers, 2)]
     relations, reason = _relations(file, seed, reporter)
     return Examined(
         key,

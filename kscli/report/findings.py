@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kscli.analysis.pairs import strongest_rows
 from kscli.analysis.relations import RelationStatistics
+from kscli.analysis.resampling import ROUNDING
 from kscli.analysis.statistics import DISTINCT, TAILS, caution
 from kscli.report.edit_findings import edits, risk
 from kscli.report.examined import Examined
@@ -35,7 +36,6 @@ TREND = 0.5
 CHANCE = 0.05
 FEWEST_LAYERS = 5
 RIGHT_ANGLE = 5.0  # degrees from 90 that count as a right angle, as the paper's claim is read
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _bond(examined: Examined, row: Mapping[str, Any]) -> str:
 def beyond(examined: Examined) -> list[str]:
     """Where p off the diagonal is larger than on it."""
     largest = examined.values("max")
-    where = examined.where(largest > 1 + _ROUNDING)
+    where = examined.where(largest > 1 + ROUNDING)
     if not where:
         return [
             f"No edit moves another fact further than its own: off the diagonal p is "
