@@ -3,8 +3,9 @@
     python tests/benchmarks/engine.py SmolLM2.gguf wikitext2_valid.jsonl [PART ...]
 
 Parts (default: all): `loop` the loop over the bare decoder on the same batches, in float32 and
-bfloat16; `naive` one pass a layer with float32 products, as the paper describes its code; `memory`
-the peak above the model's own; `tokens` and `layers` whether the time is linear in them.
+bfloat16; `command` the whole command over it, with its loading and without; `naive` one pass a
+layer with float32 products, as the paper describes its code; `memory` the peak above the model's
+own; `tokens` and `layers` whether the time is linear in them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +42,7 @@ from kscli.second_moment.token_stream import TokenStream
 
 MAX_LENGTH = 512
 REPEATS = 3
-PARTS = ("loop", "naive", "memory", "tokens", "layers")
+PARTS = ("loop", "command", "naive", "memory", "tokens", "layers")
 
 
 def main(model: str, corpus: str, *parts: str) -> None:
@@ -105,6 +107,35 @@ def measure_loop(name: str, corpus: str) -> None:
     for dtype, ratio in ratios.items():
         spread = ", ".join(f"{value:.2f}" for value in ratio)
         print(f"  {dtype} loop / bare float32 decoder: {statistics.median(ratio):.2f} ({spread})")
+
+
+def measure_command(name: str, corpus: str) -> None:
+    """Whole processes; the loading is what the same command takes for the first document."""
+    model = load(name, "float32")
+    batches = batches_of(model, corpus)
+    bare(model, batches[:1])
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for _ in range(REPEATS):
+        alone = seconds(lambda: bare(model, batches))
+        for dtype in ("float32", "bfloat16"):
+            whole = seconds(lambda dtype=dtype: command(name, corpus, dtype))  # type: ignore[misc]
+            loading = seconds(lambda dtype=dtype: command(name, corpus, dtype, "--tokens", "1"))  # type: ignore[misc]
+            ratios.setdefault((dtype, "whole"), []).append(whole / alone)
+            ratios.setdefault((dtype, "less its loading"), []).append((whole - loading) / alone)
+    for (dtype, what), ratio in ratios.items():
+        spread = ", ".join(f"{value:.2f}" for value in ratio)
+        print(
+            f"  {dtype} command, {what} / bare float32 decoder: "
+            f"{statistics.median(ratio):.2f} ({spread})"
+        )
+
+
+def command(name: str, corpus: str, dtype: str, *options: str) -> None:
+    """cache-cov as a user runs it, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = ["cache-cov", "-m", name, "--corpus", corpus, "--dtype", dtype, "--device", "cpu"]
+        line += ["--max-length", str(MAX_LENGTH), "--samples", "all", "--dir", folder, *options]
+        subprocess.run([sys.executable, "-m", "kscli", *line], check=True, capture_output=True)
 
 
 def measure_naive(name: str, corpus: str) -> None:
