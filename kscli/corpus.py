@@ -14,8 +14,9 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from kscli.errors import CorpusError
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
@@ -28,6 +29,7 @@ from kscli.records import (
     parse_json,
     unreadable,
 )
+from kscli.shuffling import shuffled
 
 HUB_ALIASES = {
     "wikipedia": HubSource("wikimedia/wikipedia", "20231101.en"),
@@ -42,6 +44,8 @@ HUB_ALIASES = {
     ),
 }
 ALIASES = (*HUB_ALIASES, "tiny")
+DEFAULT_SEED = 0
+DRAWN = "#shuffle:"  # what stands in an identity before the seed of the order
 
 _STDIN = "standard input"
 _BEGINS_JSON = re.compile(r'\s*(\[\s*)?\{\s*(["}]|$)|\s*\[\s*$')
@@ -52,11 +56,14 @@ class CorpusSpec:
     """What the user asked for.
 
     `name` is one of `ALIASES`, `hf:OWNER/NAME[:CONFIG[:SPLIT]]`, a file, a folder, or `-` for
-    standard input. `text_field` is the field or column of the text, by default `text`.
+    standard input. `text_field` is the field or column of the text, by default `text`. `shuffle`
+    is the seed of the order in which documents are drawn, None for the order that they have; a data
+    set of the Hub is drawn by default.
     """
 
     name: str
     text_field: str | None = None
+    shuffle: int | Literal["default"] | None = "default"
 
     @property
     def field(self) -> str:
@@ -68,19 +75,38 @@ class CorpusSpec:
         """What an identity says of the field: nothing where it is the default."""
         return "" if self.field == "text" else f"#{self.field}"
 
+    @property
+    def is_on_the_hub(self) -> bool:
+        """Whether a data set of the Hub is named."""
+        return self.name in HUB_ALIASES or self.name.startswith("hf:")
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the order; None: documents come as they stand."""
+        if self.shuffle == "default":
+            return DEFAULT_SEED if self.is_on_the_hub else None
+        return self.shuffle
+
 
 @dataclass(frozen=True)
 class Corpus:
     """A fixed sequence of documents.
 
     `name` is what is shown; `identity` is another string when the documents are others; `records`
-    opens the stream of records whose `field` is the text.
+    opens the stream of records whose `field` is the text. With `shuffle`, a seed, the documents of
+    the stream are drawn in a random order.
     """
 
     name: str
     identity: str
     field: str
     records: Callable[[], Iterable[Located]]
+    shuffle: int | None = None
+
+    @property
+    def seed(self) -> str:
+        """The seed by which the documents are drawn; empty where they come as they stand."""
+        return self.identity.partition(DRAWN)[2]
 
     def documents(self) -> Iterator[str]:
         """Stream the documents in a fixed order; each call starts anew (standard input: once).
@@ -88,7 +114,8 @@ class Corpus:
         Empty and blank documents are passed on as they are. Raises CorpusError where the text
         cannot be read, and at the end if all of it was blank.
         """
-        return self._texts(self.records())
+        texts = self._texts(self.records())
+        return texts if self.shuffle is None else shuffled(texts, self.shuffle)
 
     def _texts(self, records: Iterable[Located]) -> Iterator[str]:
         blank = True
@@ -102,16 +129,26 @@ class Corpus:
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
     """Find the corpus that `spec` names; raises CorpusError if there is none of a known kind."""
+    if spec.is_on_the_hub:
+        source = HUB_ALIASES.get(spec.name) or parse_source(spec.name, CorpusError)
+        return _open_hub(spec, replace(source, shuffle=spec.seed))
     if spec.name == "-":
+        if spec.seed is not None:
+            raise CorpusError(
+                "standard input is read as it comes and cannot be shuffled; save it to a file and "
+                "give that as --corpus, or leave --shuffle out."
+            )
         identity = f"stdin:{uuid.uuid4().hex}"  # what it holds is not known before it is read
         return Corpus(_STDIN, identity, spec.field, _StandardInput())
-    if spec.name == "tiny":
-        return _open_tiny(spec)
-    if spec.name in HUB_ALIASES:
-        return _open_hub(spec, HUB_ALIASES[spec.name])
-    if spec.name.startswith("hf:"):
-        return _open_hub(spec, parse_source(spec.name, CorpusError))
-    return _open_files(spec)
+    opened = _open_tiny(spec) if spec.name == "tiny" else _open_files(spec)
+    if spec.seed is None:
+        return opened
+    return replace(opened, identity=f"{opened.identity}{DRAWN}{spec.seed}", shuffle=spec.seed)
+
+
+def same_text(identity: str, other: str) -> bool:
+    """Whether two identities are of the same documents, in whatever order."""
+    return identity.partition(DRAWN)[0] == other.partition(DRAWN)[0]
 
 
 def _text_of(record: object, field: str, where: str) -> str:
@@ -220,7 +257,8 @@ def _open_hub(spec: CorpusSpec, source: HubSource) -> Corpus:
         rows = dataset.records()
         return ((f"{spec.name}, document {number}", row) for _, number, row in rows)
 
-    return Corpus(spec.name, f"{name}{spec.identity_part}{commit}", spec.field, records)
+    drawn = "" if source.shuffle is None else f"{DRAWN}{source.shuffle}"
+    return Corpus(spec.name, f"{name}{spec.identity_part}{commit}{drawn}", spec.field, records)
 
 
 def _open_tiny(spec: CorpusSpec) -> Corpus:

@@ -4,12 +4,16 @@ import socket
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from kscli.corpus import CorpusSpec, open_corpus
+from kscli.corpus import CorpusSpec, open_corpus, same_text
 from kscli.errors import CorpusError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -19,6 +23,16 @@ def refusal(call: Callable[[], object]) -> str:
     with pytest.raises(CorpusError) as caught:
         call()
     return str(caught.value)
+
+
+class Rows(list[object]):
+    """A streamed data set, whose only other order is the reverse."""
+
+    def reshard(self) -> Rows:
+        return self
+
+    def shuffle(self, seed: int, *, buffer_size: int) -> Rows:
+        return Rows(self[::-1])
 
 
 class FakeHub:
@@ -41,11 +55,11 @@ class FakeHub:
             raise self.info_error
         return types.SimpleNamespace(sha=revision or COMMIT)
 
-    def load_dataset(self, *arguments: Any, **options: Any) -> Iterator[object]:
+    def load_dataset(self, *arguments: Any, **options: Any) -> Rows:
         self.loaded.append((arguments, options))
         if self.load_error:
             raise self.load_error
-        return iter(self.rows)
+        return Rows(self.rows)
 
     def cached(self, repository: str, filename: str, repo_type: str) -> str | None:
         return self.cached_card
@@ -82,7 +96,7 @@ def test_hub_names(
     if arguments is None:
         assert "hf:OWNER/NAME[:CONFIG[:SPLIT]]" in refusal(lambda: open_corpus(CorpusSpec(name)))
         return
-    corpus = open_corpus(CorpusSpec(name))
+    corpus = open_corpus(CorpusSpec(name, shuffle=None))
     assert hub.loaded == []
     assert corpus.name == name
     assert corpus.identity == f"{identity}@{COMMIT}"
@@ -92,7 +106,7 @@ def test_hub_names(
 
 
 def test_the_dump_of_the_paper_is_read_as_parquet_files_at_one_commit(hub: FakeHub) -> None:
-    corpus = open_corpus(CorpusSpec("wikipedia-20220301"))
+    corpus = open_corpus(CorpusSpec("wikipedia-20220301", shuffle=None))
     assert list(corpus.documents()) == ["a", "b"]
     ((arguments, options),) = hub.loaded
     ((repository, revision),) = hub.asked
@@ -103,8 +117,43 @@ def test_the_dump_of_the_paper_is_read_as_parquet_files_at_one_commit(hub: FakeH
     assert corpus.identity == f"hf:legacy-datasets/wikipedia:20220301.en:train@{revision}"
 
 
+def test_documents_of_the_hub_are_drawn_unless_told_otherwise(hub: FakeHub) -> None:
+    drawn, first = (open_corpus(CorpusSpec("wikipedia", shuffle=s)) for s in ("default", None))
+    assert list(drawn.documents()) == ["b", "a"]
+    assert list(first.documents()) == ["a", "b"]
+    assert drawn.identity == f"{first.identity}#shuffle:0"
+    assert open_corpus(CorpusSpec("wikipedia", shuffle=7)).identity == f"{first.identity}#shuffle:7"
+    assert same_text(drawn.identity, first.identity)
+    assert not same_text(drawn.identity, open_corpus(CorpusSpec("hf:o/n")).identity)
+
+
+def test_a_hub_draw_takes_documents_from_everywhere(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `datasets` itself, of Parquet files in which a row group is 50 neighbours."""
+    for part in range(3):
+        rows = [{"text": str(part * 1000 + row)} for row in range(1000)]
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet", row_group_size=50)
+
+    def local(*_: Any, split: str, streaming: bool) -> Any:
+        files = sorted(map(str, tmp_path.glob("*.parquet")))
+        return datasets.IterableDataset.from_parquet(files, split=datasets.Split(split))
+
+    monkeypatch.setattr("datasets.load_dataset", local)
+    monkeypatch.setattr("kscli.hub.datasets.SHUFFLED_AT_ONCE", 100)
+    first, again, other = (
+        list(map(int, open_corpus(CorpusSpec("wikipedia", shuffle=seed)).documents()))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert sorted(first) == sorted(other) == list(range(3000))
+    # 300 of 3,000 documents come from all three files.
+    assert {document // 1000 for document in first[:300]} == {0, 1, 2}
+
+
 def test_hub_text_field(hub: FakeHub) -> None:
-    corpus = open_corpus(CorpusSpec("hf:o/n", "title"))
+    corpus = open_corpus(CorpusSpec("hf:o/n", "title", None))
     assert list(corpus.documents()) == ["A", "B"]
     assert corpus.identity != open_corpus(CorpusSpec("hf:o/n")).identity
     message = refusal(lambda: list(open_corpus(CorpusSpec("hf:o/n", "body")).documents()))
@@ -150,7 +199,7 @@ def test_what_datasets_raises_becomes_a_sentence(hub: FakeHub, said: str, remedy
 def test_the_network_is_down(hub: FakeHub) -> None:
     hub.info_error = ConnectionError("[Errno -2] Name or service not known")
     corpus = open_corpus(CorpusSpec("wikipedia"))
-    assert corpus.identity == "hf:wikimedia/wikipedia:20231101.en:train"
+    assert corpus.identity == "hf:wikimedia/wikipedia:20231101.en:train#shuffle:0"
     message = refusal(corpus.documents)
     assert "cannot be reached" in message
     assert "Name or service not known" in message
@@ -168,7 +217,7 @@ def test_offline_mode_leaves_it_to_the_cache_of_datasets(hub: FakeHub) -> None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     hub.info_error = OfflineModeIsEnabled("offline")
-    assert list(open_corpus(CorpusSpec("wikipedia")).documents()) == ["a", "b"]
+    assert list(open_corpus(CorpusSpec("wikipedia", shuffle=None)).documents()) == ["a", "b"]
 
 
 def test_a_hub_that_never_answers_is_given_up(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from kscli.analysis.pairs import FactMatrices, Pair, pair_facts, top_pairs
 from kscli.analysis.statistics import off_diagonal
 from kscli.artifacts import PMatrixFile, require_same_identity
+from kscli.corpus import same_text
 from kscli.errors import ArtifactError
 from kscli.second_moment.options import parse_shard
 
@@ -142,7 +143,7 @@ def require_disjoint(pm: PMatrixFile, other: PMatrixFile, layers: Sequence[int])
             f"{other.about.ridge}); their difference would not be the corpus's. Make both with one."
         )
     corpora = [file.about.corpus_identity for file in (pm, other)]
-    same_corpus = corpora[0] == corpora[1] is not None
+    same_corpus = None not in corpora and same_text(*map(str, corpora))
     if mine.get("cov") == others.get("cov") or (same_corpus and not _different_shards(pm, other)):
         raise ArtifactError(
             f"{pm.path} and {other.path} have C of the same corpus ({pm.about.corpus}), so "

@@ -20,6 +20,7 @@ def cache_cov(
     model: options.Model = options.DEFAULT_MODEL,
     corpus: options.Corpus = None,
     text_field: options.TextField = None,
+    shuffle: options.Shuffle = None,
     samples: options.Samples = "100000",
     tokens: options.Tokens = None,
     max_length: options.MaxLength = None,
@@ -84,7 +85,7 @@ def cache_cov(
             Existing.FORCE if force else Existing.REFUSE,
             reporter,
         )
-        chosen = corpus_for(model, corpus, text_field)
+        chosen = corpus_for(model, corpus, text_field, shuffle)
         bound = parse_size(max_memory) if max_memory else None
         execution = Execution(batch_tokens, bound, checkpoint_every, ranks)
         if dry_run:
@@ -123,6 +124,7 @@ def print_plan(
         "activations and work": format_size(plan.work),
         "checkpoints, on disk": f"{format_size(plan.checkpoints)} at most",
         path.name: f"{format_size(plan.output)}, of {format_size(free_disk(path))} free",
+        "documents": f"drawn by seed {corpus.seed}" if corpus.seed else "as they stand",
         "tokens": "as many as the corpus has" if tokens is None else f"{about} {tokens:,.0f}",
         "estimated speed": f"{estimate.tokens_per_second:,.0f} tokens/s in all",
         "estimated time": "unknown" if seconds is None else f"{about} {duration(seconds)}",

@@ -195,6 +195,15 @@ TextField = Annotated[
         show_default="text",
     ),
 ]
+Shuffle = Annotated[
+    str | None,
+    typer.Option(
+        "--shuffle",
+        metavar="SEED|none",
+        help="Draw the documents in the random order of a seed, instead of the first ones.",
+        show_default="0 for a data set of the Hub; none for others",
+    ),
+]
 Samples = Annotated[
     str, typer.Option("--samples", metavar="N|all", help="The most documents to read.")
 ]

@@ -24,14 +24,19 @@ if TYPE_CHECKING:
     from kscli.second_moment.ranks import Ranks
 
 
-def corpus_for(model: str, corpus: str | None, text_field: str | None) -> Corpus:
+def corpus_for(
+    model: str, corpus: str | None, text_field: str | None, shuffle: str | None
+) -> Corpus:
     """The corpus that the options name, or the model's default."""
     from kscli.corpus import CorpusSpec, open_corpus
 
     embedded = classify(model) == "embedded"
-    return open_corpus(
-        CorpusSpec(corpus or (DEFAULT_MODEL if embedded else "wikipedia"), text_field)
-    )
+    name = corpus or (DEFAULT_MODEL if embedded else "wikipedia")
+    if shuffle is None:
+        return open_corpus(CorpusSpec(name, text_field))
+    if shuffle != "none" and not (shuffle.isascii() and shuffle.isdecimal()):
+        raise UsageError(f"--shuffle {shuffle} is not understood; give a seed, 0 or more, or none.")
+    return open_corpus(CorpusSpec(name, text_field, None if shuffle == "none" else int(shuffle)))
 
 
 def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:

@@ -19,6 +19,7 @@ def run(
     model: options.Model = options.DEFAULT_MODEL,
     corpus: options.Corpus = None,
     text_field: options.TextField = None,
+    shuffle: options.Shuffle = None,
     samples: options.Samples = "100000",
     tokens: options.Tokens = None,
     max_length: options.MaxLength = None,
@@ -71,7 +72,7 @@ def run(
     )
     chosen_facts = facts_for(model, facts, count)
     session.cache_cov(
-        corpus_for(model, corpus, text_field),
+        corpus_for(model, corpus, text_field, shuffle),
         CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),
         places.path("cov"),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kscli.artifacts import EditsAbout, Existing, PMatrixFile, Recipe, difference, must_make
-from kscli.corpus import Corpus
+from kscli.corpus import Corpus, same_text
 from kscli.editing.choice import Order, choose_facts, edit_order, find_facts
 from kscli.editing.editors import editors_where, find_editor
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
@@ -104,7 +104,7 @@ def check_held_out(plan: EditPlan, sources: EditSources, reporter: Reporter) -> 
             f"{sources.cov.path} does not say what text it was measured on, which --held-out "
             f"{plan.held_out.corpus.name} must not be part of."
         )
-    if plan.held_out.corpus.identity == measured_on:
+    elif same_text(plan.held_out.corpus.identity, measured_on):
         raise UsageError(
             f"--held-out {plan.held_out.corpus.name} is the text that {sources.cov.path} was "
             "measured on; name other text."

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from kscli.hub.asking import Wanted
 
 
+SHUFFLED_AT_ONCE = 10_000  # records, which stay in memory
+
+
 @dataclass(frozen=True)
 class HubSource:
     """Which records: of a repository, one configuration, split after split.
 
     `files` (a pattern inside the repository) reads Parquet files directly and lets the
-    configuration be a name only; `revision` pins a commit.
+    configuration be a name only; `revision` pins a commit. `shuffle` is the seed of a random order
+    of each split: of its row groups or files, ten of which are read at a time, and of records.
     """
 
     repository: str
@@ -32,6 +36,7 @@ class HubSource:
     splits: tuple[str, ...] = ("train",)
     files: str | None = None
     revision: str | None = None
+    shuffle: int | None = None
 
     def load(self, split: str) -> Iterable[object]:
         """The records of a split, streamed; raises what `datasets` raises."""
@@ -43,6 +48,8 @@ class HubSource:
         else:
             pinned = {"revision": self.revision} if self.revision else {}
             rows = load_dataset(self.repository, self.config, split=split, streaming=True, **pinned)
+        if self.shuffle is not None:
+            rows = rows.reshard().shuffle(self.shuffle, buffer_size=SHUFFLED_AT_ONCE)
         return cast(Iterable[object], rows)
 
 
