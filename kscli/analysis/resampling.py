@@ -102,16 +102,16 @@ class PairSample:
 
     def moments(self, P: Array) -> Moments:
         """The moments of P (m, m) in every repeat; a shape is NaN where entries do not vary."""
-        entries = P[self.pairs]
-        if not entries.size:
+        if not self.pairs.any():
             undefined = np.full(len(self._weights), np.nan)
             return Moments(undefined, undefined, undefined, undefined)
         # About their mean, in units of the largest deviation: raw moments would lose their digits.
-        centre = float(entries.mean())
-        scale = float(np.abs(entries - centre).max())
-        if not scale > ROUNDING * float(np.abs(entries).max()):
+        centre = float(P[self.pairs].mean())
+        deviations = P - centre
+        deviations[~self.pairs] = 0.0
+        scale = float(np.abs(deviations).max())
+        if not scale > ROUNDING * float(np.abs(P[self.pairs]).max()):
             scale = 0.0
-        deviations = np.where(self.pairs, P - centre, 0.0)
         deviations /= scale or 1.0
         power = deviations.copy()
         raw = [self._over_weights(power)]

@@ -126,9 +126,8 @@ def describe(
     """
     every = off_diagonal_pairs(len(P))
     distinct = every & different_last_token(token_id)
-    size = np.abs(P)
     same = {
-        f"same_token_{name}": share_within(every & (size > at), ~distinct)
+        f"same_token_{name}": share_within(every & (np.abs(P) > at), ~distinct)
         for name, at in TAILS.items()
     }
     return {
