@@ -302,7 +302,7 @@ def test_what_was_imported_goes_through_every_command(measured_tiny: Path, tmp_p
         unknown = {name for name, value in vars(cov.about).items() if value is None}
     assert {"weights", "corpus_identity", "documents", "max_length"} <= unknown
     at: tuple[str | Path, ...] = ("-m", "tiny", "--dir", tmp_path)
-    edit = ("--layer", "0", "--edits", "1", "--steps", "1", "--dtype", "float32")
+    edit = ("--layer", "0", "--edits", "1", "--steps", "2", "--dtype", "float32")
     ways: dict[str, tuple[str | Path, ...]] = {
         "pmatrix": at,
         "stats": at,

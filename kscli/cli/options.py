@@ -287,10 +287,11 @@ LayerOfRisk = Annotated[
 ]
 LayerOfFigure = Annotated[str | None, _layer(_LAYER, "what shows the kind best")]
 EditedLayer = Annotated[
-    str,
+    str | None,
     _layer(
         "The layer to edit. Several, as in 3-7, with --method "
-        f"{editors_where(lambda editor: editor.several)}."
+        f"{editors_where(lambda editor: editor.over_layers)}.",
+        "the published one; else by the depth, see `kscli editors`",
     ),
 ]
 Ridge = Annotated[

@@ -16,6 +16,7 @@ from kscli.artifacts import (
     PMatrixFile,
     require_same_identity,
 )
+from kscli.editing.editors import Depth
 from kscli.errors import ArtifactError
 from kscli.layers import select_layers
 from kscli.places import Places
@@ -50,7 +51,7 @@ class EditSources:
     def open(
         cls,
         places: Places,
-        layers: str,
+        layers: str | Depth,
         *,
         cov: Path | None = None,
         keys: Path | None = None,
@@ -62,6 +63,8 @@ class EditSources:
             CovarianceFile(cov or places.path("cov")) as of_text,
             KeysFile(keys or places.path("keys")) as of_facts,
         ):
+            if isinstance(layers, Depth):
+                layers = layers.layers(pm.about.n_layers)
             yield cls(of_text, of_facts, pm, select_layers(layers, pm.layers, str(pm.path)))
 
     @property
