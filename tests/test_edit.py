@@ -301,6 +301,9 @@ def arrays(path: Path) -> dict[str, list[Any]]:
         {},
         {"protocol": "single"},
         {"method": "memit", "write": WriteOptions(1.0)},
+        {"method": "memit-seq", "write": WriteOptions(1.0)},
+        {"method": "rect", "write": WriteOptions(1.0, keep=0.4)},
+        {"method": "prune", "write": WriteOptions(1.0)},
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_file(

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 EDITORS: dict[str, str] = {
     "closed-form": "kscli.editing.editors.closed_form",
     "rome": "kscli.editing.editors.rome",
+    "rome-identity": "kscli.editing.editors.rome_identity",
+    "r-rome": "kscli.editing.editors.r_rome",
+    "r-rome-identity": "kscli.editing.editors.r_rome_identity",
+    "wilke": "kscli.editing.editors.wilke",
     "memit": "kscli.editing.editors.memit",
+    "memit-seq": "kscli.editing.editors.memit_seq",
+    "emmet": "kscli.editing.editors.emmet",
+    "pmet": "kscli.editing.editors.pmet",
+    "alphaedit": "kscli.editing.editors.alphaedit",
+    "rect": "kscli.editing.editors.rect",
+    "prune": "kscli.editing.editors.prune",
 }
 DEFAULT_EDITOR = "closed-form"
 
