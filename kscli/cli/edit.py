@@ -14,6 +14,7 @@ from kscli.editing.editors import DEFAULT_EDITOR, editors_where, find_editor
 from kscli.tables import EDITS
 
 if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
     from kscli.cli.console import ConsoleReporter
     from kscli.editing.editors import Editor, ValueSearch
 
@@ -377,14 +378,16 @@ def edit(
         Existing.FORCE if force else Existing.REFUSE,
         reporter,
     )
-    chosen = layer or (published.layers if published else editor.depth)
-    with EditSources.open(places, chosen, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
-        about = sources.pm.about
+
+    def layers_of(pm: PMatrixFile) -> str:
         if published:
-            published.require_fits(about.model, about.n_layers, about.d_m)
-            reporter.note(
-                f"the settings are those published for {published.model}: {published.source}."
-            )
+            published.require_fits(pm.about.model, pm.about.n_layers, pm.about.d_m)
+        default = published.layers if published else editor.depth.layers(pm.about.n_layers)
+        return layer or default
+
+    with EditSources.open(places, layers_of, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
+        if published:
+            reporter.note(f"settings published for {published.model}: {published.source}")
         if layer is None:
             why = "as published" if published else editor.depth.words
             reporter.note(

@@ -176,7 +176,9 @@ class EditedLayers:
             keys = self._editor.key(_EditedKeys(self, at, facts))
             deltas.append(share * self._lacking(at, facts, values, keys))
             directions.append(self._direction(at, keys))
-            weight.set_change(self.interference[at].change + deltas[at].T @ directions[at])
+            if at < len(self) - 1:
+                # The layers above read what this one gives now; `settle` writes all of them.
+                weight.set_change(self.interference[at].change + deltas[at].T @ directions[at])
         return np.stack(deltas), np.stack(directions)
 
     def _wisest(self, facts: Sequence[int], values: Array) -> tuple[Array, Array]:

@@ -174,9 +174,9 @@ class Depth:
         return str(first) if first == last else f"{first}-{last}"
 
 
-SIXTH = Depth(1 / 6, 1 / 6, "the layer at a sixth of the depth")
-EIGHTH_TO_QUARTER = Depth(1 / 8, 1 / 4, "the layers from an eighth to a quarter of the depth")
-FIRST_HALF = Depth(0, 1 / 2, "the layers of the first half")
+SIXTH = Depth(1 / 6, 1 / 6, "a sixth of the depth")
+EIGHTH_TO_QUARTER = Depth(1 / 8, 1 / 4, "an eighth to a quarter of the depth")
+FIRST_HALF = Depth(0, 1 / 2, "the first half of the depth")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kscli.editing.editors import Afterwards, Direction, Editor, ValueSearch, ev
 from kscli.editing.editors.keys import clean
 
 EDITOR = Editor(
-    title="the closed form of equation 2 on the bare prompt's key; one fact, one layer",
+    title="equation 2 on the bare prompt's key",
     key=clean,
     direction=Direction(),
     value=ValueSearch(steps=21, kl_at="end"),

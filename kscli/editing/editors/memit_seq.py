@@ -11,6 +11,6 @@ from kscli.editing.editors.memit import EDITOR as MEMIT
 
 EDITOR = replace(
     MEMIT,
-    title="MEMIT that protects the keys of earlier edits",
+    title="MEMIT that protects earlier edits",
     direction=replace(MEMIT.direction, earlier=True),
 )

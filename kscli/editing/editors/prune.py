@@ -12,6 +12,6 @@ from kscli.editing.editors.memit import EDITOR as MEMIT
 
 EDITOR = replace(
     MEMIT,
-    title="PRUNE: MEMIT, the spectrum of whose change is limited",
+    title="PRUNE: MEMIT, its spectrum limited at the end",
     afterwards=replace(MEMIT.afterwards, limited=True),
 )

@@ -9,6 +9,6 @@ from kscli.editing.editors.r_rome import EDITOR as R_ROME
 
 EDITOR = replace(
     R_ROME,
-    title="R-ROME with the identity for C, as EasyEdit ships it",
+    title="R-ROME without C, as EasyEdit ships it",
     direction=Direction(metric="identity"),
 )

@@ -11,6 +11,6 @@ from kscli.editing.editors.memit import EDITOR as MEMIT
 
 EDITOR = replace(
     MEMIT,
-    title="RECT: MEMIT, of whose change a part is kept",
+    title="RECT: MEMIT, a part of whose change is kept",
     afterwards=replace(MEMIT.afterwards, keep=0.4),
 )

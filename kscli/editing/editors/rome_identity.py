@@ -9,6 +9,6 @@ from kscli.editing.editors.rome import EDITOR as ROME
 
 EDITOR = replace(
     ROME,
-    title="ROME with the identity for C, as EasyEdit ships it",
+    title="ROME without C, as EasyEdit ships it",
     direction=Direction(metric="identity"),
 )

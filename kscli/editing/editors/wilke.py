@@ -13,7 +13,7 @@ from kscli.editing.editors.rome import EDITOR as ROME
 
 EDITOR = replace(
     ROME,
-    title="WilKE: ROME at the layer that each edit changes least",
+    title="WilKE: ROME at the layer that changes least",
     afterwards=replace(ROME.afterwards, one_layer=True),
     depth=FIRST_HALF,
     over_layers=True,
