@@ -130,8 +130,8 @@ def test_a_model_is_edited_with_the_settings_published_for_it(
         assert {key: found[key] for key in expected} == expected
         said = " ".join(done.stderr.split())
         assert ("settings published for tiny: nowhere" in said) == (name != "none")
-        assert ("--layer names others" in said) == (name != "given")
-    assert "memit edits layers 0-1, an eighth to a quarter of the depth" in said
+        assert ("--layer names another" in said) == (name != "given")
+    assert "memit edits layer 0-1, an eighth to a quarter of the depth" in said
 
 
 @pytest.mark.parametrize(

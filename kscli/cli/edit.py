@@ -266,12 +266,12 @@ def edit(
     from kscli.editing.edited_layers import WriteOptions
     from kscli.editing.loop import EditOptions
     from kscli.editing.metrics import Cut
-    from kscli.editing.presets import named_preset, preset_for
+    from kscli.editing.presets import default_layers, named_preset, preset_for
     from kscli.editing.saving import require_new_folder
     from kscli.editing.sources import EditSources
     from kscli.editing.stage import EditRequest, HeldOut, edit_model
     from kscli.errors import UsageError
-    from kscli.layers import format_layers, layers_text
+    from kscli.layers import format_layers
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
@@ -380,19 +380,14 @@ def edit(
     )
 
     def layers_of(pm: PMatrixFile) -> str:
-        if published:
-            published.require_fits(pm.about.model, pm.about.n_layers, pm.about.d_m)
-        default = published.layers if published else editor.depth.layers(pm.about.n_layers)
-        return layer or default
-
-    with EditSources.open(places, layers_of, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
+        default, why = default_layers(editor, published, pm.about)
         if published:
             reporter.note(f"settings published for {published.model}: {published.source}")
         if layer is None:
-            why = "as published" if published else editor.depth.words
-            reporter.note(
-                f"{method} edits {layers_text(sources.layers)}, {why}; --layer names others."
-            )
+            reporter.note(f"{method} edits layer {default}, {why}; --layer names another.")
+        return layer or default
+
+    with EditSources.open(places, layers_of, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
         plan = request.plan(sources)
         name = f"{method}-{format_layers(sources.layers)}-{seed}.h5"
         path = output or places.folder / "edits" / name

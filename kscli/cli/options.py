@@ -283,7 +283,8 @@ Layers = Annotated[
 _LAYER = "0, -1 (the last), 0,3,5-8 or all."
 LayerOfPairs = Annotated[str | None, _layer(_LAYER, "0; all with --strongest")]
 LayerOfRisk = Annotated[
-    str | None, _layer(f"The layer to edit: {_LAYER}", "0; all with --by-layer")
+    str | None,
+    _layer(f"The layer to edit: {_LAYER}", "that of `kscli edit`; all with --by-layer"),
 ]
 LayerOfFigure = Annotated[str | None, _layer(_LAYER, "what shows the kind best")]
 EditedLayer = Annotated[

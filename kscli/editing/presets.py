@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kscli.editing.editors import Editor
 from kscli.errors import UsageError
 from kscli.models.aliases import find_alias
+
+if TYPE_CHECKING:
+    from kscli.artifacts.schema import FactsAbout
 
 # Models that settings are published for and that have no alias: Hub id, layers, d_m.
 _OTHERS = {
@@ -87,6 +91,18 @@ def preset_for(method: str, model: str) -> Preset | None:
         if wanted in (name, preset.hub_id.lower()):
             return preset
     return None
+
+
+def default_layers(editor: Editor, preset: Preset | None, about: FactsAbout) -> tuple[str, str]:
+    """The layers to edit where none is asked for, as `--layers` takes them, and why those.
+
+    `about` is what a file of the model says of itself. Raises UsageError where the preset is for
+    another model.
+    """
+    if preset is None:
+        return editor.depth.layers(about.n_layers), editor.depth.words
+    preset.require_fits(about.model, about.n_layers, about.d_m)
+    return preset.layers, f"as published for {preset.model}"
 
 
 def named_preset(method: str, name: str) -> Preset:
