@@ -281,7 +281,7 @@ def test_a_spoiled_file_is_one_sentence_of_the_command_that_reads_it(
 # What was imported, which does not know of weights or text
 
 # These read no file of kscli's, or have one of their own below.
-READ_NONE = {"models", "facts", "extract", "import-cov", "guide"}
+READ_NONE = {"editors", "models", "facts", "extract", "import-cov", "guide"}
 HELD_OUT = "the river of a city in the north of a land. " * 50
 
 
