@@ -21,9 +21,11 @@ from kscli.editing.edited_layers import EditedLayers, WriteOptions
 from kscli.editing.editors import EDITORS, Editor, find_editor
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.live import mlp_outputs
+from kscli.editing.loop import Edit, EditRun
 from kscli.editing.metrics import Cut, null_space
 from kscli.editing.sources import EditSources
 from kscli.editing.stage import replay_edits
+from kscli.editing.value import DivergedError
 from kscli.errors import NumericsError
 from kscli.facts import Fact
 from kscli.models.loading import LoadedModel, load_model
@@ -375,6 +377,62 @@ def test_the_command_line_alone_does_what_they_did(
     for layer in peer.layers:
         found = weight_of(model, layer) - original[layer]
         assert relative_error(found, peer.change(layer)) < (2e-2 if name == "rect" else 1e-3)
+
+
+# Runs
+
+
+def deltas_of(path: Path) -> Array:
+    with EditsFile(path) as file:
+        return file.values("delta")
+
+
+def test_wilke_edits_at_the_layer_that_rome_would_change_least(
+    measured_tiny: Path, tmp_path: Path
+) -> None:
+    how = ("edit", "--dir", measured_tiny.parent, "--fact", 3, "--contexts", 2, "--steps", 5, "-q")
+    changes, W = [], [weight_of(fresh_tiny(), layer) for layer in range(3)]
+    for layer in range(3):
+        path = tmp_path / f"{layer}.h5"
+        done = kscli(*how, "--method", "rome", "--layer", layer, "-o", path)
+        assert done.exit_code == 0, done.stderr
+        with EditsFile(path) as file:
+            changes.append(file.values("delta")[0, 0][:, None] * file.values("direction")[0, 0])
+    done = kscli(*how, "--method", "wilke", "--layers", "0-2", "-o", tmp_path / "wilke.h5")
+    assert done.exit_code == 0, done.stderr
+    relative = [np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(changes, W, strict=True)]
+    least = int(np.argmin(relative))
+    with EditsFile(tmp_path / "wilke.h5") as file:
+        for at in range(3):
+            found = file.values("delta")[0, at][:, None] * file.values("direction")[0, at]
+            np.testing.assert_allclose(found, changes[at] if at == least else 0, atol=1e-12)
+
+
+def test_prune_limits_the_spectrum_even_if_the_last_edit_is_kept_out(
+    measured_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And asks the limited model for all facts."""
+    how = ("edit", "--dir", measured_tiny.parent, "--method", "prune", "--layer", 1, "--weight", 1)
+    how += ("--value", "random", "--value-norm", 60, "--contexts", 0, "--measure-every", 1, "-q")
+    two = ("--fact", 3, "--fact", 40)
+    assert kscli(*how, *two, "-o", tmp_path / "two.h5").exit_code == 0
+    original = EditRun._value
+
+    def value(self: EditRun, number: int, edit: Edit) -> Array:
+        if number == 2:
+            raise DivergedError("the loss is NaN")
+        return original(self, number, edit)
+
+    monkeypatch.setattr(EditRun, "_value", value)
+    assert kscli(*how, *two, "--fact", 17, "-o", tmp_path / "three.h5").exit_code == 0
+    limited = deltas_of(tmp_path / "two.h5")
+    np.testing.assert_allclose(deltas_of(tmp_path / "three.h5"), limited, atol=1e-12)
+    assert np.linalg.norm(limited[0]) < 50
+    with EditsFile(tmp_path / "two.h5") as a, EditsFile(tmp_path / "three.h5") as b:
+        assert b.values("step").tolist() == [0, 1, 2]
+        np.testing.assert_allclose(
+            a.values("logprob_true")[-1], b.values("logprob_true")[-1], atol=1e-6
+        )
 
 
 # Null spaces

@@ -72,21 +72,13 @@ class EditedLayers:
 
     def prepare(self, contexts: Sequence[str], reporter: Reporter) -> None:
         """Read the clean model's keys, and factorise C; keys are averaged over `contexts` too."""
-        cov, layers = self._sources.cov, self._sources.layers
+        sources, layers = self._sources, self._sources.layers
+        name, cut = self._editor.direction.metric, self._options.null_space
         self._contexts = tuple(contexts)
         self._metrics: list[Metric] = []
         with reporter.task("factorising C", len(layers), "layers") as task:
             for layer in layers:
-                C = cov.second_moment(layer)
-                self._metrics.append(
-                    metric_of(
-                        self._editor.direction.metric,
-                        C,
-                        cov.count,
-                        self._sources.ridge,
-                        self._options.null_space,
-                    )
-                )
+                self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
                 task.advance()
         self.keys = [self._sources.keys.keys_of(layer) for layer in layers]
         self.clean()

@@ -34,8 +34,8 @@ class EditorPMatrixFile(PMatrixFile):
         from kscli.editing.directions import edit_directions
         from kscli.editing.metrics import Cut, metric_of
 
-        C, direction = self._cov.second_moment(layer), self._editor.direction
-        metric = metric_of(direction.metric, C, self._cov.count, self.about.ridge, Cut())
+        direction = self._editor.direction
+        metric = metric_of(direction.metric, self._cov, layer, self.about.ridge, Cut())
         keys = self._keys.keys_of(layer)
         directions = [edit_directions(metric, key[None], direction.weight or 0.0) for key in keys]
         return np.asarray(np.concatenate(directions) @ keys.T)

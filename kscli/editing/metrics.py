@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.artifacts import CovarianceFile
 from kscli.editing.editors import MetricName
 from kscli.errors import NumericsError
 from kscli.whitening import whitening
@@ -95,13 +96,14 @@ def null_space(C: Array, cut: Cut) -> NullSpace:
     return NullSpace(np.ascontiguousarray(vectors[:, :kept]))
 
 
-def metric_of(name: MetricName, C: Array, count: int, ridge: float, cut: Cut) -> Metric:
-    """The metric of that name, of C as a mean over `count` tokens; `C` may be overwritten.
+def metric_of(name: MetricName, cov: CovarianceFile, layer: int, ridge: float, cut: Cut) -> Metric:
+    """The metric of that name at one layer; the null space is that of C without the `ridge`.
 
     Raises what `whitening` and `null_space` raise; the identity asks nothing of C.
     """
     if name == "identity":
         return Identity()
+    C = cov.second_moment(layer)
     if name == "null-space":
         return null_space(C, cut)
-    return whitening(C, count, ridge)
+    return whitening(C, cov.count, ridge)
