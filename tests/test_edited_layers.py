@@ -435,6 +435,27 @@ def test_prune_limits_the_spectrum_even_if_the_last_edit_is_kept_out(
         )
 
 
+def test_without_lambda_one_key_cannot_have_two_values(measured_tiny: Path, tmp_path: Path) -> None:
+    """Up to the subject two prompts are one text, so their keys are one."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    shutil.copy(measured_tiny / "cov.h5", folder)
+    records = [
+        {"prompt": prompt, "subject": "Japan", "target": "Asia", "target_new": "Europe"}
+        for prompt in ("{} is on the continent of", "{} is a country of")
+    ]
+    (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for command in (("extract", "--facts", folder / "facts.jsonl"), ("pmatrix",)):
+        assert kscli(*command, "--dir", tmp_path, "-q").exit_code == 0
+    how = ("edit", "--dir", tmp_path, "--method", "emmet", "--layer", 1, "--edits", "all", "-q")
+    how += ("--batch", 2, "--contexts", 1, "--steps", 3)
+    refused = kscli(*how, "--weight", 0)
+    assert refused.exit_code == 1
+    assert "2 keys are not independent" in one_sentence(refused.stderr)
+    assert "with a --weight above 0" in one_sentence(refused.stderr)
+    assert kscli(*how).exit_code == 0
+
+
 # Null spaces
 
 
