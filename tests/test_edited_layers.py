@@ -497,6 +497,28 @@ def test_a_null_space_that_is_nothing_or_everything(spectrum: Array, cut: Cut, w
 
 
 @pytest.mark.parametrize(
+    ("option", "size", "limit"),
+    [("--null-space", 0.05, 0.05), ("--relative-null-space", 0.5, 36.862109 / 512 / 2)],
+)
+def test_alphaedit_writes_in_the_null_space_that_was_asked_for(
+    option: str, size: float, limit: float, measured_tiny: Path, tmp_path: Path
+) -> None:
+    """The trace of C at layer 1 is 36.862109."""
+    path = tmp_path / "a.h5"
+    how = ("--method", "alphaedit", "--layer", 1, "--fact", 3, "--value", "random")
+    done = kscli("edit", "--dir", measured_tiny.parent, *how, option, size, "-q", "-o", path)
+    assert done.exit_code == 0, done.stderr
+    with CovarianceFile(measured_tiny / "cov.h5") as cov, EditsFile(path) as file:
+        U, s, _ = np.linalg.svd(cov.second_moment(1))
+        direction = file.values("direction")[0, 0]
+    inside = U[:, s < limit].T @ direction
+    assert np.linalg.norm(inside) == pytest.approx(np.linalg.norm(direction), rel=1e-9)
+    # Up to the cut: nothing of the space is left out.
+    edge = U[:, s < limit][:, 0] @ direction
+    assert abs(edge) > 1e-6 * np.linalg.norm(direction)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         (("--null-space", "1e-9"), 1, "its null space is empty"),

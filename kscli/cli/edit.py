@@ -142,7 +142,7 @@ def edit(
             "over them, as the editor does. A file of texts, one a line, with {} for the prompt; "
             "or the number of texts of 10 tokens that the model makes up (context_templates, "
             "context_template_length_params).",
-            show_default=_BY_EDITOR,
+            show_default="as many as published, made up; 0 with closed-form",
         ),
     ] = None,
     weight: Annotated[

@@ -213,5 +213,6 @@ def find_editor(name: str) -> Editor:
 
 
 def editors_where(wanted: Callable[[Editor], bool]) -> str:
-    """The names of the editors that `wanted` holds for, as in `memit or toy`."""
-    return " or ".join(name for name in EDITORS if wanted(find_editor(name)))
+    """The names of the editors that `wanted` holds for, as in `memit, pmet or toy`."""
+    names = [name for name in EDITORS if wanted(find_editor(name))]
+    return " or ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
