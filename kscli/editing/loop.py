@@ -51,10 +51,9 @@ class EditOptions:
 
     `method` is the editor, an entry of `EDITORS`. Its values are found as `find` says (None: as the
     editor does), also in contexts that the model makes up: `contexts` are their (number of tokens,
-    number of texts).
-    `random_norm`: write a random value of that norm instead. `write`: how values are written.
-    `batch`: how many edits are made at once. In the protocol `single` every edit is made in the
-    clean model and taken back. All facts are asked after the first, the last and every
+    number of texts). `random_norm`: write a random value of that norm instead. `write`: how values
+    are written. `batch`: how many edits are made at once. In the protocol `single` every edit is
+    made in the clean model and taken back. All facts are asked after the first, the last and every
     `measure_every`-th edit (single: after each); the `moved` facts of largest |p| (None: all) after
     each.
     """
