@@ -320,6 +320,11 @@ def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
     ]
 
 
+def _cost_of_a_search(row: Row) -> str:
+    """Passes of the model and the texts in each, of a search at one layer or at each of several."""
+    return f"{row['passes']} × {row['texts']}" + (", each layer" if row["each_layer"] else "")
+
+
 EDITS = (
     Column("edit", spec="d"),
     Column("subject"),
@@ -333,6 +338,26 @@ EDITS = (
     Column("prob_new_end", "at the end", ".3f", "P(new) after the last edit.", wide=True),
     Column("moved", "moved most", value=_moved_most),
     Column("linear_error", "error", ".0e", "Of the predicted shifts, by the largest one."),
+)
+EDITORS = (
+    Column("method"),
+    Column("title", "what it is", long=True),
+    Column("layers", "default layers"),
+    Column("facts_at_once", "facts at once"),
+    Column("needs"),
+    Column("cost", value=_cost_of_a_search),
+    Column("presets", value=lambda row: " ".join(row["presets"]) or None, long=True),
+)
+SETTINGS = (
+    Column("model", value=lambda row: row["model"] or "(others)"),
+    Column("layers"),
+    Column("steps", spec="d"),
+    Column("learning_rate", "learning rate", "g"),
+    Column("weight_decay", "weight decay", "g"),
+    Column("kl_weight", "KL weight", "g"),
+    Column("norm_limit", "norm limit", "g"),
+    Column("weight", "λ", "g"),
+    Column("source", long=True),
 )
 RUN = (
     MODEL,

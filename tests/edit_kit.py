@@ -1,4 +1,4 @@
-"""Runs of edits with made-up numbers."""
+"""Runs of edits with made-up numbers, and a model that is edited by hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from artifact_kit import OF_FACTS, PROVENANCE, located
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kscli.artifacts import EditsAbout
 from kscli.editing.edits_file import EditLog, write_edits
 from kscli.facts import Fact
+from kscli.tiny import MODEL_DIR
 
 Real = NDArray[np.float64]
+HOOK = "transformer.h.{}.mlp.c_proj"
 
 
 @dataclass
@@ -24,7 +28,7 @@ class Run:
     n: int = 10
     m: int = 30
     layer: int = 0
-    method: str = "rome"
+    method: str = "closed-form"
     protocol: str = "sequential"
     every: int = 10
     perplexity: bool = True
@@ -69,7 +73,7 @@ class Run:
         live: bool,
     ) -> dict[str, Any]:
         nothing = np.full(self.m, np.nan)
-        theory = self.method == "rome"
+        theory = self.method == "closed-form"
         names = self.log.of_edit
         return {
             **{name: 0 for name in names if name.startswith("rank")},
@@ -125,3 +129,52 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_edits(path, self.log, (self.layer,), located(facts), about)
         return path
+
+
+class Naive:
+    """transformers' own model, edited by hand in float64."""
+
+    def __init__(self) -> None:
+        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+        self.model: Any = model.eval().double()
+        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+
+    def projection(self, layer: int) -> Any:
+        return self.model.get_submodule(HOOK.format(layer))
+
+    def matrix(self, layer: int) -> Real:
+        found: Real = self.projection(layer).weight.detach().numpy().T.copy()
+        return found
+
+    def add(self, layer: int, change: Real) -> None:
+        with torch.no_grad():
+            self.projection(layer).weight += torch.from_numpy(change).T
+
+    def at(self, module: Any, text: str, position: int, *, given: bool) -> Real:
+        """A module's input or output at one token of a text."""
+        found: list[Real] = []
+
+        def hook(_: Any, inputs: Any, output: Any) -> None:
+            value = inputs[0] if given else output
+            value = value[0] if isinstance(value, tuple) else value
+            found.append(value.detach()[0, position].numpy())
+
+        handle = module.register_forward_hook(hook)
+        self.ids(text)
+        with torch.no_grad():
+            self.model(self.ids(text))
+        handle.remove()
+        return found[0]
+
+    def ids(self, text: str) -> Any:
+        return torch.tensor([self.tokenizer(text)["input_ids"]])
+
+    def logprob(self, text: str, target: str) -> float:
+        """log P of a target after a text, token by token."""
+        prompt, total = self.ids(text)[0].tolist(), 0.0
+        for token in self.tokenizer(f" {target}")["input_ids"]:
+            with torch.no_grad():
+                logits = self.model(torch.tensor([prompt])).logits[0, -1]
+            total += float(logits[token] - logits.logsumexp(0))
+            prompt.append(token)
+        return total

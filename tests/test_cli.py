@@ -278,6 +278,8 @@ COMPUTING = tuple(
         (["stats", "-m", "toy"], COMPUTING[:-1]),
         (["show", "toy"], (*COMPUTING, "kscli.analysis")),
         (["models"], COMPUTING),
+        (["editors"], COMPUTING),
+        (["editors", "memit"], COMPUTING),
     ],
 )
 def test_light_commands_import_nothing_heavy(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cli_kit import kscli, one_sentence
+from edit_kit import HOOK, Naive
 from families import save_family
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kscli.artifacts import UNKNOWN, CovarianceFile, KeysFile, PMatrixFile
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.editing import loop as run_module
-from kscli.editing.editors.closed_form import edit_directions
+from kscli.editing.directions import edit_directions
+from kscli.editing.edited_layers import WriteOptions
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.loop import ALREADY, Edit, EditOptions, EditRun
@@ -50,7 +52,6 @@ from kscli.tiny import MODEL_DIR
 from kscli.whitening import whitening
 
 Array = NDArray[np.float64]
-HOOK = "transformer.h.{}.mlp.c_proj"
 EDITED = (3, 40, 17, 77, 5)
 M = 96  # as many facts as `measured_tiny` has
 
@@ -102,57 +103,8 @@ def run_on_tiny(model: LoadedModel, folder: Path, path: Path, *layers: int, **op
         perform(model, sources, plan_of(sources, **options), path)
 
 
-class Naive:
-    """transformers' own model, edited by hand in float64."""
-
-    def __init__(self) -> None:
-        model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
-        self.model: Any = model.eval().double()
-        self.tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-
-    def projection(self, layer: int) -> Any:
-        return self.model.get_submodule(HOOK.format(layer))
-
-    def matrix(self, layer: int) -> Array:
-        found: Array = self.projection(layer).weight.detach().numpy().T.copy()
-        return found
-
-    def add(self, layer: int, change: Array) -> None:
-        with torch.no_grad():
-            self.projection(layer).weight += torch.from_numpy(change).T
-
-    def at(self, module: Any, text: str, position: int, *, given: bool) -> Array:
-        """A module's input or output at one token of a text."""
-        found: list[Array] = []
-
-        def hook(_: Any, inputs: Any, output: Any) -> None:
-            value = inputs[0] if given else output
-            value = value[0] if isinstance(value, tuple) else value
-            found.append(value.detach()[0, position].numpy())
-
-        handle = module.register_forward_hook(hook)
-        self.ids(text)
-        with torch.no_grad():
-            self.model(self.ids(text))
-        handle.remove()
-        return found[0]
-
-    def ids(self, text: str) -> Any:
-        return torch.tensor([self.tokenizer(text)["input_ids"]])
-
-    def logprob(self, text: str, target: str) -> float:
-        """log P of a target after a text, token by token."""
-        prompt, total = self.ids(text)[0].tolist(), 0.0
-        for token in self.tokenizer(f" {target}")["input_ids"]:
-            with torch.no_grad():
-                logits = self.model(torch.tensor([prompt])).logits[0, -1]
-            total += float(logits[token] - logits.logsumexp(0))
-            prompt.append(token)
-        return total
-
-
-def test_rome_is_equations_3_and_4(tiny: LoadedModel, folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rome.h5"
+def test_closed_form_is_equations_3_and_4(tiny: LoadedModel, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "closed-form.h5"
     layer = 1
     run_on_tiny(tiny, folder, path, layer, measure_every=2)
     with ExitStack() as stack:
@@ -199,7 +151,7 @@ def test_rome_is_equations_3_and_4(tiny: LoadedModel, folder: Path, tmp_path: Pa
 def test_what_is_measured_is_what_the_edited_model_says(
     tiny: LoadedModel, folder: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "rome.h5"
+    path = tmp_path / "closed-form.h5"
     run_on_tiny(tiny, folder, path, 0, measure_every=100, moved=3)
     naive = Naive()
     facts = []
@@ -283,7 +235,12 @@ def test_memit_is_its_definition_over_two_layers(
         shifts = generator.standard_normal((3, len(hidden(0))))
         monkeypatch.setattr(run_module, "random_value", lambda d, norm, seed, n: shifts[n])
         plan = plan_of(
-            sources, facts_edited, method="memit", weight=weight, batch=3, random_norm=1.0
+            sources,
+            facts_edited,
+            method="memit",
+            write=WriteOptions(weight),
+            batch=3,
+            random_norm=1.0,
         )
         path = tmp_path / "memit.h5"
         perform(tiny, sources, plan, path)
@@ -339,7 +296,15 @@ def arrays(path: Path) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"protocol": "single"}, {"method": "memit", "weight": 1.0}]
+    "options",
+    [
+        {},
+        {"protocol": "single"},
+        {"method": "memit", "write": WriteOptions(1.0)},
+        {"method": "memit-seq", "write": WriteOptions(1.0)},
+        {"method": "rect", "write": WriteOptions(1.0, keep=0.4)},
+        {"method": "prune", "write": WriteOptions(1.0)},
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_file(
     tiny: LoadedModel,
@@ -437,7 +402,7 @@ def test_batches_with_an_edit_kept_out_are_made_again_as_they_were(
         return np.full(128, 1.0 + number)
 
     monkeypatch.setattr(EditRun, "_value", value)
-    options = {"method": "memit", "batch": 2, "weight": 1.0, "measure_every": 3}
+    options = {"method": "memit", "batch": 2, "write": WriteOptions(1.0), "measure_every": 3}
     whole, path = tmp_path / "whole.h5", tmp_path / "run.h5"
     run_on_tiny(tiny, folder, whole, 1, **options)
     original = EditRun._edit
@@ -725,7 +690,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         (("--target-new", "Paris"), 2, "must be field:NAME or text:TARGET"),
         (("--edits", "97"), 1, "97 edits were asked for, but .* holds 96"),
         (("--edits", "some"), 2, "positive number, or all"),
-        (("--layer", "0,1"), 2, "rome edits one layer"),
+        (("--layer", "0,1"), 2, "closed-form edits one layer"),
         (("--layer", "9"), 2, "9"),
         (("--batch", "2"), 2, "--batch is for --method memit"),
         (("--protocol", "single", "--save-model", "x"), 2, "takes every edit back"),
@@ -764,7 +729,7 @@ def test_an_edit_that_leaves_nothing_to_measure_is_kept_out(
     folder: Path, tmp_path: Path, dtype: str, norm: str, reason: str
 ) -> None:
     options = ("--dtype", dtype, "--value", "random", "--value-norm", norm, "--fact", 0)
-    found = kscli("edit", "--dir", folder.parent, *options, "-o", tmp_path / "a.h5")
+    found = kscli("edit", "--dir", folder.parent, "--layer", 0, *options, "-o", tmp_path / "a.h5")
     assert found.exit_code == 1
     said = " ".join(found.stderr.split())
     assert re.search(f"'France' was not edited to '.*': {reason}", said), said
@@ -819,7 +784,7 @@ def test_a_remainder_beside_a_finished_run_goes(folder: Path, tmp_path: Path) ->
 
 def test_how_many_edits_took_is_told(folder: Path, tmp_path: Path) -> None:
     request = ("edit", "--dir", folder.parent, "--target-new", "text:Rome", "--fact", 0)
-    few = kscli(*request, "--steps", 1, "--layer", 2, "-o", tmp_path / "a.h5")
+    few = kscli(*request, "--steps", 2, "--layer", 2, "-o", tmp_path / "a.h5")
     assert few.exit_code == 0, few.stderr
     assert "first choice right after 0 of 1 edits; more --steps" in " ".join(few.stderr.split())
 

@@ -142,7 +142,7 @@ def test_interference_has_a_panel_a_run_on_one_scale(opened: Any) -> None:
     runs = opened(Run(layer=0), Run(method="memit"), Run(layer=25))
     fig = KINDS["interference"].draw(runs)
     titles = [ax.get_title() for ax in fig.axes]
-    assert titles == ["rome, layer 0", "memit, layer 0", "rome, layer 25"]
+    assert titles == ["closed-form, layer 0", "memit, layer 0", "closed-form, layer 25"]
     assert len({ax.get_xlim() for ax in fig.axes}) == 1
     colours = [ax.lines[-1].get_color() for ax in fig.axes]
     assert len(set(colours)) == 3
@@ -219,10 +219,14 @@ def test_copies_of_edited_facts_are_not_kept_facts(opened: Any) -> None:
 
 def test_runs_that_look_alike_are_told_apart_by_model_and_file(tmp_path: Path) -> None:
     runs = [Run(model="a"), Run(model="a"), Run(model="b")]
-    paths = [run.write(tmp_path / f"rome-0-{at}.h5") for at, run in enumerate(runs)]
+    paths = [run.write(tmp_path / f"closed-form-0-{at}.h5") for at, run in enumerate(runs)]
     found = run_names([EditsFile(path) for path in paths])
-    assert found.own == (("a", "rome-0-0"), ("a", "rome-0-1"), ("b", "rome-0-2"))
-    assert "rome" in found.shared
+    assert found.own == (
+        ("a", "closed-form-0-0"),
+        ("a", "closed-form-0-1"),
+        ("b", "closed-form-0-2"),
+    )
+    assert "closed-form" in found.shared
 
 
 def test_edits_that_were_kept_out_are_not_forgotten() -> None:
@@ -355,15 +359,15 @@ def test_names_are_spread_and_stay_near() -> None:
 
 def test_plot_reads_all_runs_of_the_model_or_those_named(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
-    for name, layer in (("rome-0-0", 0), ("rome-10-0", 10), ("rome-2-0", 2)):
+    for name, layer in (("closed-form-0-0", 0), ("closed-form-10-0", 10), ("closed-form-2-0", 2)):
         Run(3, 6, layer).write(folder / "edits" / f"{name}.h5")
     for kind in ("interference", "forgetting"):
         made = kscli("plot", kind, "-m", "toy", "--dir", tmp_path)
         assert made.exit_code == 0, made.stderr
         assert made.stdout.strip() == str(folder / "figures" / f"{kind}.png")
         assert (folder / "figures" / f"{kind}.png").stat().st_size > 5000
-    one = kscli("plot", "forgetting", "--edits", folder / "edits" / "rome-2-0.h5")
-    assert one.stdout.strip() == str(folder / "figures" / "forgetting-rome-2-0.png")
+    one = kscli("plot", "forgetting", "--edits", folder / "edits" / "closed-form-2-0.h5")
+    assert one.stdout.strip() == str(folder / "figures" / "forgetting-closed-form-2-0.png")
     path = tmp_path / "runs.svg"
     drawn = kscli("plot", "forgetting", "-m", "toy", "--dir", tmp_path, "-o", path)
     assert drawn.exit_code == 0
@@ -375,7 +379,7 @@ def test_plot_reads_all_runs_of_the_model_or_those_named(tmp_path: Path) -> None
 
 def test_plot_refuses_what_a_kind_is_not_drawn_from(tmp_path: Path) -> None:
     folder = write_toy(tmp_path)
-    run = Run(3, 6).write(folder / "edits" / "rome-0-0.h5")
+    run = Run(3, 6).write(folder / "edits" / "closed-form-0-0.h5")
     for arguments, said in (
         (("forgetting", "--edits", run, "--layer", "0"), "takes no --layer"),
         (("interference", "--pmatrix", folder / "pmatrix.h5"), "takes no --pmatrix"),

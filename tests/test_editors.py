@@ -18,13 +18,12 @@ from kscli.editing.edits_file import EditsFile
 # ROME without C, as EasyEdit's settings have it: d = k / k^T k.
 TOY = """
 from dataclasses import replace
-import numpy as np
-from kscli.editing.editors.rome import EDITOR as ROME
+from kscli.editing.editors import Direction
+from kscli.editing.editors.closed_form import EDITOR as CLOSED_FORM
 
-def direction(white, keys, weight):
-    return keys / np.square(keys).sum(axis=1, keepdims=True)
-
-EDITOR = replace(ROME, title="TOY: without C", direction=direction, predicted=False)
+EDITOR = replace(
+    CLOSED_FORM, title="TOY: without C", direction=Direction("identity"), predicted=False
+)
 """
 
 
@@ -84,22 +83,30 @@ def test_a_report_names_a_new_editor(toy: str, measured_tiny: Path, tmp_path: Pa
 def test_p_of_an_editor_is_how_far_its_edit_of_one_fact_moves_the_others(
     method: str, measured_tiny: Path
 ) -> None:
-    """d_i^T k_j, by an inverse in float64; MEMIT: p a / (lambda + a), a = k^T C^-1 k."""
+    """d_i^T k_j = k_i^T M k_j / (lambda + k_i^T M k_i), by a metric M written out in float64."""
+    direction = find_editor(method).direction
     with (
         CovarianceFile(measured_tiny / "cov.h5") as cov,
         KeysFile(measured_tiny / "keys.h5") as keys,
         PMatrixFile(measured_tiny / "pmatrix.h5") as pm,
         EditorPMatrixFile(measured_tiny / "pmatrix.h5", method, cov, keys) as file,
     ):
-        K, P, leverage = keys.keys_of(0), pm.matrix("P", 0), pm.leverage(0)
-        inverse = np.linalg.pinv(cov.second_moment(0), hermitian=True, rcond=1e-14)
-        G = K @ inverse @ K.T
-        weight = find_editor(method).weight or 0.0
+        K, P, leverage, C = keys.keys_of(0), pm.matrix("P", 0), pm.leverage(0), cov.second_moment(0)
         found = file.matrix("P", 0)
-    expected = P * (leverage / (weight + leverage))[:, None]
-    assert np.allclose(found, expected, rtol=3e-7, atol=1e-9)  # the file holds P in float32
+    values, vectors = np.linalg.eigh(C)
+    null = vectors[:, values < 0.02]
+    M = {
+        "second-moment": np.linalg.pinv(C, hermitian=True, rcond=1e-14),
+        "identity": np.eye(len(C)),
+        "null-space": null @ null.T,
+    }[direction.metric]
+    weight = direction.weight or 0.0
+    G = K @ M @ K.T
     naive = G / (weight + np.diagonal(G))[:, None]
     assert np.allclose(found, naive, atol=1e-4 * np.abs(naive).max())
+    if direction.metric == "second-moment":
+        expected = P * (leverage / (weight + leverage))[:, None]
+        assert np.allclose(found, expected, rtol=3e-7, atol=1e-9)  # the file holds P in float32
 
 
 @pytest.mark.parametrize("command", ["edit", "risk"])

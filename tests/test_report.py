@@ -218,7 +218,7 @@ def evil_page(tmp_path_factory: pytest.TempPathFactory, matrices: list[Real]) ->
     )
     runs = [
         Run(12, M, layer, model=EVIL_MODEL, target_new=EVIL, facts=tuple(facts)).write(
-            folder / "edits" / f"rome-{layer}-0.h5"
+            folder / "edits" / f"closed-form-{layer}-0.h5"
         )
         for layer in (0, 3)
     ]
@@ -504,7 +504,7 @@ def test_risk_is_the_definition(tmp_path: Path, matrices: list[Real]) -> None:
 def test_outcomes_of_edits_are_the_definitions(tmp_path: Path, matrices: list[Real]) -> None:
     file = write_p(tmp_path / "a.h5", matrices)
     runs = [Run(12, M, layer) for layer in (0, 3)]
-    paths = [run.write(tmp_path / f"rome-{run.layer}-0.h5") for run in runs]
+    paths = [run.write(tmp_path / f"closed-form-{run.layer}-0.h5") for run in runs]
     page = page_of(file, to=tmp_path / "a.html", runs=paths)
     shown = page.table("What became of the edits")
     assert shown.column("run") == ["layer 0", "layer 3"]
@@ -543,7 +543,7 @@ def test_what_foretold_the_damage_follows_the_runs(tmp_path: Path, matrices: lis
     assert "The largest is that of" not in foretold
     few = sentences("few", Run(3, M))
     assert "fewer than 10, so nothing is said of what foretold which" in few
-    assert few.startswith("“rome, layer 0”: 3 edits;")
+    assert few.startswith("“closed-form, layer 0”: 3 edits;")
     memit = sentences("memit", Run(5, M, method="memit"))
     assert "predicted from P" not in memit
     single = sentences("single", Run(12, M, protocol="single"))
@@ -558,21 +558,21 @@ def test_runs_that_another_p_predicted_are_left_out(tmp_path: Path) -> None:
         fingerprint, facts = pm.fingerprint, pm.facts
     for layer, inputs in ((0, {"pmatrix": fingerprint}), (1, {"pmatrix": "another"})):
         run = Run(3, 6, layer, facts=facts, inputs=inputs)
-        run.write(place / "edits" / f"rome-{layer}-0.h5")
+        run.write(place / "edits" / f"closed-form-{layer}-0.h5")
     result = kscli("report", "-m", "toy", "--dir", tmp_path)
     assert result.exit_code == 0
-    assert "rome-1-0.h5 was predicted from another pmatrix.h5; left out" in " ".join(
+    assert "closed-form-1-0.h5 was predicted from another pmatrix.h5; left out" in " ".join(
         result.stderr.split()
     )
     page = Page((place / "report.html").read_text())
-    assert page.table("What became of the edits").column("run") == ["rome, layer 0"]
+    assert page.table("What became of the edits").column("run") == ["closed-form, layer 0"]
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_run_is_left_out(tmp_path: Path) -> None:
     place = write_toy(tmp_path)
     (place / "edits").mkdir()
-    (place / "edits" / "rome-0-0.h5").write_bytes(b"not HDF5")
+    (place / "edits" / "closed-form-0-0.h5").write_bytes(b"not HDF5")
     result = kscli("report", "-m", "toy", "--dir", tmp_path)
     assert result.exit_code == 0
     assert "warning: left out:" in result.stderr

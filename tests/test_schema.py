@@ -281,7 +281,7 @@ def test_a_spoiled_file_is_one_sentence_of_the_command_that_reads_it(
 # What was imported, which does not know of weights or text
 
 # These read no file of kscli's, or have one of their own below.
-READ_NONE = {"models", "facts", "extract", "import-cov", "guide"}
+READ_NONE = {"editors", "models", "facts", "extract", "import-cov", "guide"}
 HELD_OUT = "the river of a city in the north of a land. " * 50
 
 
@@ -302,7 +302,7 @@ def test_what_was_imported_goes_through_every_command(measured_tiny: Path, tmp_p
         unknown = {name for name, value in vars(cov.about).items() if value is None}
     assert {"weights", "corpus_identity", "documents", "max_length"} <= unknown
     at: tuple[str | Path, ...] = ("-m", "tiny", "--dir", tmp_path)
-    edit = ("--layer", "0", "--edits", "1", "--steps", "1", "--dtype", "float32")
+    edit = ("--layer", "0", "--edits", "1", "--steps", "2", "--dtype", "float32")
     ways: dict[str, tuple[str | Path, ...]] = {
         "pmatrix": at,
         "stats": at,

@@ -140,11 +140,11 @@ class StatisticsAbout(CorpusAbout, FactsAbout):
 class EditsAbout(CorpusAbout, FactsAbout):
     """What a run of edits says of itself."""
 
-    method: Annotated[str, "the editor: rome or memit"]
+    method: Annotated[str, "the editor, a name that `kscli editors` lists"]
     protocol: Annotated[str, "sequential: one edit upon the other; single: each taken back"]
     order: Annotated[str, "the order in which facts were edited"]
     value: Annotated[str, "how the new value was found: optimised or random"]
-    weight: Annotated[float, "MEMIT's lambda, mom2_update_weight"]
+    weight: Annotated[float, "the editor's lambda, mom2_update_weight; 0 where it has none"]
     batch: Annotated[int, "how many edits were made at once"]
     planned: Annotated[int, "how many edits were asked for"]
     held_out: Annotated[str, "the text of which perplexity was measured; empty: none"]

@@ -23,6 +23,7 @@ COMMANDS = (
     "edit",
     "verify",
     "risk",
+    "editors",
     "models",
     "show",
     "merge-cov",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,20 +10,25 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import Format, print_rows
-from kscli.editing.editors import DEFAULT_EDITOR, defaults, editors_where, find_editor
+from kscli.editing.editors import DEFAULT_EDITOR, editors_where, find_editor
 from kscli.tables import EDITS
 
 if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
     from kscli.cli.console import ConsoleReporter
+    from kscli.editing.editors import Editor, ValueSearch
 
-_SEVERAL = editors_where(lambda editor: editor.several)
-_WEIGHTED = editors_where(lambda editor: editor.weight is not None)
+_AT_ONCE = editors_where(lambda editor: editor.at_once)
+_WEIGHTED = editors_where(lambda editor: editor.direction.weight is not None)
+_NULL_SPACE = editors_where(lambda editor: editor.direction.metric == "null-space")
+_KEEPING = editors_where(lambda editor: editor.afterwards.keep is not None)
+_BY_EDITOR = "by editor and model, see `kscli editors`"
 
 
 def edit(
     context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
-    layer: options.EditedLayer = "0",
+    layer: options.EditedLayer = None,
     fact: options.EditedFacts = None,
     edits: options.EditCount = "10",
     order: options.Order = "given",
@@ -40,6 +46,15 @@ def edit(
         ),
     ] = None,
     method: options.Method = DEFAULT_EDITOR,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="MODEL|none",
+            help="Take the settings that are published for this model.",
+            show_default="those of --model, if there are any",
+        ),
+    ] = None,
     protocol: Annotated[
         Literal["sequential", "single"],
         typer.Option(
@@ -63,24 +78,51 @@ def edit(
         int | None,
         typer.Option(
             "--steps",
-            min=1,
-            help="The steps that the search for a value takes at most (v_num_grad_steps).",
-            show_default=defaults(lambda editor: editor.value.steps),
+            metavar="N",
+            min=2,
+            help="The passes of the model that the search for a value takes at most. They change "
+            "the value N-1 times (v_num_grad_steps).",
+            show_default=_BY_EDITOR,
         ),
     ] = None,
     learning_rate: Annotated[
-        float,
-        typer.Option("--learning-rate", min=0.0, help="The learning rate of that search (v_lr)."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            min=0.0,
+            help="The learning rate of that search (v_lr).",
+            show_default=_BY_EDITOR,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            "--weight-decay",
+            min=0.0,
+            help="The weight of the loss term that keeps the change of a value short "
+            "(v_weight_decay).",
+            show_default=_BY_EDITOR,
+        ),
+    ] = None,
     kl_weight: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--kl-weight",
             min=0.0,
             help="The weight of the loss term that keeps what else is said of the subject "
             "(kl_factor).",
+            show_default=_BY_EDITOR,
         ),
-    ] = 0.0625,
+    ] = None,
+    likelihood_weight: Annotated[
+        float,
+        typer.Option(
+            "--likelihood-weight",
+            min=0.0,
+            help="The weight of the loss term that makes the model say the new target "
+            "(nll_loss_factor).",
+        ),
+    ] = 1.0,
     norm_limit: Annotated[
         float | None,
         typer.Option(
@@ -88,31 +130,66 @@ def edit(
             min=0.0,
             help="The longest change of a value, as a multiple of that value's own length "
             "(clamp_norm_factor).",
-            show_default=defaults(lambda editor: editor.value.norm_limit),
+            show_default=_BY_EDITOR,
         ),
     ] = None,
-    prefixes: Annotated[
-        int,
+    contexts: Annotated[
+        str | None,
         typer.Option(
-            "--prefixes",
-            metavar="N",
-            min=0,
-            help="Find a value that holds also after N texts that the model makes up "
-            "(context_templates).",
+            "--contexts",
+            metavar="FILE|N",
+            help="The context templates: find a value that holds in them too, and average keys "
+            "over them, as the editor does. A file of texts, one a line, with {} for the prompt; "
+            "or the number of texts of 10 tokens that the model makes up (context_templates, "
+            "context_template_length_params).",
+            show_default="as many as published, made up; 0 with closed-form",
         ),
-    ] = 0,
+    ] = None,
     weight: Annotated[
         float | None,
         typer.Option(
             "--weight",
             min=0.0,
-            help=f"({_WEIGHTED}) The weight of C, lambda (mom2_update_weight).",
-            show_default=defaults(lambda editor: editor.weight),
+            help=f"({_WEIGHTED}) The weight lambda of what the model knew (mom2_update_weight; "
+            "emmet: times emmet_lambda; alphaedit: L2).",
+            show_default=_BY_EDITOR,
+        ),
+    ] = None,
+    null_space: Annotated[
+        float | None,
+        typer.Option(
+            "--null-space",
+            metavar="X",
+            min=0.0,
+            help=f"({_NULL_SPACE}) Write in the span of the singular vectors of C whose singular "
+            "value is below X (nullspace_threshold).",
+            show_default="0.02",
+        ),
+    ] = None,
+    relative_null_space: Annotated[
+        float | None,
+        typer.Option(
+            "--relative-null-space",
+            metavar="X",
+            min=0.0,
+            help=f"({_NULL_SPACE}) The same, below X times the mean singular value of C.",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            help=f"({_KEEPING}) The share of the change's entries that is kept: those that change "
+            "W most, relatively.",
+            show_default="0.4",
         ),
     ] = None,
     batch: Annotated[
         int,
-        typer.Option("--batch", min=1, help=f"({_SEVERAL}) The number of facts to edit at once."),
+        typer.Option("--batch", min=1, help=f"({_AT_ONCE}) The number of facts to edit at once."),
     ] = 1,
     measure_every: Annotated[
         int,
@@ -176,8 +253,9 @@ def edit(
 
     Examples:
       kscli edit -m gpt2-small --layer 0 --fact "Patrick Rambaud" --target-new text:Italian
-      kscli edit -m gpt-j --layer 5 --edits 100 --seed 1 --held-out other.jsonl -f json > edits.json
-      kscli edit -m gpt-j --method memit --layers 3-8 --edits 100 --batch 100
+      kscli edit -m gpt-j --method rome --edits 100 --held-out other.jsonl -f json > edits.json
+      kscli edit -m gpt-j --method memit --edits 100 --batch 100
+      kscli edit -m llama3-8b --method alphaedit --edits 100 --batch 10 --contexts contexts.txt
       kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
@@ -185,53 +263,101 @@ def edit(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import number_or_all, refuse_given, require_above_0, require_finite
     from kscli.corpus import CorpusSpec, open_corpus
+    from kscli.editing.edited_layers import WriteOptions
     from kscli.editing.loop import EditOptions
+    from kscli.editing.metrics import Cut
+    from kscli.editing.presets import default_layers, named_preset, preset_for
     from kscli.editing.saving import require_new_folder
     from kscli.editing.sources import EditSources
     from kscli.editing.stage import EditRequest, HeldOut, edit_model
-    from kscli.editing.value import ValueOptions
+    from kscli.errors import UsageError
     from kscli.layers import format_layers
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
 
     editor = find_editor(method)
+    published = None
+    if preset != "none":
+        published = named_preset(method, preset) if preset else preset_for(method, model)
+    if published:
+        editor = published.apply(editor)
     reporter = ConsoleReporter(quiet=quiet)
     places = Places(directory, model)
     if save_model:
         require_new_folder(save_model)
-    of_values = ("steps", "learning_rate", "kl_weight", "norm_limit", "prefixes")
+    of_values = (
+        *("steps", "learning_rate", "weight_decay", "kl_weight", "likelihood_weight"),
+        "norm_limit",
+    )
     for idle, names, reason in (
         (fact, ("edits",), "with --fact"),
         (value != "random", ("value_norm",), "without --value random"),
         (value == "random", of_values, "with --value random"),
-        (editor.weight is None, ("weight",), f"without --method {_WEIGHTED}"),
+        (editor.direction.weight is None, ("weight",), f"without --method {_WEIGHTED}"),
+        (
+            editor.direction.metric != "null-space",
+            ("null_space", "relative_null_space"),
+            f"without --method {_NULL_SPACE}",
+        ),
+        (editor.afterwards.keep is None, ("keep",), f"without --method {_KEEPING}"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
         (target_new.startswith("text:"), ("facts",), "with --target-new text:..."),
         (protocol == "single", ("measure_every",), "with --protocol single, which always does"),
     ):
         if idle:
             refuse_given(context, names, reason)
+    if null_space is not None and relative_null_space is not None:
+        raise UsageError("--null-space and --relative-null-space are two cuts; give one.")
     of_sizes = {
         "--learning-rate": learning_rate,
         "--norm-limit": norm_limit,
         "--value-norm": value_norm,
+        "--keep": keep,
     }
     require_above_0(of_sizes)
-    require_finite({**of_sizes, "--kl-weight": kl_weight, "--weight": weight})
+    require_finite(
+        {
+            **of_sizes,
+            "--weight-decay": weight_decay,
+            "--kl-weight": kl_weight,
+            "--likelihood-weight": likelihood_weight,
+            "--weight": weight,
+            "--null-space": null_space,
+            "--relative-null-space": relative_null_space,
+        }
+    )
+    templates, generated = given_contexts(contexts, editor)
+    asked = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "kl_weight": kl_weight,
+        "norm_limit": norm_limit,
+    }
+    given = {name: number for name, number in asked.items() if number is not None}
+    find: ValueSearch = replace(
+        editor.value,
+        **given,  # type: ignore[arg-type]
+        likelihood_weight=likelihood_weight,
+        contexts=templates,
+    )
+    cut = Cut() if null_space is None else Cut(null_space)
+    if relative_null_space is not None:
+        cut = Cut(relative_null_space, relative=True)
+    own_weight = editor.direction.weight or 0.0
     edit_options = EditOptions(
         method=method,
         protocol=protocol,
-        find=ValueOptions(
-            steps=editor.value.steps if steps is None else steps,
-            learning_rate=learning_rate,
-            kl_weight=kl_weight,
-            norm_limit=editor.value.norm_limit if norm_limit is None else norm_limit,
-        ),
+        find=find,
+        contexts=generated,
         random_norm=value_norm if value == "random" else None,
-        weight=(editor.weight or 0.0) if weight is None else weight,
+        write=WriteOptions(
+            weight=own_weight if weight is None else weight,
+            null_space=cut,
+            keep=(editor.afterwards.keep or 1.0) if keep is None else keep,
+        ),
         batch=batch,
-        prefixes=prefixes,
         measure_every=measure_every,
         moved=number_or_all("--moved", moved),
         seed=seed,
@@ -252,7 +378,16 @@ def edit(
         Existing.FORCE if force else Existing.REFUSE,
         reporter,
     )
-    with EditSources.open(places, layer, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
+
+    def layers_of(pm: PMatrixFile) -> str:
+        default, why = default_layers(editor, published, pm.about)
+        if published:
+            reporter.note(f"settings published for {published.model}: {published.source}")
+        if layer is None:
+            reporter.note(f"{method} edits layer {default}, {why}; --layer names another.")
+        return layer or default
+
+    with EditSources.open(places, layers_of, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
         plan = request.plan(sources)
         name = f"{method}-{format_layers(sources.layers)}-{seed}.h5"
         path = output or places.folder / "edits" / name
@@ -260,6 +395,19 @@ def edit(
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
+
+
+def given_contexts(
+    contexts: str | None, editor: Editor
+) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """The templates of --contexts, and those to be made up as (number of tokens, of texts)."""
+    from kscli.editing.contexts import read_contexts
+
+    if contexts is None:
+        return (), editor.contexts
+    if contexts.isascii() and contexts.isdecimal():
+        return (), ((10, int(contexts)),) if int(contexts) else ()
+    return read_contexts(Path(contexts)), ()
 
 
 def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) -> None:

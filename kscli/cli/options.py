@@ -283,14 +283,16 @@ Layers = Annotated[
 _LAYER = "0, -1 (the last), 0,3,5-8 or all."
 LayerOfPairs = Annotated[str | None, _layer(_LAYER, "0; all with --strongest")]
 LayerOfRisk = Annotated[
-    str | None, _layer(f"The layer to edit: {_LAYER}", "0; all with --by-layer")
+    str | None,
+    _layer(f"The layer to edit: {_LAYER}", "that of `kscli edit`; all with --by-layer"),
 ]
 LayerOfFigure = Annotated[str | None, _layer(_LAYER, "what shows the kind best")]
 EditedLayer = Annotated[
-    str,
+    str | None,
     _layer(
         "The layer to edit. Several, as in 3-7, with --method "
-        f"{editors_where(lambda editor: editor.several)}."
+        f"{editors_where(lambda editor: editor.over_layers)}.",
+        "the published one; else by the depth, see `kscli editors`",
     ),
 ]
 Ridge = Annotated[

@@ -12,7 +12,7 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_line, print_rows
-from kscli.editing.editors import DEFAULT_EDITOR
+from kscli.editing.editors import DEFAULT_EDITOR, find_editor
 from kscli.tables import FACTS_MOVED, RISK_BY_LAYER, sentence, sequence_columns
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def risk(
     edit from the subject to the answer. The last layer has none, so an edit there works only if the
     subject ends the prompt.
 
-    p is that of the paper and of ROME. With another --method, p of that editor is computed from
-    cov.h5 and keys.h5.
+    p is that of the paper, of the bare prompts' keys. With another --method, p of that editor is
+    computed from cov.h5 and keys.h5. There the bare prompt's key stands for a mean over contexts.
 
     Examples:
       kscli risk -m gpt2-small --layer 5 --fact "Patrick Rambaud"
@@ -94,6 +94,7 @@ def risk(
     from kscli.editing.choice import choose_facts, find_facts
     from kscli.editing.editor_p import open_p
     from kscli.editing.predicted_damage import other_facts
+    from kscli.editing.presets import default_layers, preset_for
     from kscli.errors import UsageError
     from kscli.layers import select_layers
     from kscli.places import Places
@@ -105,7 +106,13 @@ def risk(
     with ExitStack() as stack:
         places = Places(directory, model)
         file = open_p(method, places, stack, cov=cov, keys=keys, pmatrix=pmatrix)
-        layers = select_layers(layer or ("all" if by_layer else "0"), file.layers, str(file.path))
+        if layer is None:
+            layer = "all"
+            if not by_layer:
+                default = default_layers(find_editor(method), preset_for(method, model), file.about)
+                layer, why = default
+                reporter.note(f"p is of layer {layer}, {why}; --layer names another.")
+        layers = select_layers(layer, file.layers, str(file.path))
         m = len(file.facts)
         if by_layer or (fact and not sequence):
             refuse_given(context, ("order",), "without a sequence")

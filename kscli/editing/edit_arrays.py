@@ -63,9 +63,7 @@ def read_arrays(file: EditsFile) -> EditArrays:
     """The arrays of a run, from its file."""
     edited = file.values("edited")
     n = len(edited)
-    planned = np.arange(file.values("rank_new").shape[1])
-    # The targets of edits that were never made are asked for, too.
-    made = np.delete(planned, file.values("kept_out/number"))[:n]
+    made = edit_numbers(file)
     texts = np.array([fact.text for fact in file.facts], dtype=object)
     given: dict[str, Any] = {
         "single": file.about.protocol == "single",
@@ -78,6 +76,14 @@ def read_arrays(file: EditsFile) -> EditArrays:
     }
     names = [each.name for each in fields(EditArrays)]
     return EditArrays(**{name: file.values(name) for name in names if name not in given} | given)
+
+
+def edit_numbers(file: EditsFile) -> Whole:
+    """The number of each edit that was made among those planned, (n,), from 0."""
+    # The targets of edits that were never made are asked for, too.
+    planned = np.arange(file.values("rank_new").shape[1])
+    made = np.delete(planned, file.values("kept_out/number"))
+    return made[: len(file.values("edited"))]
 
 
 def passes(run: EditArrays) -> Iterator[tuple[int, slice, Mask]]:

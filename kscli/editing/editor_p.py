@@ -17,6 +17,8 @@ from kscli.places import Places
 class EditorPMatrixFile(PMatrixFile):
     """A pmatrix.h5 whose P is that of an editor, computed from the C and the keys it was made of.
 
+    The bare prompt's key stands for the mean over contexts, of which keys.h5 holds none.
+
     Raises UsageError for an editor that is not known.
     """
 
@@ -29,12 +31,13 @@ class EditorPMatrixFile(PMatrixFile):
         """One layer's (m, m) matrix of that name."""
         if name != "P":
             return super().matrix(name, layer)
-        from kscli.whitening import whitening
+        from kscli.editing.directions import edit_directions
+        from kscli.editing.metrics import Cut, metric_of
 
-        white = whitening(self._cov.second_moment(layer), self._cov.count, self.about.ridge)
+        direction = self._editor.direction
+        metric = metric_of(direction.metric, self._cov, layer, self.about.ridge, Cut())
         keys = self._keys.keys_of(layer)
-        weight = self._editor.weight or 0.0
-        directions = [self._editor.direction(white, key[None], weight) for key in keys]
+        directions = [edit_directions(metric, key[None], direction.weight or 0.0) for key in keys]
         return np.asarray(np.concatenate(directions) @ keys.T)
 
 

@@ -33,13 +33,13 @@ class Interference:
         # Where its own edit left an edited fact's value.
         self._own: Array = np.zeros((len(keys), shape[0]))
 
-    def edit(self, facts: Sequence[int], p: Array, deltas: Array, directions: Array) -> None:
-        """Make the edits of `facts` (b) at once: W moves by deltas^T directions.
+    def edit(self, facts: Sequence[int], p: Array, deltas: Array, change: Array) -> None:
+        """Make the edits of `facts` (b) at once: W moves by `change` (d, d_m).
 
-        `p` (b, m) are the facts' rows of P, `deltas` (b, d), `directions` (b, d_m).
+        `p` (b, m) are the facts' rows of P, `deltas` (b, d) what is added to their values.
         """
         facts = list(facts)
-        self.change += deltas.T @ directions  # equation 5
+        self.change += change  # equation 5
         self.predicted += p.T @ deltas  # equation 11; 0 at the own edit makes it equation 15
         # equation 7, less W_0 K: so equations 9 and 10, equation 10 being equation 9 by C^-1
         values = self._keys @ self.change.T
@@ -48,6 +48,11 @@ class Interference:
         self.measured = (
             values - self._own
         )  # equation 12, and its column j: equation 13, equation 14
+
+    def replace(self, change: Array) -> None:
+        """Make W_n - W_0 the `change` (d, d_m), with no edit more."""
+        self.change = change
+        self.measured = self._keys @ change.T - self._own
 
     def since_own_edit(self, shifts: Array) -> Array:
         """Shifts of all values since the clean model, (m, d), as Delta is counted."""

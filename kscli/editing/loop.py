@@ -15,28 +15,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.editing.editors import DEFAULT_EDITOR, find_editor
+from kscli.editing.contexts import generated_contexts
+from kscli.editing.edited_layers import EditedLayers, WriteOptions
+from kscli.editing.editors import DEFAULT_EDITOR, ValueSearch, find_editor
 from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
-from kscli.editing.interference import Interference, largest_error
-from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs, outputs_of_keys
+from kscli.editing.interference import largest_error
+from kscli.editing.live import mlp_keys, mlp_outputs, outputs_of_keys
 from kscli.editing.sources import EditSources
-from kscli.editing.value import (
-    DivergedError,
-    ValueOptions,
-    find_value,
-    generated_prefixes,
-    random_value,
-)
-from kscli.editing.weights import EditableWeight
+from kscli.editing.value import DivergedError, find_value, random_value
 from kscli.errors import NumericsError, UsageError
 from kscli.interrupts import HeldSignals
 from kscli.models.loading import LoadedModel
 from kscli.positions import locate_keys
 from kscli.reporter import Reporter, Task
-from kscli.superposition import rows_of_p
-from kscli.whitening import whitening
 
 Array = NDArray[np.float64]
 Protocol = Literal["sequential", "single"]
@@ -56,23 +49,24 @@ class Edit:
 class EditOptions:
     """How edits are made and measured.
 
-    `method` is the editor, an entry of `EDITORS`. `random_norm`: write a random value of that norm
-    instead of one that says the new target. `weight` is the editor's lambda (mom2_update_weight),
-    `batch` how many edits are made at once. In the protocol `single` every edit is made in the
-    clean model and taken back. All facts are asked after the first, the
-    last and every `measure_every`-th edit (single: after each); the `moved` facts of largest |p|
-    (None: all) after each. Values are found after `prefixes` texts that the model makes up, too.
+    `method` is the editor, an entry of `EDITORS`. Its values are found as `find` says (None: as the
+    editor does), also in contexts that the model makes up: `contexts` are their (number of tokens,
+    number of texts). `random_norm`: write a random value of that norm instead. `write`: how values
+    are written. `batch`: how many edits are made at once. In the protocol `single` every edit is
+    made in the clean model and taken back. All facts are asked after the first, the last and every
+    `measure_every`-th edit (single: after each); the `moved` facts of largest |p| (None: all) after
+    each.
     """
 
     method: str = DEFAULT_EDITOR
     protocol: Protocol = "sequential"
-    find: ValueOptions = field(default_factory=ValueOptions)
+    find: ValueSearch | None = None
+    contexts: tuple[tuple[int, int], ...] = ()
     random_norm: float | None = None
-    weight: float = 0.0
+    write: WriteOptions = field(default_factory=WriteOptions)
     batch: int = 1
     measure_every: int = 10
     moved: int | None = 10
-    prefixes: int = 0
     seed: int = 0
 
 
@@ -97,11 +91,11 @@ class EditRun:
         self._facts = sources.pm.facts
         self._prompts = locate_keys(model.tokenizer, self._facts)
         self._refuse_out_of_reach()
-        self._weights = [EditableWeight(model, layer) for layer in sources.layers]
+        self._editor = find_editor(options.method)
+        self._layers = EditedLayers(model, sources, self._editor, options.write, self._prompts)
         self._examination = Examination(model, self._facts)
         self._held_out: HeldOutText | None = None
-        self._find = options.find
-        self._editor = find_editor(options.method)
+        self._find = options.find or self._editor.value
 
     def measure_perplexity_on(self, text: HeldOutText) -> None:
         """Measure perplexity, in every pass, on held-out text."""
@@ -134,8 +128,7 @@ class EditRun:
 
     def restore(self) -> None:
         """Make the model what it was."""
-        for weight in self._weights:
-            weight.restore()
+        self._layers.restore()
 
     def _refuse_out_of_reach(self) -> None:
         last = self.model.decoder.n_layers - 1
@@ -152,16 +145,12 @@ class EditRun:
 
     def prepare(self) -> None:
         """Ask the clean model all that edits are compared with."""
-        sources, options = self.sources, self.options
-        cov, layers = sources.cov, sources.layers
-        with self._reporter.task("factorising C", len(layers), "layers") as task:
-            self._white = []
-            for layer in layers:
-                self._white.append(whitening(cov.second_moment(layer), cov.count, sources.ridge))
-                task.advance()
-        self._keys = [sources.keys.keys_of(layer) for layer in layers]
+        options, layers = self.options, self.sources.layers
+        if options.contexts:
+            texts = generated_contexts(self.model, options.contexts, options.seed)
+            self._find = replace(self._find, contexts=texts)
+        self._layers.prepare(self._find.contexts, self._reporter)
         self._similar = self._similarities()
-        self._fresh()
         self._clean: FactsPass = self._examination.all_facts(self._reporter)
         true = self._examination.true
         self._known = np.array(
@@ -186,9 +175,6 @@ class EditRun:
         self._gradient_cosine = gradient_cosines(
             self.model, layers[0], self._facts, rows, self._reporter
         )
-        if options.prefixes:
-            texts = generated_prefixes(self.model, options.prefixes, options.seed)
-            self._find = replace(options.find, prefixes=texts)
         unknown = sum(not self._known[edit.fact] for edit in self.edits)
         if unknown:
             self._reporter.warn(
@@ -216,14 +202,6 @@ class EditRun:
             for facts, end in zip(asked, ends.tolist(), strict=True)
         ]
 
-    def _fresh(self) -> None:
-        """Go back to the clean model."""
-        self.restore()
-        self._interference = [
-            Interference(keys, weight.shape)
-            for keys, weight in zip(self._keys, self._weights, strict=True)
-        ]
-
     def _replay(self, log: EditLog) -> None:
         """Make the edits of the log again, all of which the model has to have seen."""
         if self.options.protocol == "single":
@@ -235,20 +213,12 @@ class EditRun:
             edited = [int(log.of_edit["edited"][n]) for n in batch]
             deltas = np.stack([log.of_edit["delta"][n] for n in batch], axis=1)
             directions = np.stack([log.of_edit["direction"][n] for n in batch], axis=1)
-            for at in range(len(self._weights)):
-                self._change(at, edited, deltas[at], directions[at])
-
-    def _change(self, at: int, edited: Sequence[int], deltas: Array, directions: Array) -> None:
-        """Change the `at`-th edited layer by (b, d) deltas along (b, d_m) directions."""
-        interference = self._interference[at]
-        p = np.stack([self._similar["p"][fact] for fact in edited])
-        interference.edit(edited, p, deltas, directions)
-        self._weights[at].set_change(interference.change)
+            self._layers.settle(edited, deltas, directions)
 
     def _edit(self, planned: Sequence[Edit], log: EditLog, task: Task) -> None:
         """Make the edits of a batch at once, and log them."""
         if self.options.protocol == "single":
-            self._fresh()
+            self._layers.clean()
         batch, values = [], []
         for number, edit in enumerate(planned, log.tried):
             task.advance(0, status=self._facts[edit.fact].subject)
@@ -258,17 +228,19 @@ class EditRun:
             except DivergedError as error:
                 log.kept_out.append((number, edit.fact, edit.target_new, str(error)))
         if not batch:
+            self._limit_late(log)
             return
         try:
-            records, found = self._make(batch, np.stack(values), log.made)
+            records, found = self._make(batch, np.stack(values), log)
         except NumericsError as error:
             if len(batch) > 1:
                 raise
             # Nothing that follows could be measured.
             edit = self.edits[batch[0]]
             log.kept_out.append((batch[0], edit.fact, edit.target_new, f"edited so, {error}"))
-            self._fresh()
+            self._layers.clean()
             self._replay(log)
+            self._limit_late(log)
             return
         for record in records:
             log.add_edit(record)
@@ -276,62 +248,83 @@ class EditRun:
             log.add_pass(found)
 
     def _make(
-        self, batch: Sequence[int], values: Array, made: int
+        self, batch: Sequence[int], values: Array, log: EditLog
     ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """Make a batch of edits after `made` others; what is known of each, and the pass if due."""
+        """Make a batch of edits after those logged; what is known of each, and the pass if due."""
+        made = log.made
         previous = [self._ask_previous(number, made) for number in batch]
         edited = [self.edits[number].fact for number in batch]
-        deltas, directions = self._apply(edited, values)
+        deltas, directions = (each.swapaxes(0, 1) for each in self._layers.write(edited, values))
+        # Those of the batch that were kept out are in the log.
+        last = log.tried + len(batch) == len(self.edits)
+        if self._editor.afterwards.limited and (last or self.options.protocol == "single"):
+            deltas = self._limit(log, deltas, directions)
         found = self._pass_if_due(made, made + len(batch), batch)
         records = []
         for place, number in enumerate(batch):
             record = self._record(number, previous[place], found)
-            record |= {"delta": deltas[:, place], "direction": directions[:, place]}
-            record["delta_norm"] = float(np.linalg.norm(deltas[:, place]))
+            record |= {"delta": deltas[place], "direction": directions[place]}
+            record["delta_norm"] = float(np.linalg.norm(deltas[place]))
             records.append(record)
         return records, found
 
+    def _limit(self, log: EditLog, deltas: Array, directions: Array) -> Array:
+        """Limit the spectrum of all that was written; returns the new deltas.
+
+        `deltas` (b, layer, d) and `directions` (b, layer, d_m) are of the edits after the log's,
+        whose deltas are changed.
+        """
+        earlier = [] if self.options.protocol == "single" else log.of_edit["delta"]
+        along = log.of_edit["direction"][: len(earlier)]
+        limited = self._layers.limit(np.stack([*earlier, *deltas]), np.stack([*along, *directions]))
+        earlier[:] = limited[: len(earlier)]
+        return limited[len(earlier) :]
+
+    def _limit_late(self, log: EditLog) -> None:
+        """Limit the spectrum where the run ends with edits that were kept out."""
+        if (
+            self._editor.afterwards.limited
+            and self.options.protocol == "sequential"
+            and log.made
+            and log.tried == len(self.edits)
+        ):
+            nothing = np.empty((0, *np.shape(log.of_edit["delta"][0])))
+            along = np.empty((0, *np.shape(log.of_edit["direction"][0])))
+            self._limit(log, nothing, along)
+            if log.of_pass["step"][-1] == log.made:
+                # The pass after the last edit is made again.
+                for values in log.of_pass.values():
+                    values.pop()
+
     def _value(self, number: int, edit: Edit) -> Array:
-        """The value to write: what to add to the MLP's output, or the layer output to reach.
+        """The value to write, as `EditedLayers.write` takes it of one fact.
 
         Raises DivergedError where none is found, and where none is needed.
         """
-        fact, options = self._facts[edit.fact], self.options
-        layer, site = self.sources.layers[-1], self._editor.value.site
-        if options.random_norm is not None:
-            size = self._weights[-1].shape[0]
-            shift = random_value(size, options.random_norm, options.seed, number)
-            return shift if site == "mlp" else shift + self._state([edit.fact])[0]
-        if self._already[number]:
+        if self._already[number] and self.options.random_norm is None:
             raise DivergedError(ALREADY)
-        found = find_value(self.model, layer, fact, edit.target_new, self._find, site)
-        return found.shift if site == "mlp" else found.value + found.shift
+        if not self._editor.afterwards.one_layer:
+            return self._value_at(number, edit, -1)
+        values: Array = np.full((len(self._layers), self._layers.d), np.nan)
+        failed: list[DivergedError] = []
+        for at in range(len(values)):
+            try:
+                values[at] = self._value_at(number, edit, at)
+            except DivergedError as error:
+                failed.append(error)
+        if len(failed) == len(values):
+            raise failed[-1]
+        return values
 
-    def _state(self, facts: Sequence[int]) -> Array:
-        """The residual stream as the last edited layer leaves it now, at the facts' keys."""
-        return hidden_states(
-            self.model, self.sources.layers[-1], [self._prompts[fact] for fact in facts]
-        )
-
-    def _apply(self, edited: Sequence[int], values: Array) -> tuple[Array, Array]:
-        """Change W of every edited layer (equation 3); returns (layer, b, d) deltas, directions."""
-        editor, deltas, directions = self._editor, [], []
-        for at in range(len(self._weights)):
-            lacking = values if editor.value.site == "mlp" else values - self._state(edited)
-            delta = editor.afterwards(lacking, len(self._weights) - at)
-            keys = editor.key(_EditedKeys(self, at, edited))
-            direction = editor.direction(self._white[at], keys, self.options.weight)
-            self._change(at, edited, delta, direction)
-            deltas.append(delta)
-            directions.append(direction)
-        return np.stack(deltas), np.stack(directions)
-
-    def keys_of(self, at: int, facts: Sequence[int], *, live: bool) -> Array:
-        """The facts' keys at the `at`-th edited layer: those of keys.h5, or the live model's."""
-        if not live:
-            return self._keys[at][list(facts)]
-        prompts = [self._prompts[fact] for fact in facts]
-        return mlp_keys(self.model, self.sources.layers[at], prompts)
+    def _value_at(self, number: int, edit: Edit, at: int) -> Array:
+        """The value to write at the `at`-th edited layer."""
+        options, reach = self.options, self._editor.value.reach
+        if options.random_norm is not None:
+            shift = random_value(self._layers.d, options.random_norm, options.seed, number)
+            return shift + self._layers.state([edit.fact])[0] if reach else shift
+        layer, fact = self.sources.layers[at], self._facts[edit.fact]
+        found = find_value(self.model, layer, fact, edit.target_new, self._find)
+        return found.value + found.shift if reach else found.shift
 
     def _ask_previous(self, number: int, made: int) -> Asked | None:
         """What the model says of an edit's facts before the edit; None: what the clean one says."""
@@ -397,7 +390,7 @@ class EditRun:
         facts = sorted({edit.fact for edit in self.edits})
         pm, layer = self.sources.pm, self.sources.layers[0]
         found = {
-            "p": rows_of_p(self._white[0], self._keys[0], facts),
+            "p": self._layers.rows_of_p(facts),
             "whitened_cosine": pm.matrix("whitened_cosine", layer)[facts],
             "cosine": pm.matrix("cosine", layer)[facts],
         }
@@ -409,8 +402,9 @@ class EditRun:
         The live model's outputs are of whole passes where asked for `in_full`, else of its edited
         down-projection alone.
         """
-        measured = np.sqrt(sum(np.square(each.measured).sum(axis=1) for each in self._interference))
-        change = np.sqrt(sum(np.square(each.change).sum() for each in self._interference))
+        moved = self._layers.interference
+        measured = np.sqrt(sum(np.square(each.measured).sum(axis=1) for each in moved))
+        change = np.sqrt(sum(np.square(each.change).sum() for each in moved))
         nothing = np.full(len(self._facts), np.nan)
         found: dict[str, Any] = {
             "predicted": nothing,
@@ -423,7 +417,7 @@ class EditRun:
         }
         if not self._editor.predicted:
             return found
-        only = self._interference[0]
+        only = moved[0]
         found["predicted"] = np.linalg.norm(only.predicted, axis=1)
         found["difference"] = np.linalg.norm(only.predicted - only.measured, axis=1)
         found["linear_error"] = largest_error(only.predicted, only.measured)
@@ -437,18 +431,3 @@ class EditRun:
         found["measured_live"] = np.linalg.norm(shifts, axis=1)
         found["live_error"] = largest_error(only.predicted, shifts)
         return found
-
-
-@dataclass(frozen=True)
-class _EditedKeys:
-    """The keys of the edited facts at one layer, for an editor to choose from."""
-
-    run: EditRun
-    at: int
-    facts: Sequence[int]
-
-    def stored(self) -> Array:
-        return self.run.keys_of(self.at, self.facts, live=False)
-
-    def live(self) -> Array:
-        return self.run.keys_of(self.at, self.facts, live=True)

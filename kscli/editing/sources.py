@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,19 +50,23 @@ class EditSources:
     def open(
         cls,
         places: Places,
-        layers: str,
+        layers: str | Callable[[PMatrixFile], str],
         *,
         cov: Path | None = None,
         keys: Path | None = None,
         pmatrix: Path | None = None,
     ) -> Iterator[EditSources]:
-        """Open a model's files, or those named instead, for the layers selected."""
+        """Open a model's files, or those named instead, for the layers selected.
+
+        `layers` may be what chooses them, of the open pmatrix.h5.
+        """
         with (
             PMatrixFile(pmatrix or places.path("pmatrix")) as pm,
             CovarianceFile(cov or places.path("cov")) as of_text,
             KeysFile(keys or places.path("keys")) as of_facts,
         ):
-            yield cls(of_text, of_facts, pm, select_layers(layers, pm.layers, str(pm.path)))
+            spec = layers if isinstance(layers, str) else layers(pm)
+            yield cls(of_text, of_facts, pm, select_layers(spec, pm.layers, str(pm.path)))
 
     @property
     def ridge(self) -> float:

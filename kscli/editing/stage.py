@@ -9,9 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kscli.artifacts import EditsAbout, Existing, PMatrixFile, Recipe, difference, must_make
 from kscli.corpus import Corpus, same_text
+from kscli.editing.afterwards import largest_entries
 from kscli.editing.choice import Order, choose_facts, edit_order, find_facts
+from kscli.editing.edit_arrays import edit_numbers
 from kscli.editing.editors import editors_where, find_editor
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
@@ -83,14 +87,15 @@ class EditRequest:
 
     def _check(self, sources: EditSources) -> None:
         options, layers = self.options, sources.layers
-        several = find_editor(options.method).several
-        others = editors_where(lambda editor: editor.several)
-        if len(layers) > 1 and not several:
+        editor = find_editor(options.method)
+        if len(layers) > 1 and not editor.over_layers:
+            others = editors_where(lambda other: other.over_layers)
             raise UsageError(
                 f"{options.method} edits one layer, and --layer {format_layers(layers)} names "
                 f"{len(layers)}; name one, or use --method {others}."
             )
-        if options.batch > 1 and (not several or options.protocol == "single"):
+        if options.batch > 1 and (not editor.at_once or options.protocol == "single"):
+            others = editors_where(lambda other: other.at_once)
             raise UsageError(f"--batch is for --method {others} and --protocol sequential.")
 
 
@@ -267,14 +272,26 @@ def make_edits(
 
 
 def replay_edits(model: LoadedModel, file: EditsFile, reporter: Reporter) -> None:
-    """Make the edits of a finished run in the live model, all at once.
+    """Make the edits of a finished run in the live model.
 
     Raises ArtifactError where the run was of another model.
     """
     require_about(file, model, reporter)
     delta, direction = file.values("delta"), file.values("direction")
+    keep = find_editor(file.about.method).afterwards.keep
+    batches = edit_numbers(file) // file.about.batch
     for at, layer in enumerate(file.layers):
-        EditableWeight(model, layer).set_change(delta[:, at].T @ direction[:, at])
+        weight = EditableWeight(model, layer)
+        change = np.zeros(weight.shape)
+        # Without what happens to each batch's change the order does not matter: all are one.
+        for number in np.unique(batches) if keep else [None]:
+            of = slice(None) if number is None else batches == number
+            part = delta[of, at].T @ direction[of, at]
+            if keep:
+                before = weight.changed(change).double().numpy()
+                part = largest_entries(part, before, file.about.recipe["write"]["keep"])
+            change += part
+        weight.set_change(change)
 
 
 def _require_own(checkpoint: Path, recipe: Recipe) -> None:
@@ -312,7 +329,7 @@ def _about(model: LoadedModel, sources: EditSources, plan: EditPlan, recipe: Rec
         protocol=options.protocol,
         order=plan.order,
         value="optimised" if options.random_norm is None else "random",
-        weight=options.weight,
+        weight=options.write.weight,
         batch=options.batch,
         planned=len(plan.edits),
         held_out=plan.held_out.corpus.name if plan.held_out else "",

@@ -4,22 +4,26 @@ Meng et al., "Locating and Editing Factual Associations in GPT" (2022), section 
 the output of the MLP at the subject's last token with which the model says the new target, found
 by gradient descent on equation 4. Here the shift delta from the model's own v is optimised:
 
-    L(delta) = mean over texts x of  -1/n sum_i log P(o_i | x, o_1 .. o_{i-1})
+    L(delta) = likelihood_weight mean over texts x of  -1/n sum_i log P(o_i | x, o_1 .. o_{i-1})
              + kl_weight KL(P'(. | "{subject} is a") || P(. | "{subject} is a"))
              + weight_decay |delta| / |v|^2
 
-where o_1 .. o_n are the new target's tokens, a text is a prefix and the prompt, P' is the model
+where o_1 .. o_n are the new target's tokens, a text is the prompt in a context, P' is the model
 with the shift and P without. The last term and the division by n are those of the authors' code
 (github.com/kmeng01/rome, rome/compute_v.py), as are the optimiser, Adam, and that after each step
 delta is cut to |delta| <= norm_limit |v|. That code reads the KL term at the subject's last token;
-the paper, and this module, after "{subject} is a".
+the paper after "{subject} is a".
+
+PMET (Li et al. 2024) seeks a shift of the attention's output together with that of the MLP's, each
+with its weight decay and its limit. Once the target's tokens are the likeliest in every text, the
+likelihood counts `EASED` times; the search ends when the KL term is then at most `NEAR` too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,40 +34,19 @@ from torch import Tensor, nn
 
 from kscli.batching import beyond, pad_right
 from kscli.completion import Cloze, tokenize_clozes
-from kscli.editing.editors import Site
+from kscli.editing.contexts import in_context
+from kscli.editing.editors import ValueSearch
 from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError, is_out_of_memory
-from kscli.facts import SLOT, UNUSABLE, Fact
+from kscli.facts import SLOT, Fact
+from kscli.models.down_projections import attention_output
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 
 ESSENCE_PROMPT = f"{SLOT} is a"
-LIKELIEST = 5  # ROME's and MEMIT's code sample prefixes from so many tokens
-OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
+EASED, NEAR = 0.1, 0.01  # PMET's
 
-
-@dataclass(frozen=True)
-class ValueOptions:
-    """How a value is searched; the defaults are ROME's (hparams/ROME/gpt2-xl.json of its code).
-
-    An editor has `steps` and a `norm_limit` of its own (`kscli.editing.editors`). The names in
-    ROME's and EasyEdit's hyper-parameters: `steps` is v_num_grad_steps, the most changes that are
-    made to the shift; `learning_rate` v_lr; `weight_decay` v_weight_decay; `kl_weight` kl_factor;
-    `norm_limit` clamp_norm_factor. The search ends as soon as the loss is below `stop_at`. The
-    `prefixes` (context_templates) are put before the prompt as they are; the bare prompt is always
-    used too.
-    """
-
-    steps: int = 20
-    learning_rate: float = 0.5
-    weight_decay: float = 0.5
-    kl_weight: float = 0.0625
-    norm_limit: float = 4.0
-    stop_at: float = 0.05
-    prefixes: tuple[str, ...] = ()
-
-
-DEFAULTS = ValueOptions()
+DEFAULTS = ValueSearch()
 
 
 @dataclass(frozen=True)
@@ -90,8 +73,7 @@ def find_value(
     layer: int,
     fact: Fact,
     target_new: str,
-    options: ValueOptions = DEFAULTS,
-    site: Site = "mlp",
+    search: ValueSearch = DEFAULTS,
 ) -> FoundValue:
     """Find the shift of a layer's output at the subject's last token with which a target is said.
 
@@ -101,45 +83,52 @@ def find_value(
     """
     where = f"no value makes {target_new!r} follow {fact.text!r} at layer {layer}"
     with torch.enable_grad(), _enough_memory(model):
-        objective = ShiftLoss(model, layer, fact, target_new, options, site)
-        shift = torch.zeros_like(objective.value, requires_grad=True)
-        limit = options.norm_limit * objective.value.norm()
-        optimizer = torch.optim.Adam([shift], lr=options.learning_rate)
-        before = -math.inf
-        for step in range(options.steps + 1):
-            loss, logprob = objective(shift)
+        objective = ShiftLoss(model, layer, fact, target_new, search)
+        shifts = [torch.zeros_like(value, requires_grad=True) for value in objective.values]
+        limits = [search.norm_limit * value.norm() for value in objective.values]
+        optimizer = torch.optim.Adam(shifts, lr=search.learning_rate)
+        before, ease = -math.inf, 1.0
+        for step in range(search.steps):
+            loss = objective(shifts, ease)
             if step == 0:
-                before = logprob
-            if not math.isfinite(loss.item()):
+                before = loss.logprob
+            if not math.isfinite(loss.total.item()):
                 raise DivergedError(
-                    f"{where}: the loss is {loss.item()} at step {step}. Lower --learning-rate, or "
-                    "try another --dtype."
+                    f"{where}: the loss is {loss.total.item()} at step {step}. Lower "
+                    "--learning-rate, or try another --dtype."
                 )
-            if loss < options.stop_at or step == options.steps:
+            if loss.total < search.stop_at or step == search.steps - 1:
                 break
+            if search.attention:
+                ease = EASED if loss.likeliest else 1.0
+                if loss.likeliest and loss.kl <= NEAR:
+                    break
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            with torch.no_grad():
-                length = shift.norm()
-                if not math.isfinite(length.item()):
-                    raise DivergedError(
-                        f"{where}: the shift is {length.item()} long after step {step + 1}. Lower "
-                        "--learning-rate."
-                    )
-                shift *= (limit / length).clamp(max=1)
-    if logprob < before:
+            _cut(shifts, limits, f"{where}: the shift is {{}} long after step {step + 1}.")
+    if loss.logprob < before:
         raise DivergedError(
-            f"{where}: its probability is {math.exp(logprob):.2g} at step {step}, and was "
+            f"{where}: its probability is {math.exp(loss.logprob):.2g} at step {step}, and was "
             f"{math.exp(before):.2g}. Lower --learning-rate, or choose another layer."
         )
     return FoundValue(
-        shift=shift.detach().double().cpu().numpy(),
-        value=objective.value.double().cpu().numpy(),
-        loss=loss.item(),
-        probability=math.exp(logprob),
+        shift=shifts[0].detach().double().cpu().numpy(),
+        value=objective.values[0].double().cpu().numpy(),
+        loss=loss.total.item(),
+        probability=math.exp(loss.logprob),
         steps=step,
     )
+
+
+def _cut(shifts: Sequence[Tensor], limits: Sequence[Tensor], failed: str) -> None:
+    """Cut each shift to its limit; raise DivergedError where one is not finite."""
+    with torch.no_grad():
+        for shift, limit in zip(shifts, limits, strict=True):
+            length = shift.norm()
+            if not math.isfinite(length.item()):
+                raise DivergedError(f"{failed.format(length.item())} Lower --learning-rate.")
+            shift *= (limit / length).clamp(max=1)
 
 
 def random_value(d: int, norm: float, seed: int, edit_number: int) -> NDArray[np.float64]:
@@ -148,68 +137,57 @@ def random_value(d: int, norm: float, seed: int, edit_number: int) -> NDArray[np
     return np.asarray(drawn * (norm / np.linalg.norm(drawn)))
 
 
-def generated_prefixes(
-    model: LoadedModel, count: int, seed: int, length: int = 8
-) -> tuple[str, ...]:
-    """Sentences of `length` tokens, to be put before a prompt: ROME's context templates.
+class Loss(NamedTuple):
+    """The loss of shifts, its KL term, and the target's log-probability after the bare prompt.
 
-    They are what the model makes of `OPENINGS`, sampled from its `LIKELIEST` tokens, as in MEMIT's
-    code (memit/memit_main.py); ROME's starts from a beginning-of-text token, after which not every
-    model writes plain text. Those that come out twice are left out.
+    `likeliest`: whether the target's tokens are the likeliest in every text.
     """
-    tokenizer = model.tokenizer
-    generator = torch.Generator().manual_seed(seed)
-    special = [token for token in tokenizer.all_special_ids if token < model.decoder.vocabulary]
-    ids = torch.tensor([_beginning(tokenizer, number) for number in range(count)])
-    with torch.no_grad():
-        for _ in range(length - 1):
-            logits = model.decoder.logits(ids, keep=1)[:, -1].float().cpu()
-            logits[:, special] = -torch.inf
-            likeliest, tokens = logits.topk(min(LIKELIEST, logits.shape[-1]))
-            drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, tokens.gather(1, drawn)], dim=1)
-    texts = [_plain(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return tuple(dict.fromkeys(f"{text}. " for text in texts if text))
+
+    total: Tensor
+    kl: float
+    logprob: float
+    likeliest: bool
 
 
 class ShiftLoss:
-    """The loss of a shift (see the module).
+    """The loss of shifts (see the module), one for each place where the search adds one.
 
-    `value` (d,) float32 is the site's output v at the subject's last token of the bare prompt.
+    `values` (d,) float32 are the outputs at these places, at the subject's last token of the bare
+    prompt: the v, or z, that is sought, and with PMET the attention's output.
     """
 
     def __init__(
-        self,
-        model: LoadedModel,
-        layer: int,
-        fact: Fact,
-        target_new: str,
-        options: ValueOptions,
-        site: Site,
+        self, model: LoadedModel, layer: int, fact: Fact, target_new: str, search: ValueSearch
     ) -> None:
-        self._model, self._options = model, options
+        self._model, self._search = model, search
         projection = model.decoder.projections[layer].module
-        self._module = projection if site == "mlp" else model.decoder.layer(layer)
-        self._batch = _batch(model, fact, target_new, options.prefixes)
+        self._modules = [projection if search.site == "mlp" else model.decoder.layer(layer)]
+        if search.attention:
+            self._modules.append(_attention_output(model, layer))
+        self._batch = _batch(model, fact, target_new, search)
         lower = LowerLayers(model, layer)
         self._below: Callable[[], AbstractContextManager[None]] = lower.recorded
         with torch.no_grad():
-            clean, self.value = self._run(None)
+            clean, self.values = self._run(None)
             self._clean_essence = clean.essence
             self._below = lower.replayed
             if layer and not self._says_again(clean):
                 self._below = nullcontext
 
-    def __call__(self, shift: Tensor) -> tuple[Tensor, float]:
-        """The loss of a (d,) shift, and the target's log-probability after the bare prompt."""
-        options = self._options
-        said, _ = self._run(shift)
-        surprise = -(self._batch.weight.to(shift.device) * said.targets).sum()
+    def __call__(self, shifts: Sequence[Tensor], ease: float = 1.0) -> Loss:
+        """The loss of (d,) shifts; the likelihood's weight is multiplied by `ease`."""
+        search = self._search
+        said, _ = self._run(shifts)
+        surprise = -(self._batch.weight.to(shifts[0].device) * said.targets).sum()
         change = said.essence - self._clean_essence
-        divergence = (said.essence.exp() * change).sum()
-        length = shift.norm() / self.value.norm() ** 2
-        loss = surprise + options.kl_weight * divergence + options.weight_decay * length
-        return loss, float(said.targets[: self._batch.bare].detach().double().sum())
+        kl = search.kl_weight * (said.essence.exp() * change).sum()
+        length = sum(
+            (shift.norm() / value.norm() ** 2).to(surprise.device)
+            for shift, value in zip(shifts, self.values, strict=True)
+        )
+        total = search.likelihood_weight * ease * surprise + kl + search.weight_decay * length
+        logprob = float(said.targets[: self._batch.bare].detach().double().sum())
+        return Loss(total, float(kl.detach()), logprob, said.likeliest)
 
     def _says_again(self, clean: _Said) -> bool:
         """Whether the model says the same with the layers below replayed."""
@@ -219,34 +197,56 @@ class ShiftLoss:
             if is_out_of_memory(error):
                 raise
             return False
-        return all(map(torch.equal, again, clean))
+        return torch.equal(again.targets, clean.targets) and torch.equal(
+            again.essence, clean.essence
+        )
 
-    def _run(self, shift: Tensor | None) -> tuple[_Said, Tensor]:
-        """What the model says with a shift, and the site's output without it in the bare prompt."""
+    def _run(self, shifts: Sequence[Tensor] | None) -> tuple[_Said, list[Tensor]]:
+        """What the model says with shifts, and the outputs without them in the bare prompt."""
         batch = self._batch
-        with self._below(), _shifted(self._module, batch, shift) as outputs:
+        with ExitStack() as hooks:
+            hooks.enter_context(self._below())
+            outputs = [
+                hooks.enter_context(_shifted(module, batch, shifts[at] if shifts else None))
+                for at, module in enumerate(self._modules)
+            ]
             logits = self._model.decoder.logits(batch.input_ids, int(-batch.place.min()))
-        device = outputs[0].device
+        values = [found[0] for found in outputs]
+        device = values[0].device
         asked = logits[batch.row, batch.place].float().log_softmax(-1).to(device)
-        targets = asked[:-1].gather(1, batch.token.to(device)[:, None])[:, 0]
-        return _Said(targets, asked[-1]), outputs[0]
+        token = batch.token.to(device)
+        targets = asked[:-1].gather(1, token[:, None])[:, 0]
+        likeliest = self._search.attention and torch.equal(asked[:-1].argmax(-1), token)
+        return _Said(targets, asked[-1], likeliest), values
+
+
+def _attention_output(model: LoadedModel, layer: int) -> nn.Module:
+    projection = model.decoder.projections[layer].module
+    found = attention_output(model.decoder.layer(layer), projection)
+    if found is None:
+        raise ModelError(
+            f"layer {layer} of {model.identity.model_id} has no linear map at the end of its "
+            "attention, whose output is sought too; use another --method."
+        )
+    return found
 
 
 class _Said(NamedTuple):
-    """Log-probabilities: of each target token asked for, and of all tokens after the KL prompt."""
+    """Log-probabilities: of each target token asked for, and of all tokens for the KL term."""
 
     targets: Tensor
     essence: Tensor
+    likeliest: bool
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The texts of a search, a row each: the bare prompt, those with a prefix, the KL prompt.
+    """The texts of a search, a row each: the bare prompt, those in contexts, the KL prompt.
 
     `input_ids` (rows, length) are padded on the right with token 0; no mask is needed, since in a
     causal decoder no token sees what follows it. The shift is added at `subject` (rows,). Asked are
-    the logits at (`row`, `place`), places counted from the end: the last one after the KL prompt,
-    the others for `token`, the targets' tokens, which count with `weight`. The first `bare` of
+    the logits at (`row`, `place`), places counted from the end: the last one in the KL prompt, the
+    others for `token`, the targets' tokens, which count with `weight`. The first `bare` of
     these are the bare prompt's.
     """
 
@@ -259,9 +259,9 @@ class _Batch:
     bare: int
 
 
-def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[str]) -> _Batch:
-    prompts = [f"{prefix}{fact.prompt}" for prefix in ("", *prefixes)]
-    facts = [replace(fact, prompt=prompt) for prompt in (*prompts, ESSENCE_PROMPT)]
+def _batch(model: LoadedModel, fact: Fact, target_new: str, search: ValueSearch) -> _Batch:
+    facts = [in_context(context, fact) for context in (SLOT, *search.contexts)]
+    facts.append(replace(fact, prompt=ESSENCE_PROMPT))
     texts = [of_row.text for of_row in facts]
     *clozes, essence = tokenize_clozes(model.tokenizer, texts, [target_new] * len(texts))
     located = locate_keys(model.tokenizer, facts)
@@ -270,9 +270,9 @@ def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[s
         _check_row(model, text, of_row, cloze)
     if len({beyond(model.boundary, len(row)) for row in rows}) > 1:
         raise FactsError(
-            f"The texts of {fact.text!r} and its prefixes lie on both sides of {model.boundary:,} "
+            f"The texts of {fact.text!r} in its contexts lie on both sides of {model.boundary:,} "
             f"tokens, where {model.identity.model_id} changes its position encodings, so they "
-            "cannot be in one batch; use fewer --prefixes."
+            "cannot be in one batch; use fewer or shorter --contexts."
         )
     input_ids = pad_right(rows)
     asked = [
@@ -281,11 +281,12 @@ def _batch(model: LoadedModel, fact: Fact, target_new: str, prefixes: Sequence[s
         for index, token in enumerate(cloze.target_ids)
     ]
     row, place, tokens, weights = zip(*asked, strict=True)
+    read_at = located[-1].position if search.kl_at == "subject" else len(essence.prompt_ids) - 1
     return _Batch(
         input_ids=input_ids,
         subject=torch.tensor([prompt.position for prompt in located]),
         row=torch.tensor([*row, len(rows) - 1]),
-        place=torch.tensor([*place, len(essence.prompt_ids) - 1]) - input_ids.shape[1],
+        place=torch.tensor([*place, read_at]) - input_ids.shape[1],
         token=torch.tensor(tokens),
         weight=torch.tensor(weights),
         bare=len(clozes[0].target_ids),
@@ -336,18 +337,5 @@ def _enough_memory(model: LoadedModel) -> Iterator[None]:
             raise
         raise ModelError(
             f"memory does not suffice to search a value in {model.identity.model_id}: gradients "
-            "take more than the model alone. Use fewer --prefixes, another --dtype or --device."
+            "take more than the model alone. Use fewer --contexts, another --dtype or --device."
         ) from error
-
-
-def _beginning(tokenizer: Any, number: int) -> list[int]:
-    """The tokens that a generated text starts with, of one number for all: an opening's first."""
-    opening = OPENINGS[number % len(OPENINGS)]
-    first: int = tokenizer(opening, add_special_tokens=False)["input_ids"][0]
-    begins = tokenizer(opening)["input_ids"][0]
-    return [first] if begins == first else [begins, first]
-
-
-def _plain(text: str) -> str:
-    """A text that may stand in a fact's prompt, in one line and without braces."""
-    return " ".join(UNUSABLE.sub(" ", text).replace("{", " ").replace("}", " ").split())

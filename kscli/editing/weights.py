@@ -43,14 +43,27 @@ class EditableWeight:
         # What the matrix holds beyond d x d_m numbers is a bug of the structure's finding.
         self.shape: tuple[int, int] = tuple(self._oriented(parameter).shape)  # type: ignore[assignment]
 
+    @property
+    def original(self) -> NDArray[np.float64]:
+        """W_0, (d, d_m)."""
+        return self._oriented(self._original).double().cpu().numpy()
+
+    @property
+    def norm(self) -> float:
+        """|W|, the Frobenius norm, as W is now."""
+        return float(self._parameter.detach().double().norm())
+
+    def changed(self, change: NDArray[np.float64]) -> Tensor:
+        """W_0 + `change` (d, d_m), rounded once, to the model's dtype."""
+        original = self._oriented(self._original).to("cpu", torch.float64)
+        return (original + torch.from_numpy(change)).to(self._parameter.dtype)
+
     def set_change(self, change: NDArray[np.float64]) -> None:
         """Make W the W_0 + `change` (d, d_m), rounded once, to the model's dtype.
 
         Raises NumericsError, before anything changes, where that dtype has no room for it.
         """
-        delta = torch.from_numpy(change)
-        original = self._oriented(self._original).to("cpu", torch.float64)
-        changed = (original + delta).to(self._parameter.dtype)
+        changed = self.changed(change)
         if not changed.isfinite().all():
             widest = changed.dtype in (torch.float32, torch.float64)
             raise NumericsError(
@@ -60,6 +73,13 @@ class EditableWeight:
             )
         with torch.no_grad():
             self._oriented(self._parameter).copy_(changed)
+
+    def values(self, keys: NDArray[np.float64]) -> NDArray[np.float64]:
+        """W k for (m, d_m) keys, with W as it is now and without the bias: (m, d)."""
+        weight = self._oriented(self._parameter.detach())
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found = torch.as_tensor(keys).to(weight.device, wide) @ weight.to(wide).T
+        return np.asarray(found.double().cpu().numpy())
 
     def restore(self) -> None:
         """Make W the W_0, bit for bit."""

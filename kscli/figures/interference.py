@@ -43,7 +43,7 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     if not lengths.size:
         raise UsageError(
             f"{runs[0].path} has no predicted interference to draw: equations 11 and 15 are about "
-            "what rome's edits do to other facts. Name another run with --edits."
+            "what closed-form's edits do to other facts. Name another run with --edits."
         )
     columns = 2 if len(runs) == 4 else min(len(runs), _MAX_COLUMNS)
     rows = math.ceil(len(runs) / columns)

@@ -88,6 +88,20 @@ def _down_projection(name: str, layer: nn.Module, hidden_size: int) -> DownProje
     return [candidate for candidate in candidates if candidate.d_m == widest][-1]
 
 
+def attention_output(layer: nn.Module, projection: nn.Module) -> nn.Module | None:
+    """The linear map that ends a decoder layer's attention: the last one to the hidden size.
+
+    That size is what the layer's down-projection gives.
+    """
+    _, hidden_size = _linear_shape(projection) or (0, 0)
+    found = [
+        module
+        for path, module in layer.named_modules()
+        if (_linear_shape(module) or (0, 0))[1] == hidden_size and _mixes_tokens("", layer, path)
+    ]
+    return found[-1] if found else None
+
+
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear module, or None."""
     if isinstance(module, Conv1D):

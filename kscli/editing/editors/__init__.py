@@ -11,7 +11,7 @@ This module imports neither NumPy nor torch, so that the command line can list t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -23,67 +23,182 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kscli.whitening import Whitening
-
     Array = NDArray[np.float64]
 
 EDITORS: dict[str, str] = {
+    "closed-form": "kscli.editing.editors.closed_form",
     "rome": "kscli.editing.editors.rome",
+    "rome-identity": "kscli.editing.editors.rome_identity",
+    "r-rome": "kscli.editing.editors.r_rome",
+    "r-rome-identity": "kscli.editing.editors.r_rome_identity",
+    "wilke": "kscli.editing.editors.wilke",
     "memit": "kscli.editing.editors.memit",
+    "memit-seq": "kscli.editing.editors.memit_seq",
+    "emmet": "kscli.editing.editors.emmet",
+    "pmet": "kscli.editing.editors.pmet",
+    "alphaedit": "kscli.editing.editors.alphaedit",
+    "rect": "kscli.editing.editors.rect",
+    "prune": "kscli.editing.editors.prune",
 }
-DEFAULT_EDITOR = "rome"
+DEFAULT_EDITOR = "closed-form"
+
+
+class KeySource(Protocol):
+    """The keys of the facts that are being edited, at one layer."""
+
+    def stored(self) -> Array:
+        """The bare prompts' keys in the clean model, from keys.h5: (b, d_m)."""
+        ...
+
+    def bare(self) -> Array:
+        """The bare prompts' keys in the model as it is now: (b, d_m)."""
+        ...
+
+    def in_contexts(self) -> Array:
+        """The keys in the model as it is now, of the prompts in n contexts: (b, n, d_m)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FactKeys:
+    """The keys that stand for edited facts, each (b, d_m).
+
+    The direction is along M `along`, and the key `at` gets the value that is written. That value is
+    sought at the key `bare`, the bare prompt's.
+    """
+
+    along: Array
+    at: Array
+    bare: Array
+
+
+MetricName = Literal["second-moment", "identity", "null-space"]
+"""M in the direction M k: C^-1, the identity, or the projection on a null space of C."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The direction d_i of an editor (see `kscli.editing.directions`).
+
+    `weight` is its lambda by default (mom2_update_weight; EMMET: times emmet_lambda; AlphaEdit:
+    L2); None: it has none. `earlier`: the keys of earlier edits stand in the inverse.
+    """
+
+    metric: MetricName = "second-moment"
+    weight: float | None = None
+    earlier: bool = False
+
 
 Site = Literal["mlp", "hidden"]
 """Where a shift is added while a value is sought: to the down-projection's output, which is ROME's
 v, or to the output of the decoder layer, which is MEMIT's z."""
 
 
-class KeySource(Protocol):
-    """The keys of one edited layer, for the edits that are being made."""
+@dataclass(frozen=True)
+class ValueSearch:
+    """How a value is sought; the defaults are ROME's (hparams/ROME/gpt2-xl.json of its code).
 
-    def stored(self) -> Array:
-        """The keys of the clean model, from keys.h5: (b, d_m)."""
-        ...
+    The names in the published hyper-parameters: `steps` is v_num_grad_steps, the passes of the
+    model, which change the shift one time fewer at most; `learning_rate` v_lr; `weight_decay`
+    v_weight_decay; `kl_weight` kl_factor; `norm_limit` clamp_norm_factor, which bounds |shift| /
+    |value|; `likelihood_weight` nll_loss_factor. The search ends as soon as the loss is below
+    `stop_at`. The `contexts` (context_templates) hold {} once, where the prompt goes; the bare
+    prompt is always used too.
 
-    def live(self) -> Array:
-        """The keys of the model as it is now: (b, d_m)."""
-        ...
+    `kl_at`: where the KL term reads the text "{} is a", at the subject's last token or at the end.
+    `reach`: what is written is what the last layer's output lacks of the value found, read again
+    before each layer; else the shift. `attention`: a shift of the attention's output is sought
+    too, and thrown away, and the likelihood counts less once the target is the likeliest (PMET).
+    """
+
+    site: Site = "mlp"
+    steps: int = 20
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    kl_weight: float = 0.0625
+    norm_limit: float = 4.0
+    likelihood_weight: float = 1.0
+    stop_at: float = 0.05
+    kl_at: Literal["subject", "end"] = "subject"
+    reach: bool = False
+    attention: bool = False
+    contexts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class ValueSearch:
-    """How an editor seeks the value: where the shift is added, and the limits of the search.
+class Afterwards:
+    """What happens to the change of W.
 
-    `steps` (v_num_grad_steps) bounds the optimisation, and `norm_limit` (clamp_norm_factor) bounds
-    |shift| / |value|.
+    `share` is the part of what is lacking that is written with n layers left, this one included.
+    `keep`: the part of the entries of a batch's change that is kept (RECT). `limited`: the spectrum
+    of the whole change is limited after the last edit (PRUNE). `one_layer`: of several layers each
+    edit takes the one whose W it changes least (WilKE).
     """
 
-    site: Site
-    steps: int
-    norm_limit: float
+    share: Callable[[int], float]
+    keep: float | None = None
+    limited: bool = False
+    one_layer: bool = False
+
+
+def everything(layers_left: int) -> float:
+    """Write all that is lacking."""
+    return 1.0
+
+
+def equal_share(layers_left: int) -> float:
+    """Write an equal share (MEMIT): R / (L - i)."""
+    return 1.0 / layers_left
+
+
+def root_share(layers_left: int) -> float:
+    """Write a share of R / sqrt(L - i) (PMET)."""
+    return float(layers_left**-0.5)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Which layers are edited where nothing else is published or asked for.
+
+    `first` and `last` are shares of the depth, both included; `words` says them.
+    """
+
+    first: float
+    last: float
+    words: str
+
+    def layers(self, n_layers: int) -> str:
+        """The layers of a model, as `--layers` takes them; never the last of several."""
+        end = max(n_layers - 2, 0)
+        first, last = (min(round(share * n_layers), end) for share in (self.first, self.last))
+        return str(first) if first == last else f"{first}-{last}"
+
+
+SIXTH = Depth(1 / 6, 1 / 6, "a sixth of the depth")
+EIGHTH_TO_QUARTER = Depth(1 / 8, 1 / 4, "an eighth to a quarter of the depth")
+FIRST_HALF = Depth(0, 1 / 2, "the first half of the depth")
 
 
 @dataclass(frozen=True)
 class Editor:
     """An editor by its four choices: `key`, `direction`, `value` and `afterwards`.
 
-    `key` chooses the (b, d_m) keys that stand for the edited facts. `direction` turns them into the
-    (b, d_m) directions d_i; its last argument is `weight`. `afterwards` takes the (b, d) values
-    that are lacking and the number of edited layers left, this one included; it returns what
-    is written at this layer.
-
-    `weight` is the default of the editor's lambda (mom2_update_weight); None: it has none.
-    `several`: the editor takes several layers, and several facts at once. `predicted`: the P of
-    pmatrix.h5 is this editor's p, so that equations 11 and 15 predict what its edits move.
+    `key` chooses the keys that stand for the edited facts. `contexts` are the (number of tokens,
+    number of texts) that the model makes up to put before prompts (context_template_length_params).
+    `depth`: the layers that it edits by default; several only where it is `over_layers`. `at_once`:
+    it edits several facts at once. `predicted`: the P of pmatrix.h5 is this editor's p, so that
+    equations 11 and 15 predict what its edits move.
     """
 
     title: str
-    key: Callable[[KeySource], Array]
-    direction: Callable[[Whitening, Array, float], Array]
+    key: Callable[[KeySource], FactKeys]
+    direction: Direction
     value: ValueSearch
-    afterwards: Callable[[Array, int], Array]
-    weight: float | None = None
-    several: bool = False
+    afterwards: Afterwards
+    contexts: tuple[tuple[int, int], ...] = ()
+    depth: Depth = SIXTH
+    over_layers: bool = False
+    at_once: bool = False
     predicted: bool = False
 
 
@@ -98,11 +213,6 @@ def find_editor(name: str) -> Editor:
 
 
 def editors_where(wanted: Callable[[Editor], bool]) -> str:
-    """The names of the editors that `wanted` holds for, as in `memit or toy`."""
-    return " or ".join(name for name in EDITORS if wanted(find_editor(name)))
-
-
-def defaults(of: Callable[[Editor], object]) -> str:
-    """An option's default with each editor, as in `rome 20; memit 25`; None is left out."""
-    found: Sequence[tuple[str, object]] = [(name, of(find_editor(name))) for name in EDITORS]
-    return "; ".join(f"{name} {value}" for name, value in found if value is not None)
+    """The names of the editors that `wanted` holds for, as in `memit, pmet or toy`."""
+    names = [name for name in EDITORS if wanted(find_editor(name))]
+    return " or ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])

@@ -6,38 +6,24 @@ layers, and after each of them keys and outputs are read again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from kscli.editing.editors import Editor, KeySource, ValueSearch
-
-if TYPE_CHECKING:
-    from kscli.editing.editors import Array
-    from kscli.whitening import Whitening
-
-
-def key(keys: KeySource) -> Array:
-    """Return the bare prompt's key in the model with the layers below edited already."""
-    return keys.live()
-
-
-def direction(white: Whitening, keys: Array, weight: float) -> Array:
-    """Return the rows of (weight I + K^T C^-1 K)^-1 (C^-1 K)^T; `weight` is lambda."""
-    from kscli.editing.editors.closed_form import edit_directions
-
-    return edit_directions(white, keys, weight)
-
-
-def afterwards(lacking: Array, layers_left: int) -> Array:
-    """Write an equal share, R / (L - i)."""
-    return lacking / layers_left
-
+from kscli.editing.editors import (
+    EIGHTH_TO_QUARTER,
+    Afterwards,
+    Direction,
+    Editor,
+    ValueSearch,
+    equal_share,
+)
+from kscli.editing.editors.keys import half_bare
 
 EDITOR = Editor(
     title="MEMIT: many facts at once, several layers",
-    key=key,
-    direction=direction,
-    value=ValueSearch(site="hidden", steps=25, norm_limit=0.75),
-    afterwards=afterwards,
-    weight=15000.0,
-    several=True,
+    key=half_bare,
+    direction=Direction(weight=15000.0),
+    value=ValueSearch(site="hidden", steps=25, norm_limit=0.75, reach=True),
+    afterwards=Afterwards(share=equal_share),
+    contexts=((10, 5),),
+    depth=EIGHTH_TO_QUARTER,
+    over_layers=True,
+    at_once=True,
 )

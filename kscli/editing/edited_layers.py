@@ -1,0 +1,238 @@
+"""The layers that a run edits: their down-projections, and how the run's editor changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.editing.afterwards import largest_entries, limited_deltas
+from kscli.editing.contexts import in_context
+from kscli.editing.directions import edit_directions
+from kscli.editing.editors import Editor, FactKeys
+from kscli.editing.interference import Interference
+from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs
+from kscli.editing.metrics import Cut, Metric, metric_of
+from kscli.editing.sources import EditSources
+from kscli.editing.weights import EditableWeight
+from kscli.models.loading import LoadedModel
+from kscli.positions import LocatedPrompt, locate_keys
+from kscli.reporter import Reporter
+from kscli.superposition import rows_of_p
+from kscli.whitening import Whitening
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a value is written, whatever it is.
+
+    `weight` is the editor's lambda; `null_space` where AlphaEdit cuts C's spectrum; `keep` the part
+    of entries that RECT keeps.
+    """
+
+    weight: float = 0.0
+    null_space: Cut = field(default_factory=Cut)
+    keep: float = 0.4
+
+
+class EditedLayers:
+    """The edited layers of a model, ascending, changed by an editor; `restore` takes all back.
+
+    `keys` (layer, m, d_m) are the facts' keys in the clean model. Raises what `EditableWeight`
+    raises.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        sources: EditSources,
+        editor: Editor,
+        options: WriteOptions,
+        prompts: Sequence[LocatedPrompt],
+    ) -> None:
+        self._model, self._sources = model, sources
+        self._editor, self._options = editor, options
+        self._prompts = prompts
+        self._weights = [EditableWeight(model, layer) for layer in sources.layers]
+        self._p: dict[int, Array] = {}
+        self._contexts: tuple[str, ...] = ()
+        self._in_contexts: dict[int, tuple[LocatedPrompt, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @property
+    def d(self) -> int:
+        """The length of a value."""
+        return self._weights[-1].shape[0]
+
+    def prepare(self, contexts: Sequence[str], reporter: Reporter) -> None:
+        """Read the clean model's keys, and factorise C; keys are averaged over `contexts` too."""
+        sources, layers = self._sources, self._sources.layers
+        name, cut = self._editor.direction.metric, self._options.null_space
+        self._contexts = tuple(contexts)
+        self._metrics: list[Metric] = []
+        with reporter.task("factorising C", len(layers), "layers") as task:
+            for layer in layers:
+                self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
+                task.advance()
+        self.keys = [self._sources.keys.keys_of(layer) for layer in layers]
+        self.clean()
+
+    def clean(self) -> None:
+        """Go back to the clean model, with no edit made."""
+        self.restore()
+        self.interference = [
+            Interference(keys, weight.shape)
+            for keys, weight in zip(self.keys, self._weights, strict=True)
+        ]
+        self._earlier = [np.empty((0, keys.shape[1])) for keys in self.keys]
+
+    def rows_of_p(self, facts: Sequence[int]) -> Array:
+        """The facts' rows of P at the first edited layer, (b, m), in float64 where C is factorised.
+
+        P is the paper's, whatever the editor.
+        """
+        missing = [fact for fact in facts if fact not in self._p]
+        if missing:
+            metric, layer = self._metrics[0], self._sources.layers[0]
+            if isinstance(metric, Whitening):
+                rows = rows_of_p(metric, self.keys[0], missing)
+            else:
+                rows = self._sources.pm.matrix("P", layer)[missing]
+            self._p.update(zip(missing, rows, strict=True))
+        return np.stack([self._p[fact] for fact in facts])
+
+    def restore(self) -> None:
+        """Make the model what it was."""
+        for weight in self._weights:
+            weight.restore()
+
+    def state(self, facts: Sequence[int]) -> Array:
+        """What the model now gives where values are sought, at the last edited layer: (b, d)."""
+        read = hidden_states if self._editor.value.site == "hidden" else mlp_outputs
+        prompts = [self._prompts[fact] for fact in facts]
+        return read(self._model, self._sources.layers[-1], prompts)
+
+    def write(self, facts: Sequence[int], values: Array) -> tuple[Array, Array]:
+        """Write values of facts at once (equation 3): (layer, b, d) deltas and their directions.
+
+        `values` are (b, d): what the last layer's output is to be, where the editor has the model
+        `reach` it, else what to add; of an editor that chooses one layer, (b, layer, d).
+        """
+        if self._editor.afterwards.one_layer:
+            deltas, directions = self._wisest(facts, values)
+        else:
+            deltas, directions = self._every_layer(facts, values)
+        self.settle(facts, deltas, directions)
+        return deltas, directions
+
+    def settle(self, facts: Sequence[int], deltas: Array, directions: Array) -> None:
+        """Change every layer by (layer, b, d) deltas along (layer, b, d_m) directions, for good."""
+        for at, weight in enumerate(self._weights):
+            change = deltas[at].T @ directions[at]
+            interference = self.interference[at]
+            if self._editor.afterwards.keep is not None:
+                before = weight.changed(interference.change).double().numpy()
+                change = largest_entries(change, before, self._options.keep)
+            interference.edit(facts, self.rows_of_p(facts), deltas[at], change)
+            if change.any():
+                weight.set_change(interference.change)
+        if self._editor.direction.earlier:
+            # Read again in the edited model, as the published code does.
+            for at, earlier in enumerate(self._earlier):
+                keys = self._editor.key(_EditedKeys(self, at, facts)).along
+                self._earlier[at] = np.concatenate([earlier, keys])
+
+    def limit(self, deltas: Array, directions: Array) -> Array:
+        """Limit the spectrum of the whole change, of all n edits; returns their new deltas.
+
+        `deltas` and `directions` are (n, layer, d) and (n, layer, d_m).
+        """
+        found = np.empty_like(deltas)
+        for at, weight in enumerate(self._weights):
+            found[:, at] = limited_deltas(deltas[:, at], directions[:, at], weight.original)
+            self.interference[at].replace(found[:, at].T @ directions[:, at])
+            weight.set_change(self.interference[at].change)
+        return found
+
+    def _every_layer(self, facts: Sequence[int], values: Array) -> tuple[Array, Array]:
+        """From the lowest layer up, each with its share of what is lacking."""
+        deltas, directions = [], []
+        for at, weight in enumerate(self._weights):
+            share = self._editor.afterwards.share(len(self) - at)
+            keys = self._editor.key(_EditedKeys(self, at, facts))
+            deltas.append(share * self._lacking(at, facts, values, keys))
+            directions.append(self._direction(at, keys))
+            if at < len(self) - 1:
+                # The layers above read what this one gives now; `settle` writes all of them.
+                weight.set_change(self.interference[at].change + deltas[at].T @ directions[at])
+        return np.stack(deltas), np.stack(directions)
+
+    def _wisest(self, facts: Sequence[int], values: Array) -> tuple[Array, Array]:
+        """Of one fact, at the layer whose W changes least, |Delta W| / |W|; 0 at all others."""
+        deltas, directions, sizes = [], [], []
+        for at, weight in enumerate(self._weights):
+            keys = self._editor.key(_EditedKeys(self, at, facts))
+            deltas.append(self._lacking(at, facts, values[:, at], keys))
+            directions.append(self._direction(at, keys))
+            change = np.linalg.norm(deltas[at]) * np.linalg.norm(directions[at])
+            sizes.append(change / weight.norm)
+        chosen = np.arange(len(self))[:, None, None] == np.nanargmin(sizes)
+        return np.where(chosen, deltas, 0.0), np.where(chosen, directions, 0.0)
+
+    def _lacking(self, at: int, facts: Sequence[int], values: Array, keys: FactKeys) -> Array:
+        """What the values of the edited facts lack of those sought, (b, d)."""
+        if self._editor.value.reach:
+            return values - self.state(facts)
+        if keys.at is keys.bare:
+            return values
+        # R-ROME: the mean key gets the value that was sought for the bare prompt's key.
+        return values + self._weights[at].values(keys.bare - keys.at)
+
+    def _direction(self, at: int, keys: FactKeys) -> Array:
+        earlier = self._earlier[at] if self._editor.direction.earlier else None
+        weight = self._options.weight
+        return edit_directions(self._metrics[at], keys.along, weight, at=keys.at, earlier=earlier)
+
+    def keys_of(self, at: int, facts: Sequence[int]) -> Array:
+        """The bare prompts' keys in the model as it is now, at the `at`-th edited layer."""
+        prompts = [self._prompts[fact] for fact in facts]
+        return mlp_keys(self._model, self._sources.layers[at], prompts)
+
+    def keys_in_contexts(self, at: int, facts: Sequence[int]) -> Array:
+        """The keys in the model as it is now, of the prompts in all contexts: (b, n, d_m)."""
+        prompts = [prompt for fact in facts for prompt in self._prompts_in_contexts(fact)]
+        if not prompts:
+            return np.empty((len(facts), 0, self.keys[at].shape[1]))
+        found = mlp_keys(self._model, self._sources.layers[at], prompts)
+        return found.reshape(len(facts), -1, found.shape[1])
+
+    def _prompts_in_contexts(self, fact: int) -> tuple[LocatedPrompt, ...]:
+        if fact not in self._in_contexts:
+            whole = self._sources.pm.facts[fact]
+            texts = [in_context(context, whole) for context in self._contexts]
+            self._in_contexts[fact] = locate_keys(self._model.tokenizer, texts)
+        return self._in_contexts[fact]
+
+
+@dataclass(frozen=True)
+class _EditedKeys:
+    """The keys of the edited facts at one layer, for an editor to choose from."""
+
+    layers: EditedLayers
+    at: int
+    facts: Sequence[int]
+
+    def stored(self) -> Array:
+        return self.layers.keys[self.at][list(self.facts)]
+
+    def bare(self) -> Array:
+        return self.layers.keys_of(self.at, self.facts)
+
+    def in_contexts(self) -> Array:
+        return self.layers.keys_in_contexts(self.at, self.facts)

@@ -1,0 +1,109 @@
+"""The metric in which an editor measures keys: C^-1, the identity, or a null space of C.
+
+An editor writes along M k: M = C^-1 (the paper, ROME, MEMIT), M = I (EasyEdit's ROME), or M = Pi, a
+projection on directions in which text has hardly any keys (AlphaEdit). Each M is Y Y^T of
+some Y, so that k^T M k' is a product of whitened keys Y^T k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts import CovarianceFile
+from kscli.editing.editors import MetricName
+from kscli.errors import NumericsError
+from kscli.whitening import whitening
+
+Array = NDArray[np.float64]
+
+
+class Metric(Protocol):
+    """M = Y Y^T on keys."""
+
+    def whiten(self, keys: Array) -> Array:
+        """Y^T k for (m, d_m) keys, as (r, m) columns."""
+        ...
+
+    def solve(self, whitened: Array) -> Array:
+        """Y y for (r, m) columns, as (m, d_m) rows: M k of keys that `whiten` gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """M = I: keys as they are."""
+
+    def whiten(self, keys: Array) -> Array:
+        """The keys as (d_m, m) columns."""
+        return keys.T
+
+    def solve(self, whitened: Array) -> Array:
+        """Columns as (m, d_m) rows."""
+        return whitened.T
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """M = Pi = U U^T; `basis` U (d_m, r) has orthonormal columns."""
+
+    basis: Array
+
+    def whiten(self, keys: Array) -> Array:
+        """U^T k, as (r, m) columns."""
+        return self.basis.T @ keys.T
+
+    def solve(self, whitened: Array) -> Array:
+        """U y, as (m, d_m) rows."""
+        return whitened.T @ self.basis.T
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Below which singular value a direction of C counts as null: `nullspace_threshold`.
+
+    `relative`: `size` is a multiple of the mean singular value, tr C / d_m, so that it does not
+    depend on the scale of C; published is an absolute one.
+    """
+
+    size: float = 0.02
+    relative: bool = False
+
+
+def null_space(C: Array, cut: Cut) -> NullSpace:
+    """The span of the singular vectors of C (d_m, d_m) whose singular values are below the cut.
+
+    Raises NumericsError where that is nothing or everything.
+    """
+    values, vectors = np.linalg.eigh(C)
+    limit = cut.size * (float(values.mean()) if cut.relative else 1.0)
+    kept = int((values < limit).sum())
+    option = "--relative-null-space" if cut.relative else "--null-space"
+    found = f"C's singular values are {values[0]:.3g} to {values[-1]:.3g}"
+    if kept == 0:
+        raise NumericsError(
+            f"no singular value of C is below {limit:.3g}, so its null space is empty and nothing "
+            f"can be written in it; {found}: raise {option}."
+        )
+    if kept == len(values):
+        raise NumericsError(
+            f"all singular values of C are below {limit:.3g}, so its null space is everything and "
+            f"protects nothing; {found}: lower {option}."
+        )
+    return NullSpace(np.ascontiguousarray(vectors[:, :kept]))
+
+
+def metric_of(name: MetricName, cov: CovarianceFile, layer: int, ridge: float, cut: Cut) -> Metric:
+    """The metric of that name at one layer; the null space is that of C without the `ridge`.
+
+    Raises what `whitening` and `null_space` raise; the identity asks nothing of C.
+    """
+    if name == "identity":
+        return Identity()
+    C = cov.second_moment(layer)
+    if name == "null-space":
+        return null_space(C, cut)
+    return whitening(C, cov.count, ridge)

@@ -1,0 +1,120 @@
+"""Published settings of editors, by method and model: presets.csv.
+
+The numbers are those of the hyper-parameter files that each line names. EMMET's `weight` is
+mom2_update_weight times emmet_lambda, AlphaEdit's is L2. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kscli.editing.editors import Editor
+from kscli.errors import UsageError
+from kscli.models.aliases import find_alias
+
+if TYPE_CHECKING:
+    from kscli.artifacts.schema import FactsAbout
+
+# Models that settings are published for and that have no alias: Hub id, layers, d_m.
+_OTHERS = {
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", 28, 18944),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", 32, 14336),
+}
+_WHOLE = ("steps",)
+_REAL = ("learning_rate", "weight_decay", "kl_weight", "norm_limit")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings published for some methods and one model.
+
+    `search` are fields of `ValueSearch` by name; `weight` is lambda, None where the methods have
+    none. The model has `n_layers` layers and keys of length `d_m`.
+    """
+
+    methods: tuple[str, ...]
+    model: str
+    hub_id: str
+    n_layers: int
+    d_m: int
+    layers: str
+    search: Mapping[str, int | float]
+    weight: float | None
+    source: str
+
+    def apply(self, editor: Editor) -> Editor:
+        """The editor with these settings for its own."""
+        direction = editor.direction
+        if self.weight is not None:
+            direction = replace(direction, weight=self.weight)
+        value = replace(editor.value, **self.search)  # type: ignore[arg-type]
+        return replace(editor, value=value, direction=direction)
+
+    def require_fits(self, model: str, n_layers: int, d_m: int) -> None:
+        """Raise UsageError where the preset is for a model of another shape."""
+        if (n_layers, d_m) != (self.n_layers, self.d_m):
+            raise UsageError(
+                f"the preset {self.model} is for a model of {self.n_layers} layers and d_m "
+                f"{self.d_m:,}, and {model} has {n_layers} and {d_m:,}; name another --preset, or "
+                "none."
+            )
+
+
+def _preset(row: Mapping[str, str]) -> Preset:
+    alias = find_alias(row["model"])
+    of_model = (alias.hub_id or "", alias.layers, alias.d_m) if alias else _OTHERS[row["model"]]
+    search: dict[str, int | float] = {name: int(row[name]) for name in _WHOLE}
+    search |= {name: float(row[name]) for name in _REAL}
+    weight = float(row["weight"]) if row["weight"] else None
+    methods = tuple(row["methods"].split())
+    return Preset(methods, row["model"], *of_model, row["layers"], search, weight, row["source"])
+
+
+with Path(__file__).with_name("presets.csv").open(encoding="utf-8", newline="") as _rows:
+    PRESETS: tuple[Preset, ...] = tuple(map(_preset, csv.DictReader(_rows)))
+
+
+def presets_of(method: str) -> dict[str, Preset]:
+    """The presets of a method, by model."""
+    return {preset.model: preset for preset in PRESETS if method in preset.methods}
+
+
+def preset_for(method: str, model: str) -> Preset | None:
+    """The preset of a method for a model by its alias or Hub id, if there is one."""
+    wanted = model.lower()
+    for name, preset in presets_of(method).items():
+        if wanted in (name, preset.hub_id.lower()):
+            return preset
+    return None
+
+
+def default_layers(editor: Editor, preset: Preset | None, about: FactsAbout) -> tuple[str, str]:
+    """The layers to edit where none is asked for, as `--layers` takes them, and why those.
+
+    `about` is what a file of the model says of itself. Raises UsageError where the preset is for
+    another model.
+    """
+    if preset is None:
+        return editor.depth.layers(about.n_layers), editor.depth.words
+    preset.require_fits(about.model, about.n_layers, about.d_m)
+    return preset.layers, f"as published for {preset.model}"
+
+
+def named_preset(method: str, name: str) -> Preset:
+    """The preset of a method that was asked for by its model's name.
+
+    Raises UsageError, naming those there are, for another name.
+    """
+    found = preset_for(method, name)
+    if found is None:
+        there = presets_of(method)
+        near = get_close_matches(name, there, n=1)
+        known = f"did you mean {near[0]}? There are" if near else "there are"
+        remedy = f"{known} {', '.join(there)}" if there else "no settings are published for it"
+        raise UsageError(f"--preset {name!r} is no preset of {method}; {remedy}.")
+    return found
