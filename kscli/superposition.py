@@ -6,7 +6,6 @@ fact that is edited, column j the fact that is moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,15 +89,6 @@ def superposition(
         solve_residual=white.solve_residual(keys, whitened),
         storage_error=white.storage_error(whitened),
     )
-
-
-def rows_of_p(
-    white: Whitening, keys: NDArray[np.float64], facts: Sequence[int]
-) -> NDArray[np.float64]:
-    """P[facts] in float64, (n, m), of (m, d_m) keys whitened by `white`: equation 16."""
-    whitened = white.whiten(keys)
-    rows = whitened[:, facts].T @ whitened
-    return np.asarray(rows / rows[np.arange(len(facts)), facts][:, None])
 
 
 class KeyOfFactError(NumericsError):

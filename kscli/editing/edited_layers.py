@@ -20,8 +20,6 @@ from kscli.editing.weights import EditableWeight
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 from kscli.reporter import Reporter
-from kscli.superposition import rows_of_p
-from kscli.whitening import Whitening
 
 Array = NDArray[np.float64]
 
@@ -58,12 +56,17 @@ class EditedLayers:
         self._editor, self._options = editor, options
         self._prompts = prompts
         self._weights = [EditableWeight(model, layer) for layer in sources.layers]
-        self._p: dict[int, Array] = {}
         self._contexts: tuple[str, ...] = ()
         self._in_contexts: dict[int, tuple[LocatedPrompt, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._weights)
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the edits' directions say all shifts: one layer, which nothing else changes."""
+        afterwards = self._editor.afterwards
+        return len(self) == 1 and afterwards.keep is None and not afterwards.limited
 
     @property
     def d(self) -> int:
@@ -91,21 +94,6 @@ class EditedLayers:
             for keys, weight in zip(self.keys, self._weights, strict=True)
         ]
         self._earlier = [np.empty((0, keys.shape[1])) for keys in self.keys]
-
-    def rows_of_p(self, facts: Sequence[int]) -> Array:
-        """The facts' rows of P at the first edited layer, (b, m), in float64 where C is factorised.
-
-        P is the paper's, whatever the editor.
-        """
-        missing = [fact for fact in facts if fact not in self._p]
-        if missing:
-            metric, layer = self._metrics[0], self._sources.layers[0]
-            if isinstance(metric, Whitening):
-                rows = rows_of_p(metric, self.keys[0], missing)
-            else:
-                rows = self._sources.pm.matrix("P", layer)[missing]
-            self._p.update(zip(missing, rows, strict=True))
-        return np.stack([self._p[fact] for fact in facts])
 
     def restore(self) -> None:
         """Make the model what it was."""
@@ -139,7 +127,8 @@ class EditedLayers:
             if self._editor.afterwards.keep is not None:
                 before = weight.changed(interference.change).double().numpy()
                 change = largest_entries(change, before, self._options.keep)
-            interference.edit(facts, self.rows_of_p(facts), deltas[at], change)
+            p = directions[at] @ self.keys[at].T
+            interference.edit(facts, p, deltas[at], change)
             if change.any():
                 weight.set_change(interference.change)
         if self._editor.direction.earlier:

@@ -4,9 +4,10 @@ W_n - W_0 is a sum over edits (equation 5). The keys of original and edited fact
 array (equation 6), and so do their values W_n k (equation 7, equation 8). Equation 9, equation 10
 and equation 12 to equation 14 are these values less what they were.
 
-Equation 11: an original fact's value moves by Delta_j = sum_i p(k_i, k_j) delta_i. Equation 15: an
-edited one's, since its own edit t, by the same sum over i > t. Measured is (W_n - W_0) k_j in
-float64, of which an edited fact's is taken from where its own edit left it.
+Equation 11: an original fact's value moves by Delta_j = sum_i p(k_i, k_j) delta_i, p being the
+editor's, d_i^T k_j. Equation 15: an edited one's, since its own edit t, by the same sum over i > t.
+Measured is (W_n - W_0) k_j in float64, of which an edited fact's is taken from where its own edit
+left it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Interference:
     def edit(self, facts: Sequence[int], p: Array, deltas: Array, change: Array) -> None:
         """Make the edits of `facts` (b) at once: W moves by `change` (d, d_m).
 
-        `p` (b, m) are the facts' rows of P, `deltas` (b, d) what is added to their values.
+        `p` (b, m) is d_i^T k_j of their directions, for equation 3 the facts' rows of P; `deltas`
+        (b, d) is what is added to their values.
         """
         facts = list(facts)
         self.change += change  # equation 5

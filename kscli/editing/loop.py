@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.artifacts import MatrixName
 from kscli.editing.contexts import generated_contexts
 from kscli.editing.edited_layers import EditedLayers, WriteOptions
 from kscli.editing.editors import DEFAULT_EDITOR, ValueSearch, find_editor
@@ -386,14 +387,11 @@ class EditRun:
         return record
 
     def _similarities(self) -> dict[str, dict[int, Array]]:
-        """The rows, by edited fact, of P in float64 and of the cosines that it is compared with."""
+        """The rows, by edited fact, of P and of the cosines that it is compared with."""
         facts = sorted({edit.fact for edit in self.edits})
         pm, layer = self.sources.pm, self.sources.layers[0]
-        found = {
-            "p": self._layers.rows_of_p(facts),
-            "whitened_cosine": pm.matrix("whitened_cosine", layer)[facts],
-            "cosine": pm.matrix("cosine", layer)[facts],
-        }
+        names: tuple[MatrixName, ...] = ("P", "whitened_cosine", "cosine")
+        found = {name.lower(): pm.matrix(name, layer)[facts] for name in names}
         return {name: dict(zip(facts, rows, strict=True)) for name, rows in found.items()}
 
     def _linear(self, in_full: bool) -> dict[str, Any]:
@@ -415,9 +413,9 @@ class EditRun:
             "live_error": np.nan,
             "weight_change": float(change),
         }
-        if not self._editor.predicted:
+        if not self._layers.predicted:
             return found
-        only = moved[0]
+        (only,) = moved
         found["predicted"] = np.linalg.norm(only.predicted, axis=1)
         found["difference"] = np.linalg.norm(only.predicted - only.measured, axis=1)
         found["linear_error"] = largest_error(only.predicted, only.measured)
