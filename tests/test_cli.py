@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import write_cov, write_keys, write_toy
+from artifact_kit import changed, write_cov, write_keys, write_toy
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
 
 FORBIDDEN = ("torch", "transformers", "datasets", "matplotlib")
@@ -168,7 +168,7 @@ def test_show_says_what_a_file_is(toy: Path) -> None:
 
 def test_show_of_what_is_undefined_at_some_layers_or_all(toy: Path) -> None:
     path = toy / "toy" / "pmatrix.h5"
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         file["condition"][0] = np.nan
         file["solve_residual"][...] = np.nan
         left = file["condition"][1:]
