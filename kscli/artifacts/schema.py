@@ -27,6 +27,10 @@ Recipe = dict[str, Any]
 # What stands in a file for None.
 UNKNOWN = "unknown"
 
+# A hook is a module's dotted path, in which LAYER stands for the layer's number, once.
+LAYER = "{}"
+HOOK = re.compile(r"(?!.*\{\}.*\{\})(?=.*\{\})([\w-]+|\{\})(\.([\w-]+|\{\}))*", re.ASCII)
+
 
 class SchemaError(ValueError):
     """What a file lacks or has wrong, as the end of a sentence that begins with the file."""

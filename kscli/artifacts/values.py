@@ -6,7 +6,6 @@ A rule is declared for a dataset by its name, and holds for every entry that is 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts.schema import About, SchemaError
+from kscli.artifacts.schema import HOOK, About, SchemaError
 
 Lengths = Mapping[str, int]
 Mask = NDArray[np.bool_]
@@ -169,7 +168,6 @@ LEAST = {
     "planned": 0,
 }
 CHOICES = {"protocol": ("sequential", "single")}
-_HOOK = re.compile(r"(?!.*\{\}.*\{\})(?=.*\{\})([\w-]+|\{\})(\.([\w-]+|\{\}))*", re.ASCII)
 
 
 def check_about(about: About) -> None:
@@ -187,7 +185,7 @@ def _needed(name: str, value: Any) -> str | None:
     """What an attribute must be and is not."""
     if isinstance(value, str) and "\0" in value:
         return "text without null characters"
-    if name == "hook" and not _HOOK.fullmatch(value):
+    if name == "hook" and not HOOK.fullmatch(value):
         return "a module's dotted path with {} for the layer"
     # It becomes the name of a folder.
     if name == "model" and (value in ("", ".", "..") or "/" in value):
