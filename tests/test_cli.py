@@ -259,7 +259,7 @@ def test_keys_of_one_model_with_the_covariance_of_another(tmp_path: Path) -> Non
 
 def test_a_layer_that_only_the_keys_have_is_named(tmp_path: Path) -> None:
     write_cov(tmp_path / "toy" / "cov.h5")
-    write_keys(tmp_path / "toy" / "keys.h5", layers=(0, 5))
+    write_keys(tmp_path / "toy" / "keys.h5", layers=(0, 5), n_layers=6)
     result = kscli("pmatrix", "-m", "toy", "--dir", tmp_path)
     assert result.exit_code == 1
     assert "no layer 5; it holds 0-2" in one_sentence(result.stderr)

@@ -166,7 +166,8 @@ def write_p(
         writer.facts(located(facts or some_facts(m), tokens))
         for name in ("P", "whitened_cosine", "cosine", "Q"):
             for at, P in enumerate(matrices):
-                of_layer = cosines[at] if cosines and "cosine" in name else P
+                of_layer = np.array(cosines[at] if cosines and "cosine" in name else P)
+                np.fill_diagonal(of_layer, 1.0)
                 writer.put(name, at, np.clip(of_layer, -1, 1) if "cosine" in name else of_layer)
         for at in range(len(matrices)):
             writer.put("leverage", at, np.ones(m) if leverage is None else leverage)

@@ -116,7 +116,8 @@ class Artifact:
             text = "string" if kind == "S" else str(held.dtype)
             found[name] = {"shape": list(held.shape), "dtype": text}
             declared = self._declared.get(name)
-            if declared and declared.axes == ("layer",) and kind in "iuf":
+            of_layers = declared and declared.axes == ("layer",) and name != "layer"
+            if of_layers and kind in "iuf":
                 values = self._values(name)
                 values = values[~np.isnan(values)]
                 ends = (values.min().item(), values.max().item()) if values.size else 2 * (np.nan,)
