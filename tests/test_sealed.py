@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from artifact_kit import Contents, changed, write_toy
-from cli_kit import kscli, kscli_process, one_sentence
+from cli_kit import kscli, one_sentence
 from edit_kit import Run
 
 from kscli.artifacts import (
@@ -282,8 +282,8 @@ def test_a_name_from_a_file_leads_nowhere_else(toy: dict[str, Path], tmp_path: P
     for hook in ("../../../PWN{}", "/PWN.{}", "a/../../PWN.{}"):
         with changed(path) as contents:
             contents.attrs["hook"] = hook
-        done = kscli_process("export-cov", "--cov", path, "--for", "rome", "-o", tmp_path / "o")
-        assert done.returncode == 1
+        done = kscli("export-cov", "--cov", path, "--for", "rome", "-o", tmp_path / "o")
+        assert done.exit_code == 1
         assert "its attribute hook is" in one_sentence(done.stderr)
         path.write_bytes(toy["cov"].read_bytes())
     assert not list(tmp_path.rglob("*PWN*"))

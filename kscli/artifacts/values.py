@@ -19,7 +19,7 @@ Lengths = Mapping[str, int]
 Mask = NDArray[np.bool_]
 
 ROUNDING = 1e-6
-BLOCK = 512  # rows that are compared with columns at once
+TILE = 128  # rows and columns that are compared at once: they fit in a cache
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,26 @@ class Rule:
     wrong: Callable[[NDArray[Any], Lengths], Mask]
 
 
+# C of a large model has 10^8 entries: masks of all of them are made only where one is wrong.
+NONE = np.zeros(1, dtype=np.bool_)
+
+
+def _not_finite(values: NDArray[Any], _: Lengths) -> Mask:
+    with np.errstate(all="ignore"):
+        # A sum of finite numbers is finite, or they are to be looked at one by one.
+        finite = np.isfinite(values.sum(dtype=np.float64))
+    return NONE if finite else ~np.isfinite(values)
+
+
 def _on_diagonal(wrong: Callable[[NDArray[Any]], Mask]) -> Callable[[NDArray[Any], Lengths], Mask]:
     """A rule of the diagonal of a matrix, as one of all its entries."""
 
     def of_matrix(values: NDArray[Any], _: Lengths) -> Mask:
+        on_diagonal = wrong(np.diagonal(values))
+        if not on_diagonal.any():
+            return NONE
         found = np.zeros(values.shape, dtype=np.bool_)
-        np.fill_diagonal(found, wrong(np.diagonal(values)))
+        np.fill_diagonal(found, on_diagonal)
         return found
 
     return of_matrix
@@ -46,11 +60,13 @@ def _on_diagonal(wrong: Callable[[NDArray[Any]], Mask]) -> Callable[[NDArray[Any
 
 def _apart(values: NDArray[Any], _: Lengths) -> Mask:
     """The entries that differ from those on the other side of the diagonal."""
-    found = np.zeros(values.shape, dtype=np.bool_)
-    for start in range(0, len(values), BLOCK):
-        rows = slice(start, start + BLOCK)
-        np.not_equal(values[rows, start:], values[start:, rows].T, out=found[rows, start:])
-    return found
+    for start in range(0, len(values), TILE):
+        rows = slice(start, start + TILE)
+        for other in range(start, len(values), TILE):
+            columns = slice(other, other + TILE)
+            if (values[rows, columns] != values[columns, rows].T).any():
+                return np.asarray(values != values.T)
+    return NONE
 
 
 def _at_least(least: float) -> Rule:
@@ -65,7 +81,7 @@ def _index(axis: str, beyond: int = 0) -> Rule:
     )
 
 
-FINITE = Rule("a finite number", lambda values, _: ~np.isfinite(values))
+FINITE = Rule("a finite number", _not_finite)
 POSITIVE = Rule("more than 0", lambda values, _: ~((values > 0) & (values < np.inf)))
 COSINE = Rule("from -1 to 1", lambda values, _: ~(np.abs(values) <= 1 + ROUNDING))
 SYMMETRIC = Rule("the entry on the other side of the diagonal", _apart)
