@@ -35,6 +35,10 @@ DEFAULT_COUNT = 128  # the paper's m
 
 SLOT = "{}"
 
+# The field of a record that shows a change of a file that kscli wrote.
+DIGEST = "digest"
+_DIGEST = re.compile(r"kscli \d{1,9}/(\d{1,9}) [0-9a-f]{32}", re.ASCII)
+
 # Null characters and lone surrogates: no tokenizer or HDF5 string can hold them.
 UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -151,11 +155,55 @@ def read_records(name: str | Path) -> Iterator[tuple[str, Fact, Mapping[str, obj
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, object]], *, force: bool) -> None:
-    """Write a facts file, one JSON object a line; raises as `require_facts_path` does."""
+    """Write a facts file, one JSON object a line; raises as `require_facts_path` does.
+
+    Every record ends with a `digest`, by which `read_facts` notices a change (`_unchanged`).
+    """
     require_facts_path(path, force=force)
+    rows = list(records)
+    last = ""
     with replace_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8") as out:
-        for record in records:
-            out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        for number, row in enumerate(rows, 1):
+            last = _digest(row, number, len(rows), last)
+            sealed = {**row, DIGEST: last}
+            out.write(json.dumps(sealed, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _digest(record: Mapping[str, object], number: int, of: int, before: str) -> str:
+    """What a record's `digest` must be: its number, how many there are, and a SHA-256.
+
+    The hash is of the record without its digest and of the digest of the record before.
+    """
+    text = json.dumps([before, {name: record[name] for name in record if name != DIGEST}])
+    return f"kscli {number}/{of} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _unchanged(path: Path, records: Iterator[Located]) -> Iterator[Located]:
+    """The records of a file, as long as they are those that `write_records` wrote, if it did.
+
+    Raises FactsError where one was changed, added or taken out.
+    """
+    last, ours, number, of = "", False, 0, 0
+    for number, (where, record) in enumerate(records, 1):
+        held = record.get(DIGEST) if isinstance(record, Mapping) else None
+        match = _DIGEST.fullmatch(held) if isinstance(held, str) else None
+        if number == 1 and match:
+            ours, of = True, int(match[1])
+        if ours or match:
+            fields = record if isinstance(record, Mapping) else {}
+            if not (ours and match and _digest(fields, number, of, last) == held):
+                raise _changed_records(where)
+            last = str(held)
+        yield where, record
+    if ours and number != of:
+        raise _changed_records(f"{path}, after record {number}")
+
+
+def _changed_records(where: str) -> FactsError:
+    return FactsError(
+        f"{where}: the file was changed after kscli wrote it; make it again, or, if the change was "
+        f"yours, take the field {DIGEST} out of all its records."
+    )
 
 
 def require_facts_path(path: Path, *, force: bool) -> None:
@@ -205,7 +253,8 @@ def _file_records(path: Path) -> Iterator[Located]:
         raise FactsError(
             f"{path} is not a facts file; its name must end in {known_formats(fields=True)}."
         )
-    return RecordFile(path, FactsError).records()
+    records = RecordFile(path, FactsError).records()
+    return _unchanged(path, records) if format_of(path) == ".jsonl" else records
 
 
 def _hub_records(name: str, source: HubSource) -> Iterator[Located]:

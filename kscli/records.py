@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from kscli.errors import KscliError
+from kscli.errors import KscliError, first_line
 
 Located = tuple[str, object]
 """Where a record stands, for messages, and the record as it was parsed."""
@@ -67,7 +67,7 @@ class RecordFile:
     def damaged(self, reason: Exception) -> KscliError:
         """The error for a file that is not whole."""
         return self.error(
-            f"{self.path} is damaged or cut off ({reason}); make or download it again."
+            f"{self.path} is damaged or cut off ({first_line(reason)}); make or download it again."
         )
 
 

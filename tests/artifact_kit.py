@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from kscli.artifacts import (
     PMatrixAbout,
     write_artifact,
 )
+from kscli.artifacts.sealed import Held, Seal, SealedFile, digest_of_rest
+from kscli.artifacts.sealing import digests, encoded
 from kscli.facts import Fact
 from kscli.superposition import write_pmatrix
 
@@ -117,3 +120,53 @@ def write_toy(folder: Path) -> Path:
     with CovarianceFile(place / "cov.h5") as cov, KeysFile(place / "keys.h5") as keys:
         write_pmatrix(cov, keys, place / "pmatrix.h5", layers=LAYERS)
     return place
+
+
+class Contents:
+    """What a sealed file holds, to be changed as with h5py: `attrs`, and arrays by name.
+
+    An array that is put there may be of any type that `Held` can name; text is of `str`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with SealedFile(path) as file:
+            self.attrs = dict(file.attributes)
+            self.arrays = {name: file.read(name) for name in file.arrays}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.arrays[name]
+
+    def __setitem__(self, name: str, values: Any) -> None:
+        self.arrays[name] = np.asarray(values)
+
+    def __delitem__(self, name: str) -> None:
+        """Remove an array or a group of them."""
+        own = [each for each in self.arrays if each == name or each.startswith(f"{name}/")]
+        assert own, name
+        for each in own:
+            del self.arrays[each]
+
+
+@contextmanager
+def changed(path: Path) -> Iterator[Contents]:
+    """An artifact to change; what it holds then is sealed anew, behind what the file held.
+
+    So a file comes about that only someone makes who knows how kscli seals files.
+    """
+    contents = Contents(path)
+    yield contents
+    data, held = bytearray(path.read_bytes()), {}
+    for name, array in contents.arrays.items():
+        stored = encoded(array) if array.dtype.kind in "OU" else np.ascontiguousarray(array)
+        held[name] = Held(stored.dtype.str, array.shape, len(data), 1, tuple(digests(stored)))
+        data += stored.tobytes()
+    place = len(data), len(Seal(contents.attrs, held, "0" * 64).text())
+
+    def read(begin: int, length: int) -> bytes:
+        return bytes(data[begin : begin + length])
+
+    rest = digest_of_rest(held.values(), place, sum(place), read)
+    path.write_bytes(data + Seal(contents.attrs, held, rest).text())

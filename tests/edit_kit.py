@@ -76,7 +76,7 @@ class Run:
         theory = self.method == "closed-form"
         names = self.log.of_edit
         return {
-            **{name: 0 for name in names if name.startswith("rank")},
+            **{name: 1 for name in names if name.startswith("rank")},
             **{name: -1.0 for name in names if name.startswith("logprob")},
             **{name: [] for name in names if name.startswith("moved")},
             "moved_index": np.zeros(0, dtype=np.int64),
@@ -88,7 +88,10 @@ class Run:
             "linear_error": float(off.max() / predicted.max()) if theory and self.m > 1 else np.nan,
             "live_error": 3e-6 if live and theory else np.nan,
             "weight_change": 1.0,
-            **dict.fromkeys(("p", "whitened_cosine", "cosine", "gradient_cosine"), p),
+            "p": p,
+            **dict.fromkeys(
+                ("whitened_cosine", "cosine", "gradient_cosine"), np.clip(p, -1.0, 1.0)
+            ),
             "predicted": predicted if theory else nothing,
             "measured": measured,
             "measured_live": measured if live and theory else nothing,

@@ -12,7 +12,11 @@ import pytest
 from artifact_kit import (
     FACTS,
     LAYERS,
+    Contents,
     about_cov,
+    about_pmatrix,
+    changed,
+    located,
     second_moments,
     write_cov,
     write_keys,
@@ -177,9 +181,9 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
         file["x"] = 1
     with pytest.raises(ArtifactError, match="not one of kscli's"):
         Artifact(path)
-    with h5py.File(write_cov(path), "r+") as file:
-        file.attrs["format_version"] = 99
-    with pytest.raises(ArtifactError, match=r"format 99; this kscli reads up to 1\. Upgrade"):
+    data = write_cov(path).read_bytes()
+    path.write_bytes(data.replace(b"\nkscli seal 2 ", b"\nkscli seal 99 "))
+    with pytest.raises(ArtifactError, match=r"format 99; this kscli reads format 2\. Upgrade"):
         Artifact(path)
     path.write_text("{}")
     with pytest.raises(ArtifactError, match="not an HDF5 file"):
@@ -201,7 +205,7 @@ def test_files_of_different_models_are_refused_naming_the_attribute(
     d_m = 7 if name == "d_m" else 12
     write_keys(
         tmp_path / "keys.h5",
-        **{name: d_m if name == "d_m" else "other"},
+        **{name: d_m if name == "d_m" else "other.{}.down"},
         keys=np.zeros((3, 6, d_m), np.float32),
     )
     with (
@@ -247,14 +251,14 @@ def test_what_changed_since_a_file_was_made(tmp_path: Path) -> None:
 
 # Files whose structure or content is wrong
 
-Edit = Callable[[h5py.File], None]
+Edit = Callable[[Contents], None]
 DAMAGED = r"(is damaged or was not made by kscli.*; make it again|but not one of kscli's)\."
 
 
 def attribute(name: str, value: object) -> Edit:
     """An edit that sets an attribute."""
 
-    def edit(file: h5py.File) -> None:
+    def edit(file: Contents) -> None:
         file.attrs[name] = value
 
     return edit
@@ -263,20 +267,18 @@ def attribute(name: str, value: object) -> Edit:
 def no_attribute(name: str) -> Edit:
     """An edit that removes an attribute."""
 
-    def edit(file: h5py.File) -> None:
+    def edit(file: Contents) -> None:
         del file.attrs[name]
 
     return edit
 
 
 def dataset(name: str, value: object) -> Edit:
-    """An edit that replaces what is under a name: by a value, a group ({}), nothing (None)."""
+    """An edit that replaces what is under a name: by a value, or nothing (None)."""
 
-    def edit(file: h5py.File) -> None:
+    def edit(file: Contents) -> None:
         del file[name]
-        if isinstance(value, dict):
-            file.create_group(name)
-        elif value is not None:
+        if value is not None:
             file[name] = value
 
     return edit
@@ -286,7 +288,6 @@ def dataset(name: str, value: object) -> Edit:
 WRONG_STRUCTURE: dict[str, Edit] = {
     "no kind": no_attribute("kind"),
     "no corpus": no_attribute("corpus"),
-    "P without a shape": dataset("P", h5py.Empty("f")),
     "no leverage": dataset("leverage", None),
     "format_version a word": attribute("format_version", "one"),
     "d_m a word": attribute("d_m", "twelve"),
@@ -313,13 +314,12 @@ WRONG_STRUCTURE: dict[str, Edit] = {
 WRONG_CONTENT: dict[str, Edit] = {
     "prompt not UTF-8": dataset("facts/prompt", np.array([b"{} \xff"] * 6)),
     "prompt without a slot": dataset("facts/prompt", ["Paris is"] * 6),
-    "prompt of references": dataset("facts/prompt", np.full(6, None, dtype=h5py.ref_dtype)),
     "subject blank": dataset("facts/subject", [" "] * 6),
 }
 
 
 def damage(path: Path, edit: Edit) -> Path:
-    with h5py.File(path, "r+") as file:
+    with changed(path) as file:
         edit(file)
     return path
 
@@ -449,3 +449,18 @@ def test_hdf5_s_own_words_are_put_plainly(
     with pytest.raises(ArtifactError, match=reason) as raised:
         write_cov(tmp_path / "cov.h5")
     assert "buf" not in str(raised.value)
+
+
+def test_a_q_of_no_keys_is_refused(tmp_path: Path) -> None:
+    """Two keys of length 1 have no inner product of 2."""
+    path = tmp_path / "pmatrix.h5"
+    with write_artifact(path, "pmatrix", about_pmatrix()) as writer:
+        writer.layers([0])
+        writer.facts(located(FACTS[:2]))
+        writer.put("P", 0, np.eye(2))
+        writer.put("Q", 0, [[1, 2], [2, 1]])
+        writer.put("leverage", 0, [1, 1])
+    with PMatrixFile(path) as pm:
+        np.testing.assert_array_equal(pm.matrix("whitened_cosine", 0), np.eye(2))
+        with pytest.raises(ArtifactError, match="was not made by kscli"):
+            pm.matrix("cosine", 0)

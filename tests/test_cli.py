@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import write_cov, write_keys, write_toy
+from artifact_kit import changed, write_cov, write_keys, write_toy
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
 
 FORBIDDEN = ("torch", "transformers", "datasets", "matplotlib")
@@ -168,7 +168,7 @@ def test_show_says_what_a_file_is(toy: Path) -> None:
 
 def test_show_of_what_is_undefined_at_some_layers_or_all(toy: Path) -> None:
     path = toy / "toy" / "pmatrix.h5"
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         file["condition"][0] = np.nan
         file["solve_residual"][...] = np.nan
         left = file["condition"][1:]
@@ -259,7 +259,7 @@ def test_keys_of_one_model_with_the_covariance_of_another(tmp_path: Path) -> Non
 
 def test_a_layer_that_only_the_keys_have_is_named(tmp_path: Path) -> None:
     write_cov(tmp_path / "toy" / "cov.h5")
-    write_keys(tmp_path / "toy" / "keys.h5", layers=(0, 5))
+    write_keys(tmp_path / "toy" / "keys.h5", layers=(0, 5), n_layers=6)
     result = kscli("pmatrix", "-m", "toy", "--dir", tmp_path)
     assert result.exit_code == 1
     assert "no layer 5; it holds 0-2" in one_sentence(result.stderr)

@@ -121,7 +121,9 @@ def contents(path: Path) -> dict[str, NDArray[np.generic]]:
     with h5py.File(path) as file:
         file.visititems(
             lambda name, item: (
-                found.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None
+                found.update({name: item[()]})
+                if isinstance(item, h5py.Dataset) and name != "seal"
+                else None
             )
         )
         found["fingerprint"] = np.array(file.attrs["fingerprint"])

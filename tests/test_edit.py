@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import fork_kit
-import h5py
 import numpy as np
 import pytest
 import torch
+from artifact_kit import changed
 from cli_kit import kscli, one_sentence
 from edit_kit import HOOK, Naive
 from families import save_family
@@ -804,7 +804,7 @@ def test_held_out_text_that_c_may_have_seen_is_told(folder: Path, tmp_path: Path
     """C that came from elsewhere does not say what text it is of."""
     cov, text = tmp_path / "cov.h5", tmp_path / "text.jsonl"
     shutil.copy(folder / "cov.h5", cov)
-    with h5py.File(cov, "a") as file:
+    with changed(cov) as file:
         file.attrs["corpus_identity"] = UNKNOWN
     text.write_text('{"text": "The capital of France is Paris."}\n')
     options = ("--cov", cov, "--held-out", text, "-o", tmp_path / "a.h5", "--value", "random")

@@ -17,6 +17,7 @@ from artifact_kit import (
     LAYERS,
     PROVENANCE,
     about_cov,
+    changed,
     second_moments,
     write_cov,
     write_keys,
@@ -224,7 +225,7 @@ def test_mistakes_of_export_are_one_sentence(tmp_path: Path) -> None:
 
 def test_a_sum_beyond_float32_is_refused(tmp_path: Path) -> None:
     cov = write_cov(tmp_path / "cov.h5")
-    with h5py.File(cov, "r+") as file:
+    with changed(cov) as file:
         file["second_moment"][1] = 1e36
     with pytest.raises(NumericsError, match=r"layer 1 of .*not finite in float32"):
         export_covariance(cov, tmp_path / "s", ExportOptions("rome", layers="1"))

@@ -140,7 +140,8 @@ def test_files_that_say_nothing_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(FactsError, match=r"plain\.jsonl, line 1: it does not say which model"):
         read_knowledge(plain)
     one, two = (write_results(tmp_path / f"{name}.jsonl", name, []) for name in "ab")
-    one.write_text(one.read_text() + two.read_text())
+    both = [json.loads(line) for path in (one, two) for line in path.read_text().splitlines()]
+    one.write_text("".join(json.dumps(row | {"digest": None}) + "\n" for row in both))
     with pytest.raises(FactsError, match=r"a\.jsonl holds what 2 models know"):
         read_knowledge(one)
     with pytest.raises(FactsError, match="no facts file"):
@@ -273,3 +274,32 @@ def test_select_imports_nothing_heavy(results: list[Path], tmp_path: Path) -> No
     )
     assert found.stdout.splitlines()[-1] == "set()"
     assert len(read_facts(tmp_path / "out.jsonl").facts) == 2
+
+
+def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
+    """Its records were written by kscli, so one that is changed, moved or taken out is noticed."""
+    path = write_results(tmp_path / "a.jsonl", "a", [])
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    first, second, *others = lines
+    wrong = {
+        "a value": whole.replace("false", "true", 1),
+        "a name": whole.replace(FACTS[0].subject, "Somebody", 1),
+        "order": "".join([second, first, *others]),
+        "the end": "".join(lines[:-1]),
+        "the beginning": "".join(lines[1:]),
+        "one twice": first + whole,
+        "a digest": whole.replace('"digest"', '"other"', 1),
+        "an own one": whole + json.dumps(fact_record(FACTS[0])) + "\n",
+    }
+    for what, text in wrong.items():
+        assert text != whole, what
+        path.write_text(text)
+        with pytest.raises(FactsError, match=r"a\.jsonl, .*was changed after kscli wrote it"):
+            read_facts(path)
+    path.write_text(whole)
+    assert len(read_facts(path).facts) == len(lines)
+    # What a person takes out on purpose is a facts file of its own.
+    kept = [{k: v for k, v in json.loads(line).items() if k != "digest"} for line in lines[1:]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert len(read_facts(path).facts) == len(kept)

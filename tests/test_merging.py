@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import PROVENANCE, write_cov
+from artifact_kit import PROVENANCE, changed, write_cov
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 from typer.testing import Result
@@ -194,7 +194,7 @@ def test_what_is_no_partition_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_for_a_missing_part_is_the_others(tmp_path: Path) -> None:
     part = write_part(tmp_path / "0.h5", Shard(0, 2))
-    with h5py.File(part, "r+") as file:
+    with changed(part) as file:
         file.attrs["command"] = "kscli cache-cov -m gpt2-xl --shard 0/2 --samples 50"
     with pytest.raises(ArtifactError, match=r"run `kscli cache-cov -m gpt2-xl --shard 1/2 --samp"):
         merge_covariances([part], tmp_path / "cov.h5")
@@ -202,7 +202,7 @@ def test_the_command_for_a_missing_part_is_the_others(tmp_path: Path) -> None:
 
 def test_an_entry_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     parts = write_parts(tmp_path, 2)
-    with h5py.File(parts[1], "r+") as file:
+    with changed(parts[1]) as file:
         file["second_moment"][1, 3, 4] = np.nan
     with pytest.raises(NumericsError, match=r"layer 2 of .*shard-1-of-2\.h5 holds NaN"):
         merge_covariances(parts, tmp_path / "cov.h5")
@@ -223,7 +223,7 @@ def test_what_exists_stays_without_force(tmp_path: Path) -> None:
 
 
 def test_one_layer_at_most_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    d_m = 700
+    d_m = 1400
     layer = 4 * d_m * d_m
     monkeypatch.setattr(merging, "BLOCK_BYTES", layer // 20)
     parts = write_parts(tmp_path, 3, d_m=d_m)

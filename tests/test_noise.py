@@ -6,10 +6,9 @@ import json
 import math
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
-from artifact_kit import write_cov, write_keys
+from artifact_kit import changed, write_cov, write_keys
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
@@ -106,7 +105,7 @@ def pmatrix(
     with CovarianceFile(cov) as C, KeysFile(keys) as K:
         layers = changes.pop("layers", LAYERS)
         write_pmatrix(C, K, path, layers=layers, existing=Existing.FORCE, **changes)
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         file.attrs["shard"] = shard
     return path
 
@@ -152,7 +151,7 @@ def test_shards_of_one_corpus_are_disjoint(tmp_path: Path) -> None:
     for shards in (("0/2", "1/2"), ("2/3", "0/3")):
         a, b = (pmatrix(tmp_path, s[0], seed=int(s[0]), shard=s) for s in shards)
         for path in (a, b):
-            with h5py.File(path, "a") as file:
+            with changed(path) as file:
                 file.attrs["corpus_identity"] = "one corpus"
         with PMatrixFile(a) as pm, PMatrixFile(b) as other:
             assert require_disjoint(pm, other, LAYERS) == []
@@ -168,7 +167,7 @@ def test_text_that_overlaps_is_refused(tmp_path: Path, shards: tuple[str, str]) 
 
 def test_a_file_against_itself_is_refused_even_where_its_corpus_is_unknown(tmp_path: Path) -> None:
     path = pmatrix(tmp_path, "a")
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         file.attrs["corpus_identity"] = "unknown"
     with (
         PMatrixFile(path) as pm,
@@ -180,7 +179,7 @@ def test_a_file_against_itself_is_refused_even_where_its_corpus_is_unknown(tmp_p
 
 def test_one_text_under_two_names_is_refused(tmp_path: Path) -> None:
     a, b = pmatrix(tmp_path, "a"), pmatrix(tmp_path, "b")
-    with h5py.File(b, "a") as file:
+    with changed(b) as file:
         file.attrs["corpus_identity"] = "a copy"
         file.attrs["inputs"] = json.dumps(json.loads(file.attrs["inputs"]) | {"cov": "other"})
     result = kscli("stats", "--pmatrix", a, "--against", b)
@@ -190,7 +189,7 @@ def test_one_text_under_two_names_is_refused(tmp_path: Path) -> None:
 
 def test_an_imported_corpus_is_compared_with_a_warning(tmp_path: Path) -> None:
     a, b = pmatrix(tmp_path, "a"), pmatrix(tmp_path, "b", seed=1)
-    with h5py.File(b, "a") as file:
+    with changed(b) as file:
         file.attrs["corpus_identity"] = "unknown"
     with PMatrixFile(a) as pm, PMatrixFile(b) as other:
         (warning,) = require_disjoint(pm, other, LAYERS)

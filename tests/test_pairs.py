@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import LAYERS, write_toy
+from artifact_kit import LAYERS, changed, write_toy
 from cli_kit import kscli
 from numpy.typing import NDArray
 
@@ -256,7 +256,7 @@ def test_topk_in_latex_has_a_pair_in_two_lines_as_the_paper(toy: Path) -> None:
 
 
 def test_topk_says_when_every_pair_shares_a_token(toy: Path) -> None:
-    with h5py.File(toy / "toy" / "pmatrix.h5", "r+") as file:
+    with changed(toy / "toy" / "pmatrix.h5") as file:
         file["token_id"][...] = 3
     result = kscli("topk", "-m", "toy", "--dir", toy, "--distinct-token", "-f", "json")
     assert result.exit_code == 0

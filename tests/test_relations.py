@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from artifact_kit import LAYERS, write_toy
+from artifact_kit import LAYERS, Contents, changed, write_toy
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 from typer.testing import Result
@@ -369,12 +369,12 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(folder: Path, how: Callable[[h5py.File], None]) -> None:
-    with h5py.File(folder / "toy" / "pmatrix.h5", "r+") as file:
+def change(folder: Path, how: Callable[[Contents], None]) -> None:
+    with changed(folder / "toy" / "pmatrix.h5") as file:
         how(file)
 
 
-def rename(file: h5py.File, relations: list[str]) -> None:
+def rename(file: Contents, relations: list[str]) -> None:
     file["facts/relation"][...] = relations
     file["facts/prompt"][...] = [f"{i} {{}} is" for i in range(len(relations))]
 
@@ -454,7 +454,7 @@ def test_the_hardest_of_a_layer_are_above_the_null() -> None:
     ],
 )
 def test_what_cannot_be_compared_is_a_sentence(
-    toy: Path, how: Callable[[h5py.File], None], said: str
+    toy: Path, how: Callable[[Contents], None], said: str
 ) -> None:
     change(toy, how)
     result = run(toy)

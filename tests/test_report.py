@@ -168,7 +168,7 @@ def write_p(
         writer.facts(located(facts or some_facts(m), tokens))
         for name in ("P", "Q"):
             for at, P in enumerate(matrices):
-                writer.put(name, at, P)
+                writer.put(name, at, P - np.diag(np.diag(P)) + np.eye(m))
         for at in range(len(matrices)):
             writer.put("leverage", at, np.ones(m) if leverage is None else leverage)
     return path

@@ -7,11 +7,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import scipy.stats
-from artifact_kit import FACTS, write_toy
+from artifact_kit import FACTS, changed, write_toy
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
@@ -258,10 +257,11 @@ def family(tmp_path: Path) -> Path:
     """Two sizes of one family: the toy, and the toy with noise on P."""
     for at, name in enumerate(("toy-1M", "toy-2M")):
         place = write_toy(tmp_path).rename(tmp_path / name)
-        with h5py.File(place / "pmatrix.h5", "a") as file:
+        with changed(place / "pmatrix.h5") as file:
             file.attrs["model"] = name
             file.attrs["model_id"] = f"someone/{name}"
-            file["P"][...] += at * 0.1 * np.random.default_rng(0).random(file["P"].shape)
+            off = 1 - np.eye(len(file["token_id"]))
+            file["P"][...] += off * at * 0.1 * np.random.default_rng(0).random(file["P"].shape)
     return tmp_path
 
 
@@ -306,7 +306,7 @@ def test_chance_is_said_in_plain_digits(k: int, chance: str) -> None:
 
 
 def test_facts_that_differ_are_said(family: Path) -> None:
-    with h5py.File(family / "toy-2M" / "pmatrix.h5", "a") as file:
+    with changed(family / "toy-2M" / "pmatrix.h5") as file:
         file["facts/subject"][0] = "another"
     arguments = ("stats", "-m", "toy-1M", "-m", "toy-2M", "--dir", family)
     result = kscli(*arguments, "--scaling", "-f", "json")

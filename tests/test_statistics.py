@@ -11,11 +11,10 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import scipy.stats
-from artifact_kit import write_toy
+from artifact_kit import changed, write_toy
 from cli_kit import kscli
 from numpy.typing import NDArray
 
@@ -323,13 +322,13 @@ def test_the_stats_file_gives_back_what_was_computed(tmp_path: Path) -> None:
             assert file.about.seed == 3
         assert stored.rows()[0].keys() == computed.rows()[0].keys()
         np.testing.assert_equal(vars(stored), vars(computed))
-        with h5py.File(path, "a") as file:
+        with changed(path) as file:
             file["mean"][0] = 42
         today = statistics_of(pm, pm.layers, path, draws)
         other = statistics_of(pm, pm.layers, path, Resampling(200, 4))
         assert today.values["mean"][0] == 42
         assert other.values["mean"][0] == computed.values["mean"][0]
-        with h5py.File(path, "a") as file:
+        with changed(path) as file:
             del file["mean"]
         with pytest.raises(ArtifactError, match="it has no dataset mean; make it again"):
             StatisticsFile(path)

@@ -1,7 +1,8 @@
 """The HDF5 files that carry results from one stage to the next.
 
-`schema` declares what each kind of file holds; `reading` and `writing` go by it; `making` says
-which files are up to date. An attribute is a typed field: `file.about.corpus_identity`.
+`schema` declares what each kind of file holds and `values` what its numbers must be; `reading` and
+`writing` go by them; `sealed` and `sealing` see that no change of a file goes unnoticed; `making`
+says which files are up to date. An attribute is a typed field: `file.about.corpus_identity`.
 """
 
 from kscli.artifacts.making import Existing, difference, is_imported, must_make
@@ -28,7 +29,9 @@ from kscli.artifacts.schema import (
     Recipe,
     StatisticsAbout,
 )
-from kscli.artifacts.writing import ArtifactWriter, open_for_writing, write_artifact
+from kscli.artifacts.sealed import SealedFile
+from kscli.artifacts.sealing import SealedWriter, open_for_writing
+from kscli.artifacts.writing import ArtifactWriter, write_artifact
 
 __all__ = [
     "EXPECTED_EQUAL",
@@ -50,6 +53,8 @@ __all__ = [
     "PMatrixAbout",
     "PMatrixFile",
     "Recipe",
+    "SealedFile",
+    "SealedWriter",
     "StatisticsAbout",
     "difference",
     "is_imported",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts.schema import (
-    FORMAT_VERSION,
     SCHEMAS,
     About,
     CovarianceAbout,
@@ -27,8 +26,10 @@ from kscli.artifacts.schema import (
     datasets_of,
     from_attributes,
 )
+from kscli.artifacts.sealed import SealedFile
+from kscli.artifacts.values import check_about, wrong_values
 from kscli.cosines import cosine, whitened_cosine
-from kscli.errors import ArtifactError, FactsError, KscliError, UsageError
+from kscli.errors import ArtifactError, FactsError, KscliError
 from kscli.facts import Fact
 from kscli.layers import format_layers
 
@@ -62,19 +63,24 @@ class Artifact:
 
     def __init__(self, path: Path, kind: Kind | None = None) -> None:
         self.path = path
-        self._file = _open(path, kind or self.of_kind)
+        if not path.exists():
+            raise ArtifactError(f"{path} does not exist{_MADE_BY.get(kind or self.of_kind, '')}.")
+        self._file = SealedFile(path)
         try:
             with self._reading():
-                self.attributes: dict[str, Any] = {
-                    name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-                    for name, value in self._file.attrs.items()
-                }
+                self.attributes: dict[str, Any] = dict(self._file.attributes)
                 self._check_kind(kind or self.of_kind)
                 self.stamp: Stamp = from_attributes(Stamp, self.attributes)
                 self.about = from_attributes(SCHEMAS[self.kind].about, self.attributes)
+                check_about(self.about)
                 self._declared = datasets_of(self.kind, self.about.recipe)
-                check_datasets(self._file, self._declared, self.about.d_m)
-                self.layers: tuple[int, ...] = tuple(self._file["layer"][()].tolist())
+                self._lengths = check_datasets(self._file.arrays, self._declared, self.about.d_m)
+                self.layers: tuple[int, ...] = tuple(self._values("layer").tolist())
+                if self.layers[-1] >= self.about.n_layers:
+                    raise SchemaError(
+                        f"its dataset layer holds {self.layers[-1]}, where the model has "
+                        f"{self.about.n_layers} layers"
+                    )
         except KscliError:
             self._file.close()
             raise
@@ -106,22 +112,17 @@ class Artifact:
         One number a layer has its `least` and `largest`, too: of what is defined, NaN without.
         """
         found: dict[str, dict[str, Any]] = {}
-
-        def visit(name: str, item: object) -> None:
-            if not isinstance(item, h5py.Dataset):
-                return
-            text = h5py.check_string_dtype(item.dtype)
-            found[name] = {
-                "shape": list(item.shape),
-                "dtype": "string" if text else str(item.dtype),
-            }
-            if item.ndim == 1 and item.dtype.kind in "iuf" and item.dims[0].label == "layer":
-                values = item[()][~np.isnan(item[()])]
+        for name, held in sorted(self._file.arrays.items()):
+            kind = held.dtype.kind
+            text = "string" if kind == "S" else str(held.dtype)
+            found[name] = {"shape": list(held.shape), "dtype": text}
+            declared = self._declared.get(name)
+            of_layers = declared and declared.axes == ("layer",) and name != "layer"
+            if of_layers and kind in "iuf":
+                values = self._values(name)
+                values = values[~np.isnan(values)]
                 ends = (values.min().item(), values.max().item()) if values.size else 2 * (np.nan,)
                 found[name] |= {"least": ends[0], "largest": ends[1]}
-
-        with self._reading():
-            self._file.visititems(visit)
         return found
 
     def require_layers(self, layers: Sequence[int]) -> None:
@@ -132,21 +133,34 @@ class Artifact:
                     f"{self.path} has no layer {layer}; it holds {format_layers(self.layers)}."
                 )
 
-    def _dataset(self, name: str) -> h5py.Dataset:
-        return self._file[name]
-
     def _values(self, name: str) -> NDArray[Any]:
         """A whole dataset, text as Python strings."""
         with self._reading():
-            dataset = self._dataset(name)
-            if self._declared[name].dtype == "text":
-                return np.asarray(dataset.asstr()[()], dtype=object)
-            return np.asarray(dataset[()])
+            return self._checked(name, self._file.read(name))
 
     def _of_layer(self, name: str, layer: int) -> NDArray[Any]:
+        """One layer of a dataset, in the type that the schema declares."""
+        shape = self._file.arrays[name].shape[1:]
+        out = np.empty(shape, self._declared[name].dtype)
+        self._read_rows(name, layer, 0, out)
+        with self._reading():
+            return self._checked(name, out, layer)
+
+    def _read_rows(self, name: str, layer: int, start: int, out: NDArray[Any]) -> None:
+        """Read rows of a layer, from `start` on, into `out`."""
         self.require_layers([layer])
         with self._reading():
-            return np.asarray(self._dataset(name)[self.layers.index(layer)])
+            shape = self._file.arrays[name].shape
+            first = self.layers.index(layer) * math.prod(shape[1:]) + start * math.prod(shape[2:])
+            self._file.read_into(name, first, out)
+
+    def _checked(self, name: str, values: NDArray[Any], layer: int | None = None) -> NDArray[Any]:
+        """The values of a dataset, or of one layer of it, once they make sense."""
+        wrong = wrong_values(self.kind, name, values, self._lengths)
+        if wrong:
+            where = "" if layer is None else f", layer {layer},"
+            raise SchemaError(f"its dataset {name}{where} {wrong}")
+        return values
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -163,12 +177,6 @@ class Artifact:
         found = self.attributes.get("kind")
         if not isinstance(found, str) or found not in SCHEMAS:
             raise ArtifactError(f"{self.path} is an HDF5 file, but not one of kscli's.")
-        version = self.attributes.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise ArtifactError(
-                f"{self.path} has format {version}; this kscli reads up to {FORMAT_VERSION}. "
-                "Upgrade kscli."
-            )
         if wanted is not None and found != wanted:
             raise ArtifactError(
                 f"{self.path} holds {SCHEMAS[found].title}, not {SCHEMAS[wanted].title}."
@@ -189,15 +197,13 @@ class CovarianceFile(Artifact):
     def second_moment(self, layer: int) -> NDArray[np.float64]:
         """C of one layer as a new (d_m, d_m) float64 array, read without a float32 copy."""
         out = np.empty((self.about.d_m, self.about.d_m))
-        self.read_rows(layer, 0, out)
-        return out
+        self._read_rows("second_moment", layer, 0, out)
+        with self._reading():
+            return self._checked("second_moment", out, layer)
 
     def read_rows(self, layer: int, start: int, out: NDArray[np.float32 | np.float64]) -> None:
         """Read rows of a layer's C, from `start` on, into `out`."""
-        self.require_layers([layer])
-        at = np.s_[self.layers.index(layer), start : start + len(out)]
-        with self._reading():
-            self._dataset("second_moment").read_direct(out, at)
+        self._read_rows("second_moment", layer, start, out)
 
 
 class FactsFile(Artifact):
@@ -212,7 +218,7 @@ class FactsFile(Artifact):
             columns = {
                 name.removeprefix("facts/"): self._values(name).tolist()
                 for name in self._declared
-                if name.startswith("facts/") and name in self._file
+                if name.startswith("facts/") and name in self._file.arrays
             }
             rows = zip(*columns.values(), strict=True)
             return tuple(Fact(**dict(zip(columns, row, strict=True))) for row in rows)
@@ -247,10 +253,11 @@ class PMatrixFile(FactsFile):
 
     def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
         """One layer's (m, m) matrix of that name."""
-        if name == "whitened_cosine":
-            return whitened_cosine(self.matrix("P", layer), self.leverage(layer))
-        if name == "cosine":
-            return cosine(self.matrix("Q", layer))
+        with self._reading():
+            if name == "whitened_cosine":
+                return whitened_cosine(self.matrix("P", layer), self.leverage(layer))
+            if name == "cosine":
+                return cosine(self.matrix("Q", layer))
         return self._of_layer(name, layer).astype(np.float64)
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
@@ -286,16 +293,3 @@ def require_same_identity(first: Artifact, second: Artifact) -> list[str]:
             "checked: an imported file does not say."
         )
     return differences
-
-
-def _open(path: Path, kind: Kind | None) -> h5py.File:
-    if not path.exists():
-        raise ArtifactError(f"{path} does not exist{_MADE_BY.get(kind, '')}.")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name an HDF5 file.")
-    try:
-        return h5py.File(path, "r", locking="best-effort")
-    except OSError as error:
-        if isinstance(error, PermissionError):
-            raise ArtifactError(f"{path} cannot be read: permission denied.") from error
-        raise ArtifactError(f"{path} is not an HDF5 file, or is truncated.") from error

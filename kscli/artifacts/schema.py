@@ -19,14 +19,17 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import h5py
+from kscli.artifacts.sealed import Held
 
-FORMAT_VERSION = 1
 Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
 Recipe = dict[str, Any]
 
 # What stands in a file for None.
 UNKNOWN = "unknown"
+
+# A hook is a module's dotted path, in which LAYER stands for the layer's number, once.
+LAYER = "{}"
+HOOK = re.compile(r"(?!.*\{\}.*\{\})(?=.*\{\})([\w-]+|\{\})(\.([\w-]+|\{\}))*", re.ASCII)
 
 
 class SchemaError(ValueError):
@@ -37,7 +40,7 @@ class SchemaError(ValueError):
 class Stamp:
     """What the writer adds to every file."""
 
-    format_version: Annotated[int, "the format of the file; 1 is the only one so far"]
+    format_version: Annotated[int, "the format of the file; this kscli reads 2"]
     kscli_version: Annotated[str, "the kscli that wrote the file"]
     kind: Annotated[str, "cov, keys, pmatrix, stats or edits"]
     fingerprint: Annotated[str, "a hash of what the file holds, by which other files name it"]
@@ -169,7 +172,7 @@ class Dataset:
     @property
     def codes(self) -> str:
         """NumPy's codes for the types that the reader takes."""
-        return {"text": "OS", "int64": "iu", "bool": "b"}.get(self.dtype, "f")
+        return {"text": "S", "int64": "iu", "bool": "b"}.get(self.dtype, "f")
 
 
 @dataclass(frozen=True)
@@ -375,28 +378,32 @@ def _value(name: str, held: Any, hint: Any) -> Any:
     raise SchemaError(f"its attribute {name} is {shown}, where {wanted} is needed")
 
 
-def check_datasets(file: h5py.File, declared: Mapping[str, Dataset], d_m: int) -> None:
-    """Raise SchemaError, naming the dataset, unless the file has the datasets as declared."""
+def check_datasets(
+    arrays: Mapping[str, Held], declared: Mapping[str, Dataset], d_m: int
+) -> dict[str, int]:
+    """Raise SchemaError, naming the dataset, unless there are the datasets as declared.
+
+    Returns the length of every axis.
+    """
     lengths = {"d_m": d_m}
     for name, wanted in declared.items():
-        if name not in file:
+        if name not in arrays:
             if wanted.optional:
                 continue
             raise SchemaError(f"it has no dataset {name}")
-        held = file[name]
-        shape = getattr(held, "shape", None)
+        held = arrays[name]
         fits = (
-            shape is not None
-            and held.dtype.kind in wanted.codes
-            and len(shape) == len(wanted.axes)
+            held.dtype.kind in wanted.codes
+            and len(held.shape) == len(wanted.axes)
             and all(
                 lengths.setdefault(axis, length) == length and (length or axis in MAY_BE_EMPTY)
-                for axis, length in zip(wanted.axes, shape, strict=True)
+                for axis, length in zip(wanted.axes, held.shape, strict=True)
             )
         )
         if not fits:
-            what = "a group" if isinstance(held, h5py.Group) else f"{shape} of {held.dtype}"
             axes = ", ".join(wanted.axes)
             raise SchemaError(
-                f"its dataset {name} is {what}, where ({axes}) of {wanted.dtype} is needed"
+                f"its dataset {name} is {held.shape} of {held.dtype}, where ({axes}) of "
+                f"{wanted.dtype} is needed"
             )
+    return lengths

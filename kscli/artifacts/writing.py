@@ -10,19 +10,17 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import h5py
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kscli import __version__
 from kscli.artifacts.schema import (
-    FORMAT_VERSION,
     About,
     Dataset,
     Kind,
@@ -31,8 +29,10 @@ from kscli.artifacts.schema import (
     datasets_of,
     to_attributes,
 )
+from kscli.artifacts.sealed import FORMAT_VERSION
+from kscli.artifacts.sealing import SealedWriter, open_for_writing
 from kscli.facts import Fact
-from kscli.files import replace_file, require_room
+from kscli.files import replace_file
 
 
 class LocatedFacts(Protocol):
@@ -54,17 +54,16 @@ class LocatedFacts(Protocol):
 class ArtifactWriter:
     """Fills one file with the datasets that its kind declares."""
 
-    def __init__(
-        self, file: h5py.File, declared: dict[str, Dataset], digest: hashlib._Hash
-    ) -> None:
+    def __init__(self, file: SealedWriter, declared: Mapping[str, Dataset]) -> None:
         self._file = file
         self._declared = declared
-        self._digest = digest
+        self._layers = 0
 
     def layers(self, layers: Sequence[int]) -> None:
         """Write the `layer` dimension scale, which comes before any array over layers."""
-        self.write("layer", layers)
-        self._file["layer"].make_scale("layer")
+        self._file.write("layer", np.asarray(layers, dtype=np.int64))
+        self._file.make_scale("layer")
+        self._layers = len(layers)
 
     def facts(self, of: LocatedFacts) -> None:
         """Write facts, one dataset a field, and where their keys were read."""
@@ -78,35 +77,49 @@ class ArtifactWriter:
     def write(self, name: str, values: ArrayLike) -> None:
         """Write a whole dataset."""
         wanted = self._declared[name]
-        if wanted.dtype == "text":
-            array = np.asarray(values, dtype=object)
-            held = json.dumps(array.tolist()).encode()
-        else:
-            array = np.asarray(values, dtype=wanted.dtype)
-            held = array.tobytes()
-        self._create(name, array.shape)[...] = array
-        if wanted.result:
-            self._digest.update(name.encode() + held)
+        dtype = object if wanted.dtype == "text" else wanted.dtype
+        array = np.asarray(values, dtype=dtype)
+        of_layers = array.ndim > 1 and wanted.axes[0] == "layer"
+        self._file.write(name, array, self._layers if of_layers else 1)
+        self._attach(name)
 
     def put(self, name: str, index: int, values: ArrayLike) -> None:
         """Fill the `index`-th layer of an array over layers, which is made by the first of them."""
-        wanted = self._declared[name]
-        array = np.ascontiguousarray(values, dtype=wanted.dtype).reshape(np.shape(values))
-        if name not in self._file:
-            self._create(name, (len(self._file["layer"]), *array.shape))
-        self._file[name][index] = array
-        if wanted.result:
-            self._digest.update(f"{name}{index}".encode())
-            self._digest.update(array.data)
+        array = np.ascontiguousarray(values, self._declared[name].dtype).reshape(np.shape(values))
+        first = name not in self._file
+        self._file.put(name, index, array, self._layers)
+        if first:
+            self._attach(name)
 
-    def _create(self, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
-        wanted = self._declared[name]
-        dtype: Any = h5py.string_dtype() if wanted.dtype == "text" else wanted.dtype
-        dataset = self._file.create_dataset(name, shape, dtype)
-        if wanted.axes[:1] == ("layer",) and name != "layer":
-            dataset.dims[0].attach_scale(self._file["layer"])
-            dataset.dims[0].label = "layer"
-        return dataset
+    def _attach(self, name: str) -> None:
+        axes = self._declared[name].axes
+        self._file.attach(name, axes, [self._scale(axis) for axis in axes])
+
+    def _scale(self, axis: str) -> str:
+        """Where an axis has its dimension scale: in the one group whose datasets have it, if any.
+
+        The axis `kept_out` and the group of that name would both be at the root.
+        """
+        groups = {
+            name.rpartition("/")[0]
+            for name, dataset in self._declared.items()
+            if axis in dataset.axes
+        }
+        (group,) = groups if len(groups) == 1 else {""}
+        return f"{group}/{axis}".removeprefix("/")
+
+
+def _fingerprint(
+    kind: Kind, about: About, file: SealedWriter, declared: Mapping[str, Dataset]
+) -> str:
+    """A hash of the recipe and of the results, by the digests of their blocks."""
+    held = {
+        name: (array.type, array.shape, array.blocks)
+        for name, array in file.arrays.items()
+        if declared[name].result
+    }
+    text = json.dumps([kind, about.recipe, held], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @contextmanager
@@ -118,34 +131,16 @@ def write_artifact(
     Raises ArtifactError when the file exists and `force` is not set, when its folder cannot
     be written, and when the disk is full; SchemaError when not all was written that its kind has.
     """
-    with replace_file(path, force=force) as temporary:
-        digest = hashlib.sha256(json.dumps([kind, about.recipe], sort_keys=True).encode())
+    with replace_file(path, force=force) as temporary, open_for_writing(temporary) as file:
         declared = datasets_of(kind, about.recipe)
-        with open_for_writing(temporary) as file:
-            yield ArtifactWriter(file, declared, digest)
-            check_datasets(file, declared, about.d_m)
-            stamp = Stamp(
-                format_version=FORMAT_VERSION,
-                kscli_version=__version__,
-                kind=kind,
-                fingerprint=digest.hexdigest()[:32],
-                command=shlex.join(["kscli", *sys.argv[1:]]),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-            for name, value in (to_attributes(stamp) | to_attributes(about)).items():
-                file.attrs[name] = value
-
-
-@contextmanager
-def open_for_writing(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file at `path`, flushed at the end; OSError where the disk is full."""
-    require_room(path)
-    file = h5py.File(path, "w", locking="best-effort")
-    try:
-        yield file
-        file.flush()
-    except BaseException:
-        with suppress(Exception):
-            file.close()
-        raise
-    file.close()
+        yield ArtifactWriter(file, declared)
+        check_datasets(file.arrays, declared, about.d_m)
+        stamp = Stamp(
+            format_version=FORMAT_VERSION,
+            kscli_version=__version__,
+            kind=kind,
+            fingerprint=_fingerprint(kind, about, file, declared),
+            command=shlex.join(["kscli", *sys.argv[1:]]),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        file.attributes |= to_attributes(stamp) | to_attributes(about)

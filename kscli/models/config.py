@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kscli.errors import KscliError, ModelError, first_line
+from kscli.models.declared import require_possible
 from kscli.models.locating import LocatedModel, ModelOptions
 from kscli.reporter import silenced
 
@@ -41,6 +42,8 @@ def load_config(located: LocatedModel, options: ModelOptions) -> Any:
     """The model's configuration; raises ModelError when it is not that of a causal decoder."""
     from transformers import AutoConfig
 
+    if not located.gguf:
+        require_possible(located.folder, located.identity.model_id)
     with model_errors(located):
         config = AutoConfig.from_pretrained(**reading(located, options))
     _check_kind(located, config)

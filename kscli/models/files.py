@@ -99,7 +99,12 @@ def _weight_files(
 
 
 def _shards(where: str, index: str, text: str) -> list[str]:
+    damaged = ModelError(f"{index} of {where} is damaged; fetch it again.")
     try:
-        return sorted(set(json.loads(text)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} of {where} is damaged; fetch it again.") from error
+        shards = sorted(set(json.loads(text)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged from error
+    # A shard lies beside the index, and nowhere else.
+    if any("/" in shard or "\\" in shard for shard in shards):
+        raise damaged
+    return shards

@@ -29,9 +29,8 @@ def fingerprint_file(path: Path) -> str:
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
+    spans = tensor_spans(path) if path.suffix == ".safetensors" else None
     with path.open("rb") as file:
-        spans = _tensor_spans(file, path, size) if path.suffix == ".safetensors" else None
-        file.seek(0)
         if size <= WHOLE:
             digest.update(file.read())
         elif spans is not None:
@@ -68,22 +67,29 @@ def _update_from_blocks(
         digest.update(file.read(min(BLOCK, end - start)))
 
 
-def _tensor_spans(file: BinaryIO, path: Path, size: int) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: name to (start, end) bytes in the file."""
+def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies: name to (start, end) bytes in the file.
+
+    Raises ModelError when the file is truncated or is none.
+    """
     damaged = ModelError(f"{path} is damaged or is not a safetensors file; fetch it again.")
-    length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= min(HEADER_LIMIT, size - 8):
-        raise damaged
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(HEADER_LIMIT, size - 8):
+            raise damaged
+        text = file.read(length)
+    base = 8 + length
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(text)
         header.pop("__metadata__", None)
-        base = 8 + length
-        spans = {
-            name: (base + entry["data_offsets"][0], base + entry["data_offsets"][1])
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        offsets = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+        spans = {name: (base + start, base + end) for name, (start, end) in offsets.items()}
+        if not all(base <= start <= end for start, end in spans.values()):
+            raise ValueError
+        whole = max((end for _, end in spans.values()), default=base) == size
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
-    if max((end for _, end in spans.values()), default=base) != size:
+    if not whole:
         raise ModelError(f"{path} is truncated ({size:,} bytes); fetch it again.")
     return spans

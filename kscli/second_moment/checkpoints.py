@@ -1,6 +1,6 @@
 """What a run of cache-cov leaves on disk so that, killed, it can go on.
 
-A checkpoint is an HDF5 file of the float64 sums, lower triangle only, of the layers of one
+A checkpoint is a sealed file of the float64 sums, lower triangle only, of the layers of one
 pass, of the place in the stream that they were summed to, and of the plan of batches. It is
 written beside its place and renamed, at most two are kept, and a pass that is finished leaves
 its sums until the run is.
@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import Recipe, open_for_writing
+from kscli.artifacts import Recipe, SealedFile, SealedWriter, open_for_writing
 from kscli.errors import ArtifactError
 from kscli.files import replace_file
 from kscli.second_moment.token_stream import Cursor
@@ -29,6 +28,10 @@ from kscli.second_moment.token_stream import Cursor
 FORMAT = 1
 EVERY_SECONDS = 300.0
 WRITES_APART = 20
+ARRAYS = "arrays/"
+
+# What reading a file that is no checkpoint, or was changed, raises.
+_UNREADABLE = (ArtifactError, KeyError, ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class Checkpoint:
 
     def sums(self, layer: int) -> NDArray[np.float64]:
         """The packed lower triangle of one layer, read from the file."""
-        with h5py.File(self.path, "r", locking="best-effort") as file:
-            return np.asarray(file[f"sums/{layer}"][()])
+        with SealedFile(self.path) as file:
+            return file.read(f"sums/{layer}")
 
 
 class Checkpoints:
@@ -123,7 +126,7 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read, with those of the passes before it."""
         for path in [*self._paths("state-*.h5")[::-1], *self._paths("pass-*.h5")[::-1]]:
-            with suppress(OSError, KeyError, ValueError, TypeError):
+            with suppress(*_UNREADABLE):
                 found = _read(path)
                 for number in range(found.number):
                     _read(self._pass_path(number))
@@ -134,7 +137,7 @@ class Checkpoints:
         """The sums of a pass that is finished."""
         try:
             return _read(self._pass_path(number))
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except _UNREADABLE as error:
             raise ArtifactError(
                 f"{self._pass_path(number)} is missing or damaged; start anew with --force."
             ) from error
@@ -184,35 +187,41 @@ class Checkpoints:
 
 
 def _fill(
-    file: h5py.File,
+    file: SealedWriter,
     checkpoint: Checkpoint,
     recipe: Recipe,
     sums: Iterable[tuple[int, NDArray[np.float64]]],
 ) -> None:
-    file.attrs["recipe"] = json.dumps(recipe, sort_keys=True)
-    file.attrs["plan"] = json.dumps(checkpoint.plan, sort_keys=True)
-    file.attrs["position"] = json.dumps(asdict(checkpoint.position), sort_keys=True)
-    file.attrs["number"] = checkpoint.number
-    file["layers"] = np.asarray(checkpoint.layers, dtype=np.int64)
-    file.create_group("arrays")
+    file.attributes |= {
+        "recipe": json.dumps(recipe, sort_keys=True),
+        "plan": json.dumps(checkpoint.plan, sort_keys=True),
+        "position": json.dumps(asdict(checkpoint.position), sort_keys=True),
+        "number": checkpoint.number,
+    }
+    file.write("layers", np.asarray(checkpoint.layers, dtype=np.int64))
     for name, array in checkpoint.arrays.items():
-        file[f"arrays/{name}"] = array
+        file.write(f"{ARRAYS}{name}", array)
     for layer, packed in sums:
-        file[f"sums/{layer}"] = packed
+        file.write(f"sums/{layer}", packed)
 
 
 def _read(path: Path) -> Checkpoint:
-    """A checkpoint without its sums, of which it is seen that all are there."""
-    with h5py.File(path, "r", locking="best-effort") as file:
-        for layer in file["layers"][()].tolist():
-            file[f"sums/{layer}"].shape  # noqa: B018
-        position = json.loads(file.attrs["position"])
+    """A checkpoint without its sums, of which it is seen that all are there and are whole."""
+    with SealedFile(path) as file:
+        layers = tuple(file.read("layers").tolist())
+        for layer in layers:
+            file.check(f"sums/{layer}")
+        position = json.loads(file.attributes["position"])
         return Checkpoint(
-            number=int(file.attrs["number"]),
-            layers=tuple(file["layers"][()].tolist()),
-            plan=json.loads(file.attrs["plan"]),
+            number=int(file.attributes["number"]),
+            layers=layers,
+            plan=json.loads(file.attributes["plan"]),
             position=Position(**position | {"window": Cursor(**position["window"])}),
-            arrays={name: np.asarray(item[()]) for name, item in file["arrays"].items()},
+            arrays={
+                name.removeprefix(ARRAYS): file.read(name)
+                for name in file.arrays
+                if name.startswith(ARRAYS)
+            },
             path=path,
         )
 
@@ -220,7 +229,7 @@ def _read(path: Path) -> Checkpoint:
 def _recipe_of(path: Path) -> Recipe:
     """The recipe of a checkpoint; empty where the file cannot be read."""
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
-            return dict(json.loads(file.attrs["recipe"]))
-    except (OSError, KeyError, ValueError, TypeError):
+        with SealedFile(path) as file:
+            return dict(json.loads(file.attributes["recipe"]))
+    except _UNREADABLE:
         return {}

@@ -11,6 +11,7 @@ One layer at most is in memory.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zipfile
@@ -27,6 +28,7 @@ from numpy.lib import format as npy
 from numpy.typing import ArrayLike, NDArray
 
 from kscli.artifacts import CovarianceAbout, CovarianceFile, write_artifact
+from kscli.artifacts.schema import HOOK, LAYER
 from kscli.errors import ArtifactError, NumericsError, UsageError
 from kscli.files import replace_file, require_writable
 from kscli.layers import select_layers
@@ -51,6 +53,8 @@ OLDER_IDS = {
     "EleutherAI/gpt-j-6b": "EleutherAI/gpt-j-6B",
 }
 
+# A deflated file of nothing but zeros is 1030 times as small as they are.
+MOST_COMPRESSED = 200
 BLOCK = 64  # rows that are made symmetric at once
 # Entries (i, j) and (j, i) of a sum in float32 drift apart by the rounding of each of some
 # 1e5 additions: sqrt(1e5) 2^-24 is 2e-5 of sqrt(S_ii S_jj), and the largest of 1e8 pairs is
@@ -125,7 +129,9 @@ def export_covariance(
         model_id, hook = cov.about.model_id, cov.about.hook
         name = options.name or OLDER_IDS.get(model_id, model_id)
         folder = model_folder(options.editor, name)
-        paths = [statistics_path(stats_dir, folder, hook.format(layer)) for layer in layers]
+        paths = [
+            statistics_path(stats_dir, folder, hook.replace(LAYER, str(layer))) for layer in layers
+        ]
         for path in paths:
             require_writable(path, force=force)
         with reporter.task("exporting", len(layers), unit="layers") as task:
@@ -351,26 +357,22 @@ def _layer_and_hook(path: Path) -> tuple[int, str]:
             "as in transformer.h.5.mlp.c_proj_float32_mom2_100000.npz; rename it."
         )
     layer = int(parts[numbers[0]])
-    parts[numbers[0]] = "{}"
-    return layer, ".".join(parts)
+    parts[numbers[0]] = LAYER
+    hook = ".".join(parts)
+    if not HOOK.fullmatch(hook):
+        raise ArtifactError(f"{path}: its name gives no module's dotted path; rename it.")
+    return layer, hook
 
 
 def _width(path: Path, archive: zipfile.ZipFile) -> int:
     """d_m by the header of `mom2.mom2`, once its shape, type and length are those of a C."""
-    name = f"{MATRIX}.npy"
-    with archive.open(name) as member:
-        old = npy.read_magic(member) == (1, 0)
-        read_header = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
-        shape, _, dtype = read_header(member)
-        held = archive.getinfo(name).file_size - member.tell()
+    shape, dtype = _header(archive, MATRIX)
     if dtype.hasobject:
         raise ArtifactError(f"{path} holds pickled objects, which are not read.")
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise NumericsError(f"{path}: {MATRIX} is of shape {shape}, not a square matrix.")
     if dtype.kind != "f" or dtype.itemsize not in (4, 8):
         raise NumericsError(f"{path}: {MATRIX} is {dtype}, where float32 or float64 is needed.")
-    if held != dtype.itemsize * shape[0] ** 2:
-        raise ValueError("the matrix is longer or shorter than its header says")
     return int(shape[0])
 
 
@@ -393,7 +395,26 @@ def _make_symmetric(C: NDArray[np.float32], path: Path) -> None:
         C[columns, rows] = mean.T
 
 
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array, once the archive has room for it; ValueError if not.
+
+    NumPy takes the memory for what a header declares before it reads on.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        old = npy.read_magic(file) == (1, 0)
+        read_header = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        held = member.file_size - file.tell()
+    if not dtype.hasobject and held != math.prod(shape) * dtype.itemsize:
+        raise ValueError("the array is longer or shorter than its header says")
+    if member.file_size > MOST_COMPRESSED * max(1, member.compress_size):
+        raise ValueError("the array is compressed more than any second moment can be")
+    return shape, dtype
+
+
 def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    _header(archive, name)
     with archive.open(f"{name}.npy") as member:
         array: NDArray[Any] = npy.read_array(member, allow_pickle=False)
         # The checksum is compared where the member ends.

@@ -1,0 +1,210 @@
+"""What the values of datasets and attributes must be, so that a file makes sense.
+
+A rule is declared for a dataset by its name, and holds for every entry that is read of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kscli.artifacts.schema import HOOK, About, SchemaError
+
+Lengths = Mapping[str, int]
+Mask = NDArray[np.bool_]
+
+ROUNDING = 1e-6
+TILE = 128  # rows and columns that are compared at once: they fit in a cache
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is `needed`, in words, and at which entries of an array it is not so.
+
+    `wrong` is given the array and the length of every axis of the file.
+    """
+
+    needed: str
+    wrong: Callable[[NDArray[Any], Lengths], Mask]
+
+
+# C of a large model has 10^8 entries: masks of all of them are made only where one is wrong.
+NONE = np.zeros(1, dtype=np.bool_)
+
+
+def _not_finite(values: NDArray[Any], _: Lengths) -> Mask:
+    with np.errstate(all="ignore"):
+        # A sum of finite numbers is finite, or they are to be looked at one by one.
+        finite = np.isfinite(values.sum(dtype=np.float64))
+    return NONE if finite else ~np.isfinite(values)
+
+
+def _on_diagonal(wrong: Callable[[NDArray[Any]], Mask]) -> Callable[[NDArray[Any], Lengths], Mask]:
+    """A rule of the diagonal of a matrix, as one of all its entries."""
+
+    def of_matrix(values: NDArray[Any], _: Lengths) -> Mask:
+        on_diagonal = wrong(np.diagonal(values))
+        if not on_diagonal.any():
+            return NONE
+        found = np.zeros(values.shape, dtype=np.bool_)
+        np.fill_diagonal(found, on_diagonal)
+        return found
+
+    return of_matrix
+
+
+def _apart(values: NDArray[Any], _: Lengths) -> Mask:
+    """The entries that differ from those on the other side of the diagonal."""
+    for start in range(0, len(values), TILE):
+        rows = slice(start, start + TILE)
+        for other in range(start, len(values), TILE):
+            columns = slice(other, other + TILE)
+            if (values[rows, columns] != values[columns, rows].T).any():
+                return np.asarray(values != values.T)
+    return NONE
+
+
+def _at_least(least: float) -> Rule:
+    return Rule(f"{least} or more", lambda values, _: ~(values >= least))
+
+
+def _index(axis: str, beyond: int = 0) -> Rule:
+    """An index into an axis; with `beyond` 1, a count of its entries."""
+    return Rule(
+        f"0 to less than {{{axis}}}" if not beyond else f"0 to {{{axis}}}",
+        lambda values, lengths: (values < 0) | (values >= lengths[axis] + beyond),
+    )
+
+
+FINITE = Rule("a finite number", _not_finite)
+POSITIVE = Rule("more than 0", lambda values, _: ~((values > 0) & (values < np.inf)))
+SYMMETRIC = Rule("the entry on the other side of the diagonal", _apart)
+DIAGONAL_1 = Rule("1", _on_diagonal(lambda values: ~(np.abs(values - 1) <= ROUNDING)))
+DIAGONAL_NOT_NEGATIVE = Rule("0 or more", _on_diagonal(lambda values: ~(values >= 0)))
+ASCENDING = Rule(
+    "more than the one before",
+    lambda values, _: np.concatenate([values[:1] < 0, values[1:] <= values[:-1]]),
+)
+# What was measured of a model that edits have broken may be infinite or NaN.
+NOT_NEGATIVE = Rule("0 or more", lambda values, _: values < 0)
+NOT_BEYOND_1 = Rule("from -1 to 1", lambda values, _: np.abs(values) > 1 + ROUNDING)
+LOG_PROBABILITY = Rule("0 or less", lambda values, _: values > ROUNDING)
+
+_Rules = dict[str, tuple[Rule, ...]]
+_LAYER: _Rules = {"layer": (ASCENDING,)}
+_FACTS: _Rules = {"token_id": (_at_least(0),), "position": (_at_least(0),)}
+VALUES: dict[str, _Rules] = {
+    "cov": _LAYER
+    | {
+        "count": (_at_least(1),),
+        "second_moment": (FINITE, DIAGONAL_NOT_NEGATIVE, SYMMETRIC),
+        "settling/layer": (ASCENDING,),
+        "settling/tokens": (_at_least(0),),
+        "settling/rms": (NOT_NEGATIVE,),
+    },
+    "keys": _LAYER | _FACTS | {"keys": (FINITE,)},
+    "pmatrix": _LAYER
+    | _FACTS
+    | {
+        "P": (FINITE, DIAGONAL_1),
+        "Q": (FINITE, DIAGONAL_NOT_NEGATIVE),
+        "leverage": (POSITIVE,),
+        "dead_coordinates": (_at_least(0),),
+        **dict.fromkeys(
+            ("condition", "whitening_residual", "solve_residual", "storage_error"), (NOT_NEGATIVE,)
+        ),
+    },
+    "stats": _LAYER,
+    "edits": _LAYER
+    | _FACTS
+    | {
+        "edited": (_index("m"),),
+        "moved_index": (_index("m"),),
+        "kept_out/fact": (_index("m"),),
+        "kept_out/number": (_index("planned"), ASCENDING),
+        "step": (_index("edit", beyond=1), ASCENDING),
+        **dict.fromkeys(("delta", "direction", "p"), (FINITE,)),
+        **dict.fromkeys(("whitened_cosine", "cosine", "gradient_cosine"), (NOT_BEYOND_1,)),
+        **dict.fromkeys(
+            (
+                *("delta_norm", "linear_error", "live_error", "weight_change", "perplexity"),
+                *("predicted", "measured", "measured_live", "difference"),
+            ),
+            (NOT_NEGATIVE,),
+        ),
+        **{
+            f"{what}_{target}{when}": (rule,)
+            for what, rule in (
+                ("logprob", LOG_PROBABILITY),
+                ("moved_logprob", LOG_PROBABILITY),
+                ("rank", _at_least(1)),
+            )
+            for target in ("true", "new")
+            for when in ("", "_before", "_previous", "_after")
+        },
+    },
+}
+
+
+def wrong_values(kind: str, name: str, values: NDArray[Any], lengths: Lengths) -> str | None:
+    """What makes no sense in a dataset, or in one layer of it, with its place; None: nothing."""
+    # A byte that is neither 0 nor 1 is a bool to NumPy, too.
+    if values.dtype == np.bool_ and (values.view(np.uint8) > 1).any():
+        return "holds what is neither true nor false"
+    for rule in VALUES[kind].get(name, ()):
+        wrong = rule.wrong(values, lengths)
+        if wrong.any():
+            place = np.unravel_index(int(wrong.argmax()), wrong.shape)
+            where = f" at {tuple(map(int, place))}" if place else ""
+            return f"is {values[place]!s}{where}, where {rule.needed.format(**lengths)} is needed"
+    return None
+
+
+# Attributes
+
+# The least that a number may be; the settings of a file that has no such attribute are passed over.
+LEAST = {
+    "d_m": 1,
+    "n_layers": 1,
+    "documents": 0,
+    "max_length": 1,
+    "padding": 0,
+    "ridge": 0,
+    "m": 1,
+    "weight": 0,
+    "batch": 1,
+    "planned": 0,
+}
+CHOICES = {"protocol": ("sequential", "single")}
+
+
+def check_about(about: About) -> None:
+    """Raise SchemaError, naming the attribute, where an attribute makes no sense."""
+    for each in fields(about):
+        value = getattr(about, each.name)
+        needed = _needed(each.name, value)
+        if needed:
+            shown = repr(value)
+            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            raise SchemaError(f"its attribute {each.name} is {shown}, where {needed} is needed")
+
+
+def _needed(name: str, value: Any) -> str | None:
+    """What an attribute must be and is not."""
+    if isinstance(value, str) and "\0" in value:
+        return "text without null characters"
+    if name == "hook" and not HOOK.fullmatch(value):
+        return "a module's dotted path with {} for the layer"
+    # It becomes the name of a folder.
+    if name == "model" and (value in ("", ".", "..") or "/" in value):
+        return "a name without /"
+    if name in CHOICES and value not in CHOICES[name]:
+        return " or ".join(CHOICES[name])
+    if name in LEAST and value is not None and not LEAST[name] <= value < math.inf:
+        return f"{LEAST[name]} or more"
+    return None

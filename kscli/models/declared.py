@@ -1,0 +1,55 @@
+"""What a model's configuration declares, compared with what its weights can hold.
+
+transformers builds layers and lists of them for whatever number a configuration says, so a number
+that cannot be true is refused before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kscli.errors import ModelError
+from kscli.models.files import CONFIG
+from kscli.models.fingerprint import tensor_spans
+
+# Each number is a factor of some matrix's size.
+_WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "n_inner", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def require_possible(folder: Path, model_id: str) -> None:
+    """Raise ModelError, naming the number, where `config.json` declares what cannot be.
+
+    A layer has a tensor of its own at least, and a width has a parameter, of at least one bit, for
+    each of its entries.
+    """
+    path = folder / CONFIG
+    weights = [each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin")]
+    if not (path.is_file() and weights):
+        return
+    try:
+        declared = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{model_id}: {CONFIG} is damaged; fetch it again.") from error
+    size = sum(each.stat().st_size for each in weights)
+    safe = all(each.suffix == ".safetensors" for each in weights)
+    tensors = sum(len(tensor_spans(each)) for each in weights) if safe else size
+    for names, most in ((_LAYERS, tensors), (_WIDTHS, 8 * size)):
+        for name, number in _numbers(declared, names):
+            if number > most:
+                raise ModelError(
+                    f"{model_id}: {CONFIG} says {name} {number:,}, more than its weights of "
+                    f"{size:,} bytes can have; fetch the model again."
+                )
+
+
+def _numbers(declared: Any, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    """The numbers under such names, at the top and in the configurations in it."""
+    if isinstance(declared, dict):
+        for name, value in declared.items():
+            if name in names and isinstance(value, int | float):
+                yield name, value
+            yield from _numbers(value, names)
