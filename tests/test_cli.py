@@ -144,7 +144,7 @@ def test_show_says_what_a_file_is(toy: Path) -> None:
     assert pmatrix["kind"] == "pmatrix"
     assert pmatrix["layers"] == "0-2"
     assert pmatrix["model_id"] == "someone/toy"
-    assert pmatrix["datasets"]["P"] == {"shape": [3, 6, 6], "dtype": "float64"}
+    assert pmatrix["datasets"]["P"] == {"shape": [3, 6, 6], "dtype": "float32"}
     assert pmatrix["inputs"] == {"cov": shown[0]["fingerprint"], "keys": shown[1]["fingerprint"]}
     with h5py.File(toy / "toy" / "pmatrix.h5") as file:
         condition = file["condition"][()]
