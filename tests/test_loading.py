@@ -351,7 +351,7 @@ def test_a_long_document_gives_the_tokens_that_the_whole_of_it_gives(text: str) 
 
 def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ModelError, match=r"my-model holds an adapter .* merge_and_unload"):
+    with pytest.raises(ModelError, match=r"my-model holds an adapter .* --merge-adapter"):
         load_model(ModelOptions(str(folder)))
 
 

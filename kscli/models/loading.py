@@ -79,10 +79,12 @@ def load_model(
 ) -> LoadedModel:
     """Load the model that `options` names, on its device and in its dtype, without gradients.
 
-    `located` saves finding its files again; with `spread` the model is laid over all devices,
-    and over the host's memory where these are not enough (True: all that is free). Raises
-    ModelError when it cannot be read, is not a dense causal decoder, or lacks weights.
+    An adapter that was located with it is merged. `located` saves finding its files again; with
+    `spread` the model is laid over all devices, and over the host's memory where these are not
+    enough (True: all that is free). Raises ModelError when it cannot be read, is not a dense causal
+    decoder, or lacks weights, and as `merge_adapter` does.
     """
+    from kscli.models.adapters import merge_adapter
     from kscli.models.forward import Decoder
     from kscli.resources import resolve_device, resolve_dtype
 
@@ -94,6 +96,8 @@ def load_model(
         model, has_head = _load_weights(
             located, config, options, _device_arguments(device, spread), dtype
         )
+        if located.adapter:
+            model = merge_adapter(model, located.adapter, located.identity.model_id, reporter)
         tokenizer = load_tokenizer(located, options)
     text = config.get_text_config()
     decoder = Decoder(model, text.hidden_size, text.num_hidden_layers)
@@ -126,6 +130,9 @@ def _load_weights(
             dtype=getattr(torch, dtype),
             use_safetensors=None if options.allow_pickle or located.gguf else True,
             output_loading_info=True,
+            # Where peft is installed, transformers would add an adapter of the folder by itself;
+            # it looks for one in this subfolder, which is not there.
+            adapter_kwargs={"subfolder": "no-adapter"},
             **device,
             **reading(located, options),
         )
