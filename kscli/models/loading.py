@@ -9,6 +9,7 @@ from kscli.errors import FactsError, ModelError
 from kscli.models.config import (
     boundary_of,
     default_length,
+    gguf_read_once,
     load_config,
     model_errors,
     positions_of,
@@ -91,7 +92,7 @@ def load_model(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     located = located or locate_model(options, reporter)
-    with quiet_transformers():
+    with quiet_transformers(), gguf_read_once(located):
         config = load_config(located, options)
         model, has_head = _load_weights(
             located, config, options, _device_arguments(device, spread), dtype
