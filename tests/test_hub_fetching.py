@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import socket
 import threading
@@ -28,7 +29,7 @@ from kscli.hub import models as hub
 from kscli.hub.asking import REQUEST_TIMEOUT, HTTPError
 from kscli.hub.models import fetch_model
 from kscli.models.aliases import find_alias
-from kscli.models.locating import ModelOptions
+from kscli.models.locating import ModelOptions, locate_model
 from kscli.reporter import SILENT, Reporter, Task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -49,6 +50,20 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "generation_config.json": b"{}",
         "README.md": b"r",
         "modeling.py": b"c",
+    },
+    "owner/adapted": {
+        "config.json": b"{}",
+        "model.safetensors": b"w",
+        "tokenizer.json": b"{}",
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"a",
+        "adapter_model.bin": b"p",
+    },
+    "owner/adapter": {
+        "adapter_config.json": b'{"base_model_name_or_path": "owner/plain", "revision": null}',
+        "adapter_model.safetensors": (2).to_bytes(8, "little") + b"{}",
+        "tokenizer.json": b"{}",
+        "training_args.bin": b"p",
     },
     "owner/sharded": {
         "config.json": b"{}",
@@ -221,9 +236,12 @@ def fetch(
     *,
     pickle: bool = False,
     code: bool = False,
+    merge: bool = False,
     reporter: Reporter = SILENT,
 ) -> Path:
-    options = ModelOptions(hub_id, revision, allow_pickle=pickle, trust_remote_code=code)
+    options = ModelOptions(
+        hub_id, revision, allow_pickle=pickle, trust_remote_code=code, merge_adapter=merge
+    )
     return fetch_model(options, reporter)
 
 
@@ -264,6 +282,35 @@ def test_only_what_is_read_is_fetched(local_hub: LocalHub) -> None:
 
 def test_python_files_only_when_remote_code_is_trusted(local_hub: LocalHub) -> None:
     assert files(fetch("owner/plain", code=True)) == sorted([*PLAIN, "modeling.py"])
+
+
+def test_an_adapter_only_when_it_is_merged(local_hub: LocalHub) -> None:
+    """Beside its base model, and alone; what was fetched is found again without the network."""
+    adapter = ["adapter_config.json", "adapter_model.safetensors"]
+    assert "--merge-adapter" in refusal("owner/adapted")
+    assert "--merge-adapter" in refusal("owner/adapter")
+    assert local_hub.fetched() == []
+    beside = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert files(fetch("owner/adapted", merge=True)) == sorted(adapter + beside)
+    assert files(fetch("owner/adapter", merge=True)) == adapter
+    asked = len(local_hub.fetched())
+    for hub_id in ("owner/adapted", "owner/adapter"):
+        assert fetch(hub_id, COMMIT, merge=True).name == COMMIT
+    assert len(local_hub.fetched()) == asked
+
+
+def test_the_base_model_of_an_adapter_is_fetched(
+    local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    reporter = RecordingReporter()
+    found = locate_model(ModelOptions("owner/adapter", merge_adapter=True), reporter)
+    assert files(found.folder) == PLAIN
+    assert found.adapter is not None
+    assert files(found.adapter) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert found.identity.model_id == "owner/adapter"
+    assert found.identity.weights.startswith(f"commit:{COMMIT}+sha256:")
+    assert reporter.notes == ["The adapter owner/adapter is merged into owner/plain."]
 
 
 def test_shards_are_those_the_index_names(local_hub: LocalHub) -> None:

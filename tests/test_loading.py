@@ -173,6 +173,22 @@ def test_a_gguf_that_is_none(tmp_path: Path) -> None:
         load_model(ModelOptions(str(path)))
 
 
+def test_a_gguf_file_is_parsed_once(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For configuration, weights and tokenizer together: parsing is the larger part of loading."""
+    gguf = pytest.importorskip("gguf")
+    parsed: list[object] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def __init__(self, *arguments: object) -> None:
+            parsed.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    load_model(ModelOptions(str(smollm2), device="cpu"))
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counted
+
+
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
     save_model("gpt2", GPT2_LIKE, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -351,7 +367,7 @@ def test_a_long_document_gives_the_tokens_that_the_whole_of_it_gives(text: str) 
 
 def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ModelError, match=r"my-model holds an adapter .* merge_and_unload"):
+    with pytest.raises(ModelError, match=r"my-model holds an adapter .* --merge-adapter"):
         load_model(ModelOptions(str(folder)))
 
 

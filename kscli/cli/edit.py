@@ -239,6 +239,7 @@ def edit(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
+    merge_adapter: options.MergeAdapter = False,
     directory: options.Dir = Path("artifacts"),
     output: options.EditsOutput = None,
     force: options.Force = False,
@@ -374,7 +375,9 @@ def edit(
         else None,
     )
     session = Session(
-        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+        ModelOptions(
+            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
+        ),
         Existing.FORCE if force else Existing.REFUSE,
         reporter,
     )

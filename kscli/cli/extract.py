@@ -18,6 +18,7 @@ def extract(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
+    merge_adapter: options.MergeAdapter = False,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -41,7 +42,9 @@ def extract(
 
     reporter = ConsoleReporter(quiet=quiet)
     session = Session(
-        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+        ModelOptions(
+            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
+        ),
         Existing.FORCE if force else Existing.REFUSE,
         reporter,
     )

@@ -24,6 +24,7 @@ def check(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
+    merge_adapter: options.MergeAdapter = False,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -53,7 +54,9 @@ def check(
     path = output or Places(directory, model).folder / FILE_NAME
     require_facts_path(path, force=force)
     asked = facts_for(model, facts, count).facts
-    chosen = ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle)
+    chosen = ModelOptions(
+        model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
+    )
     loaded = load_model(chosen, reporter)
     checked = check_facts(loaded, asked, reporter)
     write_knowledge(loaded, checked, path, force=force)

@@ -133,6 +133,14 @@ AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read pickled weights, which can run code."),
 ]
+MergeAdapter = Annotated[
+    bool,
+    typer.Option(
+        "--merge-adapter",
+        help="Merge the adapter (LoRA and others of peft) in the model's folder or repository into "
+        "the weights. Where it is alone, its base model is loaded.",
+    ),
+]
 BatchTokens = Annotated[
     int | None,
     typer.Option(

@@ -33,6 +33,7 @@ def run(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_pickle: options.AllowPickle = False,
+    merge_adapter: options.MergeAdapter = False,
     directory: options.Dir = Path("artifacts"),
     force: options.Force = False,
     quiet: options.Quiet = False,
@@ -66,7 +67,9 @@ def run(
     existing = Existing.FORCE if force else Existing.REMAKE
     places = Places(directory, model)
     session = Session(
-        ModelOptions(model, revision, device, dtype, trust_remote_code, allow_pickle),
+        ModelOptions(
+            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
+        ),
         existing,
         reporter,
     )

@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from kscli.errors import ModelError
 from kscli.hub import asking
 from kscli.models.aliases import ALIASES, close_aliases
-from kscli.models.files import CONFIG, model_files
+from kscli.models.files import ADAPTER, CONFIG, model_files
 from kscli.models.locating import ModelOptions
 from kscli.reporter import SILENT, Reporter, Task, silenced
 
@@ -96,7 +96,8 @@ def _cached_model(options: ModelOptions, *, listed_only: bool) -> Path | None:
     Complete by the repository's list of files, which a download leaves in the cache; or,
     without `listed_only` and where there is no such list, by what lies in the folder.
     """
-    config = _cached_file(options.model, CONFIG, options.revision)
+    always_there = ADAPTER if options.merge_adapter else CONFIG
+    config = _cached_file(options.model, always_there, options.revision)
     if config is None:
         return None
     folder = config.parent
@@ -115,7 +116,7 @@ def _cached_model(options: ModelOptions, *, listed_only: bool) -> Path | None:
             return None
         raise
     complete = all((folder / name).is_file() for name in files.all)
-    return folder if complete and files.tokenizer else None
+    return folder if complete and files.complete else None
 
 
 def _cached_list(hub_id: str, commit: str) -> set[str] | None:

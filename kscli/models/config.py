@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from kscli.errors import KscliError, ModelError, first_line
@@ -107,6 +109,25 @@ def model_errors(located: LocatedModel) -> Iterator[None]:
         known = [said for signs, said in _EXPLANATIONS if any(sign in str(error) for sign in signs)]
         said = known[0] if known else f"cannot be loaded: {first_line(error)}"
         raise ModelError(f"{located.identity.model_id} {said}") from error
+
+
+@contextmanager
+def gguf_read_once(located: LocatedModel) -> Iterator[None]:
+    """Let transformers parse a GGUF file once while the block runs.
+
+    It parses the file for the configuration, for the weights and for the tokenizer, and each time
+    takes many seconds where the vocabulary is large.
+    """
+    if located.gguf is None:
+        yield
+        return
+    gguf: Any = import_module("gguf")
+    reader = gguf.GGUFReader  # transformers takes it from the package each time
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 @contextmanager

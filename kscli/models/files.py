@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 SAFE = "model.safetensors"
 PICKLED = "pytorch_model.bin"
+ADAPTER = "adapter_config.json"
 
 _TOKENIZER_NAMES = {
     "tokenizer.json",
@@ -30,16 +31,26 @@ _TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The names of a model's files beside its configuration; `weights` with their index."""
+    """The names of a model's files: `config` with the code, `weights` with their index.
 
+    `adapter` has the files of an adapter that is to be merged. Where these are alone, all else
+    comes from the base model that the adapter names.
+    """
+
+    config: list[str]
     tokenizer: list[str]
-    code: list[str]
     weights: list[str]
+    adapter: list[str]
 
     @property
     def all(self) -> list[str]:
         """The names of all files that are read."""
-        return [CONFIG, *self.tokenizer, *self.code, *self.weights]
+        return [*self.config, *self.tokenizer, *self.weights, *self.adapter]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is lacking: a model has a tokenizer, and an adapter needs none."""
+        return bool(self.tokenizer or not self.config)
 
 
 def model_files(
@@ -50,27 +61,51 @@ def model_files(
     Weights are safetensors; pickled ones only where `options` allow them and there are no others.
     Python files count only where `options` trust them.
 
+    The adapter's files count only where `options` merge it.
+
     Raises ModelError, naming `where`, when there is no model, when its weights are not all there,
-    and for an adapter, which changes what the weights compute: transformers adds it to them, or
-    does not, by whether peft is installed.
+    and for an adapter that is not to be merged: it changes what the weights compute, and
+    transformers adds it to them, or does not, by whether peft is installed.
     """
+    adapter = _adapter_files(names, where, options)
     if CONFIG not in names:
+        if adapter:
+            return ModelFiles([], [], [], adapter)
         gguf = any(name.endswith(".gguf") for name in names)
         raise ModelError(
             f"{where} has no {CONFIG}, so it is not a transformers model."
             + (" Give the path of one of its .gguf files, here or downloaded." if gguf else "")
         )
-    if "adapter_config.json" in names:
-        raise ModelError(
-            f"{where} holds an adapter (adapter_config.json), which changes the model. Merge it "
-            "into the weights with peft's merge_and_unload() and save the model to another folder, "
-            "or move the adapter's files away to measure the base model."
-        )
+    code = sorted(name for name in names if options.trust_remote_code and name.endswith(".py"))
     return ModelFiles(
+        config=[CONFIG, *code],
         tokenizer=sorted(filter(_is_tokenizer_file, names)),
-        code=sorted(name for name in names if options.trust_remote_code and name.endswith(".py")),
         weights=_weight_files(names, read, where, options.allow_pickle),
+        adapter=adapter,
     )
+
+
+def _adapter_files(names: Collection[str], where: str, options: ModelOptions) -> list[str]:
+    """The files of an adapter in peft's format, if it is there and is to be merged."""
+    if ADAPTER not in names:
+        if options.merge_adapter:
+            raise ModelError(f"{where} has no adapter ({ADAPTER}); leave --merge-adapter out.")
+        return []
+    if not options.merge_adapter:
+        raise ModelError(
+            f"{where} holds an adapter ({ADAPTER}), which changes the model. Add --merge-adapter "
+            "to measure the model with it, or name the base model alone."
+        )
+    if "adapter_model.safetensors" in names:
+        return [ADAPTER, "adapter_model.safetensors"]
+    if "adapter_model.bin" not in names:
+        raise ModelError(f"{where} has no adapter weights (adapter_model.safetensors).")
+    if not options.allow_pickle:
+        raise ModelError(
+            f"{where} has only a pickled adapter, and reading it can run code. Add --allow-pickle "
+            "if you trust it."
+        )
+    return [ADAPTER, "adapter_model.bin"]
 
 
 def _is_tokenizer_file(name: str) -> bool:

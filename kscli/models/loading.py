@@ -9,6 +9,7 @@ from kscli.errors import FactsError, ModelError
 from kscli.models.config import (
     boundary_of,
     default_length,
+    gguf_read_once,
     load_config,
     model_errors,
     positions_of,
@@ -79,21 +80,25 @@ def load_model(
 ) -> LoadedModel:
     """Load the model that `options` names, on its device and in its dtype, without gradients.
 
-    `located` saves finding its files again; with `spread` the model is laid over all devices,
-    and over the host's memory where these are not enough (True: all that is free). Raises
-    ModelError when it cannot be read, is not a dense causal decoder, or lacks weights.
+    An adapter that was located with it is merged. `located` saves finding its files again; with
+    `spread` the model is laid over all devices, and over the host's memory where these are not
+    enough (True: all that is free). Raises ModelError when it cannot be read, is not a dense causal
+    decoder, or lacks weights, and as `merge_adapter` does.
     """
+    from kscli.models.adapters import merge_adapter
     from kscli.models.forward import Decoder
     from kscli.resources import resolve_device, resolve_dtype
 
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     located = located or locate_model(options, reporter)
-    with quiet_transformers():
+    with quiet_transformers(), gguf_read_once(located):
         config = load_config(located, options)
         model, has_head = _load_weights(
             located, config, options, _device_arguments(device, spread), dtype
         )
+        if located.adapter:
+            model = merge_adapter(model, located.adapter, located.identity.model_id, reporter)
         tokenizer = load_tokenizer(located, options)
     text = config.get_text_config()
     decoder = Decoder(model, text.hidden_size, text.num_hidden_layers)
@@ -126,6 +131,9 @@ def _load_weights(
             dtype=getattr(torch, dtype),
             use_safetensors=None if options.allow_pickle or located.gguf else True,
             output_loading_info=True,
+            # Where peft is installed, transformers would add an adapter of the folder by itself;
+            # it looks for one in this subfolder, which is not there.
+            adapter_kwargs={"subfolder": "no-adapter"},
             **device,
             **reading(located, options),
         )

@@ -5,12 +5,14 @@ Pickled weights are read, and remote code is run, only when asked for.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kscli.errors import ModelError, UsageError
 from kscli.models.aliases import classify, find_alias, slug
-from kscli.models.files import CONFIG, model_files
+from kscli.models.files import ADAPTER, ModelFiles, model_files
 from kscli.models.fingerprint import fingerprint_files
 from kscli.reporter import SILENT, Reporter
 
@@ -25,13 +27,15 @@ class ModelOptions:
     dtype: str = "auto"
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    merge_adapter: bool = False
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
     """What must agree between two files that are used together; `model` is the slug.
 
-    `weights` and `tokenizer` are fingerprints: a Hub commit, or hashes of the files.
+    `weights` and `tokenizer` are fingerprints: a Hub commit, or hashes of the files. Weights into
+    which an adapter is merged are `BASE+ADAPTER`.
     """
 
     model: str
@@ -43,21 +47,25 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class LocatedModel:
-    """A model's files on this disk, and who it is."""
+    """A model's files on this disk, who it is, and the folder of an adapter to be merged."""
 
     folder: Path
     gguf: str | None
     identity: ModelIdentity
+    adapter: Path | None = None
 
 
 def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedModel:
     """Find the model's files, downloading them when it lives on the Hub.
 
-    Raises ModelError when there are none, or they are damaged or pickled and
-    `allow_pickle` is not set.
+    With `merge_adapter` an adapter is found beside its base model, or alone, with the base model
+    that it names. Raises ModelError when there are no files, or they are damaged or pickled and
+    `allow_pickle` is not set, and for an adapter where peft is not installed.
     """
     kind = classify(options.model)
     name = slug(options.model)
+    if options.merge_adapter:
+        _require_peft(options.model, can_have_adapter=kind in ("hub", "folder"))
     if kind == "hub":
         return _locate_on_hub(options, name, reporter)
     if options.revision is not None:
@@ -69,9 +77,9 @@ def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedM
     if kind == "embedded":
         from kscli.tiny import MODEL_DIR
 
-        return _locate_folder(MODEL_DIR, name, name, options)
+        return _locate_folder(MODEL_DIR, name, name, options, reporter)
     path = Path(options.model)
-    return _locate_folder(path.expanduser(), name, str(path), options)
+    return _locate_folder(path.expanduser(), name, str(path), options, reporter)
 
 
 def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> LocatedModel:
@@ -82,7 +90,10 @@ def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> Loca
     revision = options.revision or (alias.revision if alias else None) or "main"
     folder = fetch_model(replace(options, model=hub_id, revision=revision), reporter)
     commit = f"commit:{folder.name}"
-    return LocatedModel(folder, None, ModelIdentity(name, hub_id, revision, commit, commit))
+    located = LocatedModel(folder, None, ModelIdentity(name, hub_id, revision, commit, commit))
+    if not options.merge_adapter:
+        return located
+    return _with_adapter(located, _files_of(folder, hub_id, options), options, reporter)
 
 
 def _locate_gguf(path: Path, name: str) -> LocatedModel:
@@ -102,21 +113,78 @@ def _locate_gguf(path: Path, name: str) -> LocatedModel:
     return LocatedModel(path.parent, path.name, ModelIdentity(name, str(path), "", whole, whole))
 
 
-def _locate_folder(folder: Path, name: str, model_id: str, options: ModelOptions) -> LocatedModel:
+def _locate_folder(
+    folder: Path, name: str, model_id: str, options: ModelOptions, reporter: Reporter
+) -> LocatedModel:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder with a model.")
-    files = model_files(
-        [path.name for path in folder.iterdir() if path.is_file()],
-        lambda name: (folder / name).read_text("utf-8"),
-        str(folder),
-        options,
-    )
+    files = _files_of(folder, str(folder), options)
     weights = [name for name in files.weights if not name.endswith(".json")]
     identity = ModelIdentity(
         model=name,
         model_id=model_id,
         revision="",
-        weights=fingerprint_files(folder / name for name in [CONFIG, *weights, *files.code]),
+        weights=fingerprint_files(folder / name for name in [*files.config, *weights]),
         tokenizer=fingerprint_files(folder / name for name in files.tokenizer),
     )
-    return LocatedModel(folder, None, identity)
+    located = LocatedModel(folder, None, identity)
+    return _with_adapter(located, files, options, reporter) if files.adapter else located
+
+
+def _files_of(folder: Path, where: str, options: ModelOptions) -> ModelFiles:
+    return model_files(
+        [path.name for path in folder.iterdir() if path.is_file()],
+        lambda name: (folder / name).read_text("utf-8"),
+        where,
+        options,
+    )
+
+
+def _with_adapter(
+    found: LocatedModel, files: ModelFiles, options: ModelOptions, reporter: Reporter
+) -> LocatedModel:
+    """The model whose weights are those of a base model and of the adapter in `found.folder`.
+
+    The base model lies there too, or is the one that the adapter names.
+    """
+    base = found if files.weights else _base_of(found, options, reporter)
+    adapter = fingerprint_files(found.folder / name for name in files.adapter)
+    identity = replace(
+        found.identity,
+        weights=f"{base.identity.weights}+{adapter}",
+        tokenizer=base.identity.tokenizer,
+    )
+    return replace(base, identity=identity, adapter=found.folder)
+
+
+def _base_of(found: LocatedModel, options: ModelOptions, reporter: Reporter) -> LocatedModel:
+    """The base model that an adapter names, of the revision that it names."""
+    adapter = found.identity.model_id
+    try:
+        config = json.loads((found.folder / ADAPTER).read_text("utf-8"))
+        name, revision = config["base_model_name_or_path"], config.get("revision")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{ADAPTER} of {adapter} is damaged; fetch it again.") from error
+    if not name or not isinstance(name, str):
+        raise ModelError(f"{ADAPTER} of {adapter} names no base model (base_model_name_or_path).")
+    reporter.note(f"The adapter {adapter} is merged into {name}.")
+    base = replace(
+        options,
+        model=name,
+        revision=revision if classify(name) == "hub" else None,
+        merge_adapter=False,
+    )
+    try:
+        return locate_model(base, reporter)
+    except ModelError as error:
+        raise ModelError(f"The adapter {adapter} is one of the model {name}. {error}") from error
+
+
+def _require_peft(model: str, *, can_have_adapter: bool) -> None:
+    if not can_have_adapter:
+        raise UsageError(f"{model} has no adapter; leave --merge-adapter out.")
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(
+            "--merge-adapter needs the package peft, which is not installed: "
+            "pip install 'kscli[peft]'."
+        )

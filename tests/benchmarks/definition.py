@@ -1,14 +1,15 @@
-"""SmolLM2-135M against the definition, in full: every layer's C and P in naive float64.
+"""A real model against the definition, in full: every layer's C and P in naive float64.
 
-    python tests/benchmarks/definition.py MODEL.gguf CORPUS.jsonl FACTS.json
+    python tests/benchmarks/definition.py MODEL.gguf CORPUS.jsonl FACTS.json [DOCUMENTS]
 
-Runs kscli's stages in float32 (all documents, --max-length 512, 128 facts), then the model in
-float64 one document at a time with hooks of its own, and prints the worst errors and where the
-pairs that the paper names stand. About ten minutes on 2 cores.
+Runs kscli's stages in float32 (all documents, or the first ones; --max-length 512, 128 facts), then
+the model in float64 one document at a time with hooks of its own, and prints the errors of every
+layer and where the pairs that the paper names stand. About ten minutes on 2 cores.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -34,14 +35,15 @@ MAX_LENGTH = 512
 
 def main() -> None:
     """Measure and print."""
-    model_path, corpus_path, facts_path = sys.argv[1:]
+    model_path, corpus_path, facts_path, *documents = sys.argv[1:]
+    samples = int(documents[0]) if documents else None
     loaded = load_model(ModelOptions(model_path, dtype="float32"))
     layers = range(loaded.decoder.n_layers)
     start = time.perf_counter()
     moments = second_moments(
         loaded,
         open_corpus(CorpusSpec(corpus_path)),
-        CovarianceOptions(samples=None, max_length=MAX_LENGTH),
+        CovarianceOptions(samples=samples, max_length=MAX_LENGTH),
     )
     print(f"cache-cov: {moments.tokens:,} tokens in {time.perf_counter() - start:.1f} s")
     facts = read_facts(facts_path, 128)
@@ -59,12 +61,13 @@ def main() -> None:
         f"{time.perf_counter() - whitened:.1f} s, {len(facts.facts)} facts"
     )
 
-    hooks = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+    hooks = [projection.name for projection in loaded.decoder.projections]
     model = loaded.decoder.model.double()
+    model.set_output_embeddings(torch.nn.Identity())  # type: ignore[operator]  # keys need no logits
     sums = [np.zeros_like(matrices[0]) for _ in layers]
     count = 0
     with Path(corpus_path).open(encoding="utf-8") as lines:
-        for line in lines:
+        for line in itertools.islice(lines, samples):
             token_ids = loaded.tokenizer(json.loads(line)["text"])["input_ids"][:MAX_LENGTH]
             count += len(token_ids)
             for layer, K in enumerate(naive.keys_of_text(model, token_ids, hooks).values()):
@@ -82,6 +85,8 @@ def main() -> None:
     print(f"tokens equal: {count == moments.tokens}")
     print(f"C, relative Frobenius error: worst {max(c_errors):.2e} (layer {np.argmax(c_errors)})")
     print(f"P, largest absolute error:   worst {max(p_errors):.2e} (layer {np.argmax(p_errors)})")
+    for layer in layers:
+        print(f"layer {layer:2}: C {c_errors[layer]:.1e}, P {p_errors[layer]:.1e}")
     for pair in top_pairs(results[0].P, 20):
         print(f"{pair.p:5.2f}  {facts.facts[pair.i].subject}  ->  {facts.facts[pair.j].subject}")
 

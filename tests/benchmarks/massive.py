@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli.batching import make_batches
+from kscli.batching import TokenBatch, make_batches
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import extract_keys
 from kscli.facts import read_facts
@@ -53,14 +53,19 @@ def main() -> None:
     batches = [batch for window in stream for batch in make_batches(window.sequences, BATCH)]
     keys = extract_keys(model, facts, "subject-last", "all")
     layers = range(model.decoder.n_layers)
-    print("layer massive longest/median  float32 sums  as summed  stored  beside 8  estimated")
+    print(
+        "layer massive longest/median  float32 sums  as summed  stored  beside 8  estimated",
+        flush=True,
+    )
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for batch in batches:
+
+        def keep(layer: int, found: Tensor, batch: TokenBatch = batch) -> None:
+            rows[layer].append(batch.without_padding(found.clone()))
+
+        model.decoder.run(batch.input_ids, layers, keep)
     for layer in layers:
-        found: dict[int, Tensor] = {}
-        rows = []
-        for batch in batches:
-            model.decoder.run(batch.input_ids, [layer], found.__setitem__)
-            rows.append(batch.without_padding(found[layer].clone()))
-        report(layer, rows, keys.keys[keys.layers.index(layer)].astype(np.float64))
+        report(layer, rows.pop(layer), keys.keys[keys.layers.index(layer)].astype(np.float64))
 
 
 def report(layer: int, rows: list[Tensor], facts: Real) -> None:
