@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from kscli.errors import FactsError, UsageError
+from kscli.escaping import escaped_json
 from kscli.files import replace_file, require_writable
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
@@ -155,7 +156,8 @@ def write_records(path: Path, records: Iterable[Mapping[str, object]], *, force:
     require_facts_path(path, force=force)
     with replace_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8") as out:
         for record in records:
-            out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+            out.write(escaped_json(text) + "\n")
 
 
 def require_facts_path(path: Path, *, force: bool) -> None:

@@ -33,6 +33,7 @@ from kscli.artifacts.schema import (
 )
 from kscli.facts import Fact
 from kscli.files import replace_file, require_room
+from kscli.secrets import without_secrets
 
 
 class LocatedFacts(Protocol):
@@ -129,7 +130,7 @@ def write_artifact(
                 kscli_version=__version__,
                 kind=kind,
                 fingerprint=digest.hexdigest()[:32],
-                command=shlex.join(["kscli", *sys.argv[1:]]),
+                command=without_secrets(shlex.join(["kscli", *sys.argv[1:]])),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             for name, value in (to_attributes(stamp) | to_attributes(about)).items():
