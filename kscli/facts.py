@@ -36,6 +36,10 @@ DEFAULT_COUNT = 128  # the paper's m
 
 SLOT = "{}"
 
+# The characters of all of a fact's texts: more than any sentence has, and few enough for a
+# tokenizer to take no time.
+MOST_CHARACTERS = 20_000
+
 # Null characters and lone surrogates: no tokenizer or HDF5 string can hold them.
 UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -55,7 +59,8 @@ class Fact:
     `target_new` is what an edit would write instead of the target; empty where none is given.
 
     Raises:
-        FactsError: no `{}` or several, a blank subject or target, text that is not Unicode.
+        FactsError: no `{}` or several, a blank subject or target, text that is not Unicode, over
+            `MOST_CHARACTERS` characters.
     """
 
     prompt: str
@@ -66,8 +71,16 @@ class Fact:
     target_new: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target", "relation", "target_new"):
-            _check_text(name, getattr(self, name))
+        texts = {name: value for name, value in vars(self).items() if name != "case_id"}
+        length = sum(map(len, texts.values()))
+        if length > MOST_CHARACTERS:
+            longest = max(texts, key=lambda name: len(texts[name]))
+            raise FactsError(
+                f"the {longest} {quote(texts[longest])} is too long: a fact may have "
+                f"{MOST_CHARACTERS:,} characters, and this one has {length:,}; leave it out."
+            )
+        for name, value in texts.items():
+            _check_text(name, value)
         slots = self.prompt.count(SLOT)
         if slots != 1:
             found = f"has {slots} {SLOT}" if slots else f"has no {SLOT}"

@@ -158,7 +158,7 @@ def _markdown(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:
 
 
 # What is markup within a line: a `_` not inside a word, and a `(` where it would make a link.
-_MARKDOWN = re.compile(r"[\\`*~<&|]|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(")
+_MARKDOWN = re.compile(r"[\\`*~<|]|&(?=#?\w)|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(")
 
 
 def _markdown_text(text: str) -> str:
