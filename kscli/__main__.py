@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 INTERRUPTED = 2  # SIGINT's number, known before `signal` is imported
+AGAIN_SECONDS = 0.1  # after which a signal whose exception was swallowed is raised again
 
 
 class _Stopped(KeyboardInterrupt):
@@ -14,13 +15,16 @@ class _Stopped(KeyboardInterrupt):
 def main() -> None:
     """Run the command line; the entry point of `kscli`.
 
-    SIGINT and SIGTERM end it with one line on stderr and exit code 128 + number. Everything is
-    imported in here: a signal that comes during an import is answered like any other.
+    SIGINT and SIGTERM end it with one line on stderr and exit code 128 + number, wherever they
+    fall. Everything is imported in here: a signal that comes during an import is answered like
+    any other.
     """
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
         received.append(number)
+        # Python drops what is raised in a weakref's callback, in __del__, or where C asks no more.
+        _raise_again()
         raise _Stopped
 
     try:
@@ -28,12 +32,12 @@ def main() -> None:
         from kscli.cli.app import main as run_app
 
         run_app()
+        if received:
+            raise _Stopped
     except BaseException as error:
         _on_signals(None)
         # Where the signal falls, a library may turn it into an error or an exit of its own.
         if not received and not isinstance(error, KeyboardInterrupt):
-            raise
-        if isinstance(error, SystemExit) and not error.code:
             raise
         _leave(received[-1] if received else INTERRUPTED)
 
@@ -47,7 +51,30 @@ def _on_signals(handler: object) -> None:
             signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
 
 
+def _raise_again() -> None:
+    """Have `_Stopped` raised again, until it arrives in `main`, where nothing else is on its way.
+
+    While an exception is handled, it may be `_Stopped` itself that cleans up after itself.
+    """
+    import signal
+
+    def again(number: int, frame: object) -> None:
+        if sys.exc_info()[1] is None:
+            raise _Stopped
+
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, _Stopped):
+            sys.__unraisablehook__(dropped)
+
+    sys.unraisablehook = unraisable
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+
+
 def _leave(number: int) -> None:
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
     word = "interrupted" if number == INTERRUPTED else "terminated"
     try:
         if sys.stderr:

@@ -18,6 +18,7 @@ from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel
 from kscli.models.locating import ModelIdentity
 from kscli.positions import KeyToken, has_blank_end, locate_keys
+from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
 
 
@@ -121,6 +122,6 @@ def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: Fac
     if len(bad):
         row, fact = bad[0]
         raise NumericsError(
-            f"the key of {facts.facts[fact].text!r} at layer {layers[row]} is NaN or infinite; "
-            "try another --dtype, or check the weights."
+            f"the key of {quote(facts.facts[fact].text)} at layer {layers[row]} is NaN or "
+            "infinite; try another --dtype, or check the weights."
         )

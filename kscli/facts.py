@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from kscli.errors import FactsError, UsageError
+from kscli.escaping import escaped_json
 from kscli.files import replace_file, require_writable
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
@@ -39,6 +40,10 @@ SLOT = "{}"
 DIGEST = "digest"
 _DIGEST = re.compile(r"kscli \d{1,9}/(\d{1,9}) [0-9a-f]{32}", re.ASCII)
 
+# The characters of all of a fact's texts: more than any sentence has, and few enough for a
+# tokenizer to take no time.
+MOST_CHARACTERS = 20_000
+
 # Null characters and lone surrogates: no tokenizer or HDF5 string can hold them.
 UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -58,7 +63,8 @@ class Fact:
     `target_new` is what an edit would write instead of the target; empty where none is given.
 
     Raises:
-        FactsError: no `{}` or several, a blank subject or target, text that is not Unicode.
+        FactsError: no `{}` or several, a blank subject or target, text that is not Unicode, over
+            `MOST_CHARACTERS` characters.
     """
 
     prompt: str
@@ -69,8 +75,16 @@ class Fact:
     target_new: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target", "relation", "target_new"):
-            _check_text(name, getattr(self, name))
+        texts = {name: value for name, value in vars(self).items() if name != "case_id"}
+        length = sum(map(len, texts.values()))
+        if length > MOST_CHARACTERS:
+            longest = max(texts, key=lambda name: len(texts[name]))
+            raise FactsError(
+                f"the {longest} {quote(texts[longest])} is too long: a fact may have "
+                f"{MOST_CHARACTERS:,} characters, and this one has {length:,}; leave it out."
+            )
+        for name, value in texts.items():
+            _check_text(name, value)
         slots = self.prompt.count(SLOT)
         if slots != 1:
             found = f"has {slots} {SLOT}" if slots else f"has no {SLOT}"
@@ -166,7 +180,8 @@ def write_records(path: Path, records: Iterable[Mapping[str, object]], *, force:
         for number, row in enumerate(rows, 1):
             last = _digest(row, number, len(rows), last)
             sealed = {**row, DIGEST: last}
-            out.write(json.dumps(sealed, ensure_ascii=False, allow_nan=False) + "\n")
+            text = json.dumps(sealed, ensure_ascii=False, allow_nan=False)
+            out.write(escaped_json(text) + "\n")
 
 
 def _digest(record: Mapping[str, object], number: int, of: int, before: str) -> str:

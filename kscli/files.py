@@ -45,6 +45,19 @@ def replace_file(path: Path, *, force: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def utf8_path(path: Path) -> Path:
+    """The path of a folder, or another path of it where its own is not UTF-8.
+
+    Libraries in Rust, such as safetensors, take no other paths. The folder stays open until the
+    process ends.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return Path(f"/proc/self/fd/{os.open(path, os.O_RDONLY)}")
+    return path
+
+
 def require_room(path: Path) -> None:
     """Write some zeros to `path`, which is written anew afterwards; OSError where they do not fit.
 

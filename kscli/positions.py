@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from kscli.errors import FactsError, ModelError, UsageError
 from kscli.facts import Fact
+from kscli.records import quote
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -82,11 +83,12 @@ def _position(encoding: Encoding, fact: Fact, token: KeyToken) -> int:
     if own and _is_added_space(encoding, own[0], fact.text):
         del own[0]
     start, end = _visible_span(fact)
-    covering = [index for index in own if _overlaps(encoding.offsets[index], start, end)]
+    offsets = encoding.offsets  # which is made anew for every look
+    covering = [index for index in own if _overlaps(offsets[index], start, end)]
     if not covering:
         raise FactsError(
-            f"No token of {fact.text!r} (case {fact.case_id}) stands for the subject "
-            f"{fact.subject!r}: the model's tokenizer drops it. Leave the fact out."
+            f"No token of {quote(fact.text)} (case {fact.case_id}) stands for the subject "
+            f"{quote(fact.subject)}: the model's tokenizer drops it. Leave the fact out."
         )
     return covering[0] if token == "subject-first" else covering[-1]
 
@@ -105,8 +107,8 @@ def _visible_span(fact: Fact) -> tuple[int, int]:
     text = fact.text
     if unicodedata.category(text[end : end + 1] or " ").startswith("M"):
         raise FactsError(
-            f"In {text!r} (case {fact.case_id}) the character after the subject {fact.subject!r} "
-            "joins its last letter, so the subject has no last token of its own. Make it part of "
+            f"In {quote(text)} (case {fact.case_id}) the character after the subject "
+            f"{quote(fact.subject)} joins its last letter, so the subject has no last token of its own. Make it part of "
             "the subject."
         )
     while end - start > 1 and unicodedata.category(text[end - 1])[0] in _UNSEEN:

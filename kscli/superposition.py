@@ -25,6 +25,7 @@ from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import NumericsError, UsageError
 from kscli.files import require_writable
 from kscli.layers import format_layers, layers_text
+from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
 from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION, Whitening, whitening
 
@@ -155,7 +156,8 @@ def write_pmatrix(
             except KeyOfFactError as error:
                 fact = keys.facts[error.index]
                 raise NumericsError(
-                    f"layer {layer}: the key of {fact.text!r} (fact {error.index}) {error.what}."
+                    f"layer {layer}: the key of {quote(fact.text)} (fact {error.index}) "
+                    f"{error.what}."
                 ) from error
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error

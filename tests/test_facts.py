@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -435,3 +436,18 @@ def test_reading_a_file_imports_nothing_heavy(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root},
     )
     assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("field", ["prompt", "subject", "target", "relation", "target_new"])
+def test_a_fact_of_very_many_characters_is_refused_at_once(field: str, tmp_path: Path) -> None:
+    record = {"prompt": "The capital of {} is", "subject": "X", "target": "y"}
+    long = "a{}" if field == "prompt" else ""
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(record | {field: long + "b c " * 20_000}) + "\n")
+    began = time.monotonic()
+    with pytest.raises(FactsError, match=rf"f.jsonl, line 1: the {field} .* too long") as refused:
+        read_facts(path)
+    assert time.monotonic() - began < 1
+    assert len(str(refused.value)) < 400
+    path.write_text(json.dumps(record | {field: long + "b c " * 4_900}) + "\n")
+    assert len(read_facts(path).facts) == 1

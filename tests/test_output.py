@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
@@ -105,8 +106,8 @@ def test_a_line_break_in_a_cell_does_not_end_its_row(
 ) -> None:
     columns = [Column("fact")]
     whole = printed([{"fact": "a b c"}], columns, output, monkeypatch)
-    broken = printed([{"fact": "a\nb\r\n\tc\n"}], columns, output, monkeypatch)
-    assert broken == whole
+    broken = printed([{"fact": "a\nb\r\n\tc\n\u2028d\x85"}], columns, output, monkeypatch)
+    assert len(broken.split("\n")) == len(broken.splitlines()) + 1 == len(whole.split("\n"))
 
 
 @pytest.mark.parametrize("first", ["[br]", "*", "[X] is"])
@@ -223,3 +224,139 @@ def test_a_signal_at_any_time_is_one_line(number: signal.Signals, word: str, toy
         assert done.stderr == f"error: {word}; no half-made file was left behind.\n", count
         assert done.returncode == 128 + number, count
         assert done.stdout == ""
+
+
+# Where Python or C drops what a signal's handler raises.
+SWALLOWED = {
+    "a weakref's callback": """
+        class Thing: pass
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: kill())
+        del thing
+    """,
+    "__del__": """
+        class Thing:
+            def __del__(self): kill()
+        Thing()
+    """,
+    "a comparison that C makes": """
+        class Key:
+            def __hash__(self): return 1
+            def __eq__(self, other): kill()
+        try: {Key(): 1}[Key()]
+        except BaseException: pass
+    """,
+    "a callback of HDF5": """
+        import h5py
+        with h5py.File("x.h5", "w", driver="core", backing_store=False) as file:
+            file["a"] = 1
+            try: file.visititems(lambda *_: kill())
+            except BaseException: pass
+    """,
+    "an error of another kind": """
+        try:
+            try: kill()
+            except BaseException: raise RuntimeError("of a library")
+        except RuntimeError: pass
+    """,
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", SWALLOWED)
+def test_a_signal_is_never_swallowed(place: str, number: signal.Signals, toy: Path) -> None:
+    """It falls where its exception is lost, and the command goes on for a while."""
+    program = (
+        "import os, sys, time, weakref\n"
+        "import kscli.cli.topk\n"
+        "from kscli.__main__ import main\n"
+        f"def kill(): os.kill(os.getpid(), {int(number)})\n"
+        "original = kscli.cli.topk.print_rows\n"
+        "def print_rows(*arguments, **named):\n"
+        f"{textwrap.indent(textwrap.dedent(SWALLOWED[place]), '    ')}\n"
+        "    print('went on', flush=True)\n"
+        "    for _ in range(100): time.sleep(0.1)\n"
+        "    original(*arguments, **named)\n"
+        "kscli.cli.topk.print_rows = print_rows\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert done.stderr == f"error: {word}; no half-made file was left behind.\n"
+    assert done.returncode == 128 + number
+    assert done.stdout == "went on\n"
+
+
+def test_a_signal_that_was_swallowed_is_told_at_the_end(toy: Path) -> None:
+    """Nothing is left to do by the time it would be raised again."""
+    program = (
+        "import os, sys, kscli.cli.topk\n"
+        "from kscli.__main__ import main\n"
+        "original = kscli.cli.topk.print_rows\n"
+        "def print_rows(*arguments, **named):\n"
+        "    original(*arguments, **named)\n"
+        "    try: os.kill(os.getpid(), 15)\n"
+        "    except BaseException: pass\n"
+        "kscli.cli.topk.print_rows = print_rows\n"
+        "main()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment,
+    )
+    assert done.returncode == 143
+    assert done.stderr == "error: terminated; no half-made file was left behind.\n"
+
+
+def test_cleaning_up_after_a_signal_is_not_disturbed(tmp_path: Path, toy: Path) -> None:
+    """What a stopped command does before it ends may take longer than a signal is waited for."""
+    program = (
+        "import contextlib, os, sys, time, kscli.cli.topk\n"
+        "from kscli.__main__ import main\n"
+        "@contextlib.contextmanager\n"
+        "def cleaning():\n"
+        "    try: yield\n"
+        "    finally:\n"
+        "        for _ in range(5): time.sleep(0.1)\n"
+        "        print('clean', flush=True)\n"
+        "def print_rows(*arguments, **named):\n"
+        "    with cleaning():\n"
+        "        os.kill(os.getpid(), 15)\n"
+        "kscli.cli.topk.print_rows = print_rows\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout) == (143, "clean\n")
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "2> >(exec 0<&-)"])
+def test_a_stderr_that_takes_nothing_costs_no_result(
+    stderr: str, toy: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "p.h5"
+    files = f"--cov {toy}/toy/cov.h5 --keys {toy}/toy/keys.h5"
+    done = shell(f"kscli pmatrix {files} -o {made} {stderr}", toy)
+    assert done.returncode == 0
+    assert made.exists()
+    assert shell(f"kscli topk --nothing {stderr}", toy).returncode == 2
+    assert shell(f"kscli pmatrix {files} -o {made} {stderr}; exit $?", toy).returncode == 0
+    assert shell(f"kscli pmatrix {files} -o {toy}/toy/cov.h5 {stderr}", toy).returncode == 1

@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from kscli.artifacts.sealed import Held
+from kscli.escaping import storable
 
 Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
 Recipe = dict[str, Any]
@@ -334,6 +335,8 @@ def to_attributes(about: Stamp | About) -> dict[str, Any]:
         value = getattr(about, each.name)
         if isinstance(value, dict):
             found[each.name] = json.dumps(value, sort_keys=True)
+        elif isinstance(value, str):
+            found[each.name] = storable(value)
         elif value is not None or each.default is MISSING:
             found[each.name] = UNKNOWN if value is None else value
     return found

@@ -33,6 +33,7 @@ from kscli.artifacts.sealed import FORMAT_VERSION
 from kscli.artifacts.sealing import SealedWriter, open_for_writing
 from kscli.facts import Fact
 from kscli.files import replace_file
+from kscli.secrets import without_secrets
 
 
 class LocatedFacts(Protocol):
@@ -140,7 +141,7 @@ def write_artifact(
             kscli_version=__version__,
             kind=kind,
             fingerprint=_fingerprint(kind, about, file, declared),
-            command=shlex.join(["kscli", *sys.argv[1:]]),
+            command=without_secrets(shlex.join(["kscli", *sys.argv[1:]])),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         file.attributes |= to_attributes(stamp) | to_attributes(about)

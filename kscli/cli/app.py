@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperArgument, TyperGroup
 
 from kscli import __version__
+from kscli.cli import stderr
 from kscli.cli.commands import COMMANDS, PLAIN, load_command
 from kscli.errors import KscliError, is_out_of_memory
 
@@ -115,6 +116,7 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     _open_closed_streams()
+    stderr.install()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

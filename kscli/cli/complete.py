@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kscli.escaping import escaped
+
 ARTIFACTS = ("pmatrix", "keys", "cov")
 
 
@@ -16,7 +18,8 @@ def complete_model(ctx: Any, incomplete: str) -> list[str]:
     root = _directory(ctx.params)
     made = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
     names = sorted({*(alias.name for alias in ALIASES), *made})
-    return [name for name in names if name.startswith(incomplete)]
+    # A name that would act on the terminal is not offered.
+    return [name for name in names if name.startswith(incomplete) and name == escaped(name)]
 
 
 def complete_editor(incomplete: str) -> list[str]:

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
+from kscli.cli.stderr import for_rich
+from kscli.escaping import escaped
 from kscli.reporter import Reporter, Task
 
 if TYPE_CHECKING:
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 def stderr_console() -> Console:
     """A console on stderr that wraps nothing when stderr is not a terminal."""
-    return Console(file=sys.stderr, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
+    return Console(file=for_rich(), highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 class ConsoleReporter(Reporter):
@@ -44,24 +47,24 @@ class ConsoleReporter(Reporter):
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[done]}"),
+            TextColumn("{task.fields[done]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _BarTask(progress, label, total, unit, done)
+            yield _BarTask(progress, escaped(label), total, unit, done)
 
     def note(self, text: str) -> None:
         """Print a line unless quiet."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(escaped(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Print a line that begins with `warning:`."""
-        self.console.print(f"[yellow]warning:[/yellow] {_escape(text)}")
+        self.console.print(_headed("warning:", "yellow", text))
 
 
 class _BarTask(Task):
@@ -85,16 +88,14 @@ class _BarTask(Task):
             completed=done,
             total=total,
             done=f"{done:,.0f}{of} {self._unit}",
-            status=status,
+            status=escaped(status),
         )
 
 
 def print_error(text: str) -> None:
     """Print an error as one paragraph on stderr."""
-    stderr_console().print(f"[red]error:[/red] {_escape(text)}")
+    stderr_console().print(_headed("error:", "red", text))
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _headed(head: str, style: str, text: str) -> Text:
+    return Text.assemble((head, style), " ", escaped(text))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from kscli.errors import KscliError
+from kscli.escaping import escaped, escaped_json
 from kscli.tables import Column, Row, cell, shown
 
 TEXTS_AT_ONCE = 1000  # of a long list, that are written together
@@ -65,10 +67,11 @@ def print_rows(
 
 def print_head(title: str, output: Format) -> None:
     """Part a further table from what was printed before it, where the format itself does not."""
+    title = escaped(title)
     if output is Format.markdown:
-        print_line(f"\n{title}\n")
+        _write(f"\n{_markdown_text(title)}\n\n")
     elif output is Format.latex:
-        print_line(f"\n% {title}")
+        _write(f"\n% {title}\n")
 
 
 def print_json(value: Any) -> None:
@@ -78,7 +81,7 @@ def print_json(value: Any) -> None:
 
 def print_line(text: str) -> None:
     """Print one line of results."""
-    _write(text + "\n")
+    _write(escaped(text) + "\n")
 
 
 def _write_all(texts: Iterable[str]) -> None:
@@ -109,8 +112,8 @@ def _strict(value: Any) -> Any:
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
-    """A row for people: a line break within a cell would end its row."""
-    return [" ".join(cell(column, row).split()) for column in columns]
+    """A row for people."""
+    return [escaped(cell(column, row)) for column in columns]
 
 
 def _separated(rows: Iterable[Row], delimiter: str) -> Iterator[str]:
@@ -120,10 +123,17 @@ def _separated(rows: Iterable[Row], delimiter: str) -> Iterator[str]:
         if writer is None:
             writer = csv.DictWriter(text, list(row), delimiter=delimiter, lineterminator="\n")
             writer.writeheader()
-        writer.writerow({k: "" if v is None else v for k, v in _strict(row).items()})
+        writer.writerow({name: _field(value) for name, value in _strict(row).items()})
         yield text.getvalue()
         text.seek(0)
         text.truncate()
+
+
+def _field(value: Any) -> Any:
+    """A value in CSV or TSV, where a row is one line for every reader."""
+    if value is None:
+        return ""
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _objects(rows: Iterable[Row]) -> Iterator[str]:
@@ -137,15 +147,23 @@ def _objects(rows: Iterable[Row]) -> Iterator[str]:
 
 def _json(value: Any) -> str:
     unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    return json.dumps(_strict(value), ensure_ascii=not unicode, indent=2, allow_nan=False)
+    text = json.dumps(_strict(value), ensure_ascii=not unicode, indent=2, allow_nan=False)
+    return escaped_json(text)
 
 
 def _markdown(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:
-    head, *lines = (
-        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |\n" for line in cells
-    )
+    head, *lines = ("| " + " | ".join(map(_markdown_text, line)) + " |\n" for line in cells)
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|\n"
     return head + rule + "".join(lines)
+
+
+# What is markup within a line: a `_` not inside a word, and a `(` where it would make a link.
+_MARKDOWN = re.compile(r"[\\`*~<|]|&(?=#?\w)|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(")
+
+
+def _markdown_text(text: str) -> str:
+    """Text that stands in Markdown for itself."""
+    return _MARKDOWN.sub(r"\\\g<0>", text)
 
 
 LATEX_SPECIAL = {
@@ -203,6 +221,6 @@ def _print_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], titl
         table.add_row(*map(Text, line))
     with console.capture() as capture:
         if title:
-            console.print(Text(title, style="bold"))
+            console.print(Text(escaped(title), style="bold"))
         console.print(table)
     _write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + "\n")

@@ -15,6 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from kscli.errors import ArtifactError, UsageError
+from kscli.escaping import escaped_json
+from kscli.files import utf8_path
 from kscli.models.config import quiet_transformers
 from kscli.models.loading import LoadedModel
 
@@ -56,11 +58,13 @@ def save_edited_model(
     try:
         temporary.mkdir(parents=True)
         with quiet_transformers(), _no_quantisation_note(model.decoder.model):
-            model.decoder.model.save_pretrained(temporary)  # type: ignore[operator]
-            _tokenizer_as_read(model).save_pretrained(temporary)
+            there = utf8_path(temporary)
+            model.decoder.model.save_pretrained(there)  # type: ignore[operator]
+            _tokenizer_as_read(model).save_pretrained(there)
         with (temporary / EDIT_LOG).open("w", encoding="utf-8") as file:
             for edit in log:
-                file.write(json.dumps(_strict(edit), ensure_ascii=False, allow_nan=False) + "\n")
+                text = json.dumps(_strict(edit), ensure_ascii=False, allow_nan=False)
+                file.write(escaped_json(text) + "\n")
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

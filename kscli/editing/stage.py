@@ -30,6 +30,7 @@ from kscli.interrupts import InterruptedRunError, held_signals
 from kscli.layers import format_layers
 from kscli.models.loading import LoadedModel
 from kscli.pipeline import Session
+from kscli.records import quote
 from kscli.reporter import Reporter
 
 
@@ -260,7 +261,9 @@ def make_edits(
         )
     for _, fact, target, reason in log.kept_out:
         subject = sources.pm.facts[fact].subject
-        reporter.warn(f"{subject!r} was not edited to {target!r}: {reason.removesuffix('.')}.")
+        reporter.warn(
+            f"{quote(subject)} was not edited to {quote(target)}: {reason.removesuffix('.')}."
+        )
     if not log.made:
         raise ArtifactError(f"no edit was made, so {path} was not written.")
     if difference(path, "edits", recipe) is not None:

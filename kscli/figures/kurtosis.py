@@ -15,6 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from kscli.analysis.resampling import Interval, Resampling, bootstrap_moments, interval
 from kscli.analysis.statistics import STATISTICS, off_diagonal
+from kscli.escaping import escaped
 from kscli.figures import FigureOptions, Source
 from kscli.figures.curves import no_pairs, note
 from kscli.figures.style import (
@@ -174,7 +175,9 @@ def _draw_panel(ax: Axes, panel: _Panel, span: int) -> list[Line2D]:
     if all(math.isnan(value) for line in panel.lines for value in line.kurtosis):
         few = all(line.m < 2 for line in panel.lines)
         no_pairs(ax, "no pairs of facts" if few else "the kurtosis is undefined")
-    ax.set_title(panel.title, pad=11.5 if panel.title else 6, fontsize=TEXT, parse_math=False)
+    ax.set_title(
+        escaped(panel.title), pad=11.5 if panel.title else 6, fontsize=TEXT, parse_math=False
+    )
     open_axes(ax)
     return handles
 

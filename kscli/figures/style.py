@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.transforms import ScaledTranslation
 
+from kscli.escaping import escaped
 from kscli.figures import PER_PAGE
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def shades(colour: str, count: int) -> list[Any]:
 
 def text_width(text: str, size: float) -> float:
     """Width in inches of one line of text of a size in points."""
-    return _width_per_point(text) * size
+    return _width_per_point(escaped(text)) * size
 
 
 @lru_cache(maxsize=4096)
@@ -166,6 +167,7 @@ def fitted(parts: Sequence[str], width: float, size: float) -> str:
 
     `width` in inches, `size` in points.
     """
+    parts = [escaped(part) for part in parts]
     first, rest = (parts[0], "".join(f", {part}" for part in parts[1:])) if parts else ("", "")
     keep = len(first)
     text = first + rest
@@ -186,6 +188,7 @@ class Names:
 
 def names(parts: Sequence[tuple[str, ...]]) -> Names:
     """Split the names of a figure's parts, such as ("gpt2", "layer 0", "m = 128"), by position."""
+    parts = [tuple(map(escaped, part)) for part in parts]
     shared = [len(set(values)) == 1 for values in zip(*parts, strict=True)]
     return Names(
         tuple(text for text, same in zip(parts[0], shared, strict=True) if same),

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from kscli.errors import KscliError, ModelError, first_line
+from kscli.files import utf8_path
 from kscli.models.declared import require_possible
 from kscli.models.locating import LocatedModel, ModelOptions
 from kscli.reporter import silenced
@@ -37,7 +38,7 @@ def reading(located: LocatedModel, options: ModelOptions) -> dict[str, Any]:
     """The arguments of transformers' `from_pretrained` for a model's files."""
     gguf = {"gguf_file": located.gguf} if located.gguf else {}
     trust = {"trust_remote_code": options.trust_remote_code}
-    return {"pretrained_model_name_or_path": located.folder, **trust, **gguf}
+    return {"pretrained_model_name_or_path": utf8_path(located.folder), **trust, **gguf}
 
 
 def load_config(located: LocatedModel, options: ModelOptions) -> Any:

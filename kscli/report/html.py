@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from kscli.escaping import escaped
+
 
 class Html(str):
     """Text that is markup already."""
@@ -34,7 +36,7 @@ def join(children: Sequence[Child]) -> Html:
     """Children one after the other, as in `tag`."""
     return Html(
         "".join(
-            child if isinstance(child, Html) else html.escape(child)
+            child if isinstance(child, Html) else _text(child)
             for child in children
             if child is not None
         )
@@ -45,4 +47,8 @@ def _attribute(name: str, value: str | bool | None) -> str:
     if value is None or value is False:
         return ""
     written = name.rstrip("_").replace("_", "-")
-    return f" {written}" if value is True else f' {written}="{html.escape(value)}"'
+    return f" {written}" if value is True else f' {written}="{_text(value)}"'
+
+
+def _text(text: str) -> str:
+    return html.escape(escaped(text))
