@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sandbox import KINDS, Artifacts, Tally
@@ -33,19 +33,17 @@ def try_damaged(
     return tally
 
 
-def flips(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
+def flips(artifacts: Artifacts, count: int, folder: Path) -> Iterator[Tally]:
     """Bits flipped one at a time, `count` in a file of every kind."""
-    found = []
     for kind in KINDS:
         rng = random.Random(kind)
         whole = artifacts.path(kind).read_bytes()
         places = [rng.randrange(8 * len(whole)) for _ in range(count)]
         files = ((f"bit {place}", _flipped(whole, place)) for place in places)
-        found.append(try_damaged(artifacts, kind, f"bit flips, {kind}", files, folder))
-    return found
+        yield try_damaged(artifacts, kind, f"bit flips, {kind}", files, folder)
 
 
-def structure(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
+def structure(artifacts: Artifacts, count: int, folder: Path) -> Iterator[Tally]:
     """Bytes of pmatrix.h5 that belong to no array, replaced one to five at a time."""
     from kscli.artifacts import SealedFile
 
@@ -68,18 +66,16 @@ def structure(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
             yield f"bytes {chosen}", bytes(data)
 
     name = "byte flips, structure of pmatrix"
-    return [try_damaged(artifacts, "pmatrix", name, damaged(), folder)]
+    yield try_damaged(artifacts, "pmatrix", name, damaged(), folder)
 
 
-def truncations(artifacts: Artifacts, steps: int, folder: Path) -> list[Tally]:
+def truncations(artifacts: Artifacts, steps: int, folder: Path) -> Iterator[Tally]:
     """Files of every kind cut off at so many places, evenly from their beginning to their end."""
-    found = []
     for kind in KINDS:
         whole = artifacts.path(kind).read_bytes()
         ends = [len(whole) * step // steps for step in range(steps)]
         files = ((f"cut at {end}", whole[:end]) for end in ends)
-        found.append(try_damaged(artifacts, kind, f"truncations, {kind}", files, folder))
-    return found
+        yield try_damaged(artifacts, kind, f"truncations, {kind}", files, folder)
 
 
 def _flipped(data: bytes, bit: int) -> bytes:

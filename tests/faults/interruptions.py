@@ -6,7 +6,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Undisturbed:
     size: int
 
 
-def kills(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
+def kills(artifacts: Artifacts, count: int, folder: Path) -> Iterator[Tally]:
     """Every stage killed `count` times at a moment drawn at random."""
     rng = random.Random(0)
 
@@ -48,10 +48,10 @@ def kills(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
         code = 1 if done.code == -signal.SIGKILL else done.code
         return f"after {after:.2f} s", replace(done, code=code)
 
-    return [_disturbed(artifacts, "kills", stage, disturb, count, folder) for stage in STAGES]
+    return (_disturbed(artifacts, "kills", stage, disturb, count, folder) for stage in STAGES)
 
 
-def disks(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
+def disks(artifacts: Artifacts, count: int, folder: Path) -> Iterator[Tally]:
     """Every stage `count` times on a disk that has room for a part of its largest file only."""
     rng = random.Random(0)
 
@@ -59,7 +59,7 @@ def disks(artifacts: Artifacts, count: int, folder: Path) -> list[Tally]:
         room = rng.randrange(whole.size)
         return f"{room} bytes", _run(stage, folder, most_bytes=room)
 
-    return [_disturbed(artifacts, "full disks", stage, disturb, count, folder) for stage in STAGES]
+    return (_disturbed(artifacts, "full disks", stage, disturb, count, folder) for stage in STAGES)
 
 
 def _disturbed(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import damage
@@ -22,7 +22,7 @@ import fuzzing
 import interruptions
 from sandbox import Artifacts, Tally, make_artifacts, table
 
-Suite = Callable[[Artifacts, int, Path], list[Tally]]
+Suite = Callable[[Artifacts, int, Path], Iterable[Tally]]
 
 # A suite, and how many faults it tries in the long form and in the short one.
 SUITES: dict[str, tuple[Suite, int, int]] = {
@@ -44,9 +44,9 @@ def run(names: list[str], count: int | None = None, *, short: bool = False) -> l
         for name in names:
             suite, long, few = SUITES[name]
             tries = count or (few if short else long)
-            tallies = suite(artifacts, tries, Path(folder) / "try") if tries else []
-            print(table(tallies), file=sys.stderr, flush=True)
-            found += tallies
+            for tally in suite(artifacts, tries, Path(folder) / "try") if tries else ():
+                print(table([tally]).splitlines()[2], file=sys.stderr, flush=True)
+                found.append(tally)
     return found
 
 
