@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from cli_kit import kscli, one_sentence
 from kscli.editing import presets
 from kscli.editing.editors import EDITORS, EIGHTH_TO_QUARTER, FIRST_HALF, SIXTH, Depth, find_editor
 from kscli.editing.edits_file import EditsFile
-from kscli.editing.presets import PRESETS, Preset, preset_for, presets_of
-from kscli.layers import select_layers
+from kscli.editing.presets import PRESETS, Preset, default_layers, preset_for, presets_of
+from kscli.layers import format_layers, select_layers
 from kscli.models.aliases import find_alias
 
 
@@ -85,7 +87,7 @@ def test_every_line_is_of_editors_and_of_a_model_that_has_the_layers() -> None:
     ],
 )
 def test_default_layers_are_shares_of_the_depth(depth: Depth, expected: dict[int, str]) -> None:
-    assert {n: depth.layers(n) for n in expected} == expected
+    assert {n: format_layers(depth.layers(n)) for n in expected} == expected
 
 
 @pytest.fixture
@@ -132,6 +134,34 @@ def test_a_model_is_edited_with_the_settings_published_for_it(
         assert ("settings published for tiny: nowhere" in said) == (name != "none")
         assert ("--layer names another" in said) == (name != "given")
     assert "memit edits layer 0-1, an eighth to a quarter of the depth" in said
+
+
+@dataclass
+class Holds:
+    """A file of a model of 12 layers that holds some of them."""
+
+    layers: tuple[int, ...]
+    path: str = "pmatrix.h5"
+    about: Any = field(default_factory=lambda: SimpleNamespace(n_layers=12))
+
+
+@pytest.mark.parametrize(
+    ("method", "held", "chosen"),
+    [
+        ("rome", range(12), "2"),
+        ("rome", (0, 3, 11), "3"),
+        ("rome", (0, 9), "0"),
+        ("memit", range(12), "2-3"),
+        ("memit", (0, 3, 11), "3"),
+        ("memit", (0, 11), "0"),
+    ],
+)
+def test_default_layers_are_those_that_the_file_holds(
+    method: str, held: Sequence[int], chosen: str
+) -> None:
+    layers, why = default_layers(find_editor(method), None, Holds(tuple(held)))  # type: ignore[arg-type]
+    assert layers == chosen
+    assert ("by what pmatrix.h5 holds" in why) == (len(held) < 12)
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def edit(
     )
 
     def layers_of(pm: PMatrixFile) -> str:
-        default, why = default_layers(editor, published, pm.about)
+        default, why = default_layers(editor, published, pm)
         if published:
             reporter.note(f"settings published for {published.model}: {published.source}")
         if layer is None:

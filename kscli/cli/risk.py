@@ -109,7 +109,7 @@ def risk(
         if layer is None:
             layer = "all"
             if not by_layer:
-                default = default_layers(find_editor(method), preset_for(method, model), file.about)
+                default = default_layers(find_editor(method), preset_for(method, model), file)
                 layer, why = default
                 reporter.note(f"p is of layer {layer}, {why}; --layer names another.")
         layers = select_layers(layer, file.layers, str(file.path))

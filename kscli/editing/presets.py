@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from kscli.editing.editors import Editor
 from kscli.errors import UsageError
+from kscli.layers import format_layers
 from kscli.models.aliases import find_alias
 
 if TYPE_CHECKING:
-    from kscli.artifacts.schema import FactsAbout
+    from kscli.artifacts.reading import FactsFile
 
 # Models that settings are published for and that have no alias: Hub id, layers, d_m.
 _OTHERS = {
@@ -93,16 +94,22 @@ def preset_for(method: str, model: str) -> Preset | None:
     return None
 
 
-def default_layers(editor: Editor, preset: Preset | None, about: FactsAbout) -> tuple[str, str]:
+def default_layers(editor: Editor, preset: Preset | None, file: FactsFile) -> tuple[str, str]:
     """The layers to edit where none is asked for, as `--layers` takes them, and why those.
 
-    `about` is what a file of the model says of itself. Raises UsageError where the preset is for
-    another model.
+    Without a preset they are those by the depth that the `file` holds, or the nearest that it
+    holds. Raises UsageError where the preset is for another model.
     """
-    if preset is None:
-        return editor.depth.layers(about.n_layers), editor.depth.words
-    preset.require_fits(about.model, about.n_layers, about.d_m)
-    return preset.layers, f"as published for {preset.model}"
+    about = file.about
+    if preset is not None:
+        preset.require_fits(about.model, about.n_layers, about.d_m)
+        return preset.layers, f"as published for {preset.model}"
+    wanted = editor.depth.layers(about.n_layers)
+    held = [layer for layer in wanted if layer in file.layers]
+    if len(held) == len(wanted):
+        return format_layers(held), editor.depth.words
+    nearest = min(file.layers, key=lambda layer: abs(layer - wanted[0]))
+    return format_layers(held or [nearest]), f"{editor.depth.words}, by what {file.path} holds"
 
 
 def named_preset(method: str, name: str) -> Preset:

@@ -167,11 +167,11 @@ class Depth:
     last: float
     words: str
 
-    def layers(self, n_layers: int) -> str:
-        """The layers of a model, as `--layers` takes them; never the last of several."""
+    def layers(self, n_layers: int) -> range:
+        """The layers of a model; never the last of several."""
         end = max(n_layers - 2, 0)
         first, last = (min(round(share * n_layers), end) for share in (self.first, self.last))
-        return str(first) if first == last else f"{first}-{last}"
+        return range(first, last + 1)
 
 
 SIXTH = Depth(1 / 6, 1 / 6, "a sixth of the depth")
