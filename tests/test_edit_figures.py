@@ -74,7 +74,7 @@ def assert_on_the_page(fig: Figure) -> None:
     assert box.y1 < height + 0.02
 
 
-LONG = "HuggingFaceTB/SmolLM2-135M-Instruct_with-a$name$-that-goes-on-and-on-Q4_1"
+LONG = "HuggingFaceTB--SmolLM2-135M-Instruct_with-a$name$-that-goes-on-and-on-Q4_1"
 SITUATIONS = {
     "one edit": [Run(1, 30)],
     "one edit of two facts": [Run(1, 2)],

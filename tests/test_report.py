@@ -168,7 +168,9 @@ def write_p(
         writer.facts(located(facts or some_facts(m), tokens))
         for name in ("P", "Q"):
             for at, P in enumerate(matrices):
-                writer.put(name, at, P - np.diag(np.diag(P)) + np.eye(m))
+                held = np.clip(P, -1, 1) if name == "Q" else np.array(P)
+                np.fill_diagonal(held, 1.0)
+                writer.put(name, at, held)
         for at in range(len(matrices)):
             writer.put("leverage", at, np.ones(m) if leverage is None else leverage)
     return path
@@ -426,8 +428,9 @@ def test_the_tightest_bond_and_whether_p_goes_beyond_1(tmp_path: Path) -> None:
     assert bond.index("[subject 2]") < bond.index("[subject 3]") < bond.index("both share")
     assert "Among other pairs the tightest is p = 0.80" in bond
     assert "No edit moves another fact further than its own" in first["Beyond 1"]
-    P[2, 3] = 1.25
-    second = said(write_p(tmp_path / "b.h5", [P]))
+    P[2, 3] = 1.25  # which takes a key that is longer than that of the edited fact
+    leverage = np.array([1.0, 1, 1, 4, 1, 1])
+    second = said(write_p(tmp_path / "b.h5", [P], leverage=leverage))
     assert "the two do not share" in second["Tightest bond"]
     assert "p is above 1 at layer 0, up to 1.25" in second["Beyond 1"]
 

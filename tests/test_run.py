@@ -43,7 +43,7 @@ def copied(ran: Path, tmp_path: Path) -> Path:
 def test_the_default_run_shows_what_the_paper_shows(ran: Path) -> None:
     place = ran / "artifacts" / "tiny"
     with h5py.File(place / "pmatrix.h5") as file:
-        P = file["P"][()]
+        P = file["P"][()].astype(np.float64)
     m = P.shape[1]
     assert m == 128
     entries = [layer[~np.eye(m, dtype=bool)] for layer in P]

@@ -170,7 +170,6 @@ NO_SENSE: dict[str, tuple[str, Callable[[Contents], None], str]] = {
     "P is NaN": ("pmatrix", filled("P", np.nan, 8), r"P, layer 0, is nan at \(1, 2\)"),
     "P is infinite": ("pmatrix", filled("P", -np.inf, 8), "P, layer 0, is -inf"),
     "P's diagonal": ("pmatrix", filled("P", 0.9), "where 1 is needed"),
-    "a cosine": ("pmatrix", filled("whitened_cosine", 1.1, 1), "from -1 to 1 is needed"),
     "leverage": ("pmatrix", filled("leverage", 0.0), "more than 0 is needed"),
     "layers twice": ("pmatrix", filled("layer", 0, slice(None)), "layer is 0"),
     "layers descend": ("pmatrix", filled("layer", [2, 1, 0], slice(None)), "layer is 1"),

@@ -17,6 +17,7 @@ from kscli.models.fingerprint import tensor_spans
 
 # Each number is a factor of some matrix's size.
 _WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "n_inner", "d_model")
+HARMLESS_LAYERS, HARMLESS_WIDTH = 1000, 10**6
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -24,7 +25,8 @@ def require_possible(folder: Path, model_id: str) -> None:
     """Raise ModelError, naming the number, where `config.json` declares what cannot be.
 
     A layer has a tensor of its own at least, and a width has a parameter, of at least one bit, for
-    each of its entries.
+    each of its entries. Numbers that take no time to build are let through: a model's memory can be
+    planned before it has weights.
     """
     path = folder / CONFIG
     weights = [each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin")]
@@ -37,7 +39,10 @@ def require_possible(folder: Path, model_id: str) -> None:
     size = sum(each.stat().st_size for each in weights)
     safe = all(each.suffix == ".safetensors" for each in weights)
     tensors = sum(len(tensor_spans(each)) for each in weights) if safe else size
-    for names, most in ((_LAYERS, tensors), (_WIDTHS, 8 * size)):
+    for names, most in (
+        (_LAYERS, max(tensors, HARMLESS_LAYERS)),
+        (_WIDTHS, max(8 * size, HARMLESS_WIDTH)),
+    ):
         for name, number in _numbers(declared, names):
             if number > most:
                 raise ModelError(
