@@ -122,6 +122,6 @@ def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: Fac
     if len(bad):
         row, fact = bad[0]
         raise NumericsError(
-            f"the key of {quote(facts.facts[fact].text)} at layer {layers[row]} is NaN or infinite; "
-            "try another --dtype, or check the weights."
+            f"the key of {quote(facts.facts[fact].text)} at layer {layers[row]} is NaN or "
+            "infinite; try another --dtype, or check the weights."
         )

@@ -107,9 +107,9 @@ def _visible_span(fact: Fact) -> tuple[int, int]:
     text = fact.text
     if unicodedata.category(text[end : end + 1] or " ").startswith("M"):
         raise FactsError(
-            f"In {quote(text)} (case {fact.case_id}) the character after the subject {quote(fact.subject)} "
-            "joins its last letter, so the subject has no last token of its own. Make it part of "
-            "the subject."
+            f"In {quote(text)} (case {fact.case_id}) the character after the subject "
+            f"{quote(fact.subject)} joins its last letter, so the subject has no last token of its "
+            "own. Make it part of the subject."
         )
     while end - start > 1 and unicodedata.category(text[end - 1])[0] in _UNSEEN:
         end -= 1

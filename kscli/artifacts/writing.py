@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -33,7 +31,7 @@ from kscli.artifacts.schema import (
 )
 from kscli.facts import Fact
 from kscli.files import replace_file, require_room
-from kscli.secrets import without_secrets
+from kscli.secrets import command_line
 
 
 class LocatedFacts(Protocol):
@@ -130,7 +128,7 @@ def write_artifact(
                 kscli_version=__version__,
                 kind=kind,
                 fingerprint=digest.hexdigest()[:32],
-                command=without_secrets(shlex.join(["kscli", *sys.argv[1:]])),
+                command=command_line(),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             for name, value in (to_attributes(stamp) | to_attributes(about)).items():
