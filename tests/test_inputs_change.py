@@ -82,16 +82,18 @@ def test_a_corpus_that_changes_gives_no_other_text(name: str, change: str, tmp_p
         documents = corpus.documents()
         found = [next(documents) for _ in range(read)]
         CHANGES[change](path, data)
+        refused = ""
         try:
             found += documents
         except CorpusError as error:
-            assert "changed while it was read" in str(error)
-            assert found == original[: len(found)]
-        else:
+            refused = str(error)
+        assert found == original[: len(found)]
+        if len(found) == len(original):
             # A file that was replaced is still there for who has it open, and what is behind the
             # end of a Parquet file is not looked at.
             assert read
-            assert found == original
+        else:
+            assert "changed while it was read" in refused
 
 
 def test_a_corpus_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_corpus_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
     documents = corpus.documents()
     next(documents)
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(CorpusError, match="b.jsonl cannot be read"):
+    with pytest.raises(CorpusError, match=r"b\.jsonl cannot be read"):
         list(documents)
 
 
