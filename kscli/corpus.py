@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from kscli.content import FileContent, read_content
 from kscli.errors import CorpusError
+from kscli.files import require_ordinary
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
     Located,
@@ -102,6 +104,7 @@ class Corpus:
     field: str
     records: Callable[[], Iterable[Located]]
     shuffle: int | None = None
+    files: tuple[Path, ...] = ()
 
     @property
     def seed(self) -> str:
@@ -198,15 +201,18 @@ def _open_files(spec: CorpusSpec) -> Corpus:
     root, files = (path, _files_under(path)) if path.is_dir() else (path.parent, [path])
     if path.is_dir() and not files:
         raise CorpusError(f"The folder {path} holds no corpus file; {known}")
-    if not path.is_dir() and not (path.is_file() and format_of(path)):
+    for file in files:
+        require_ordinary(file, CorpusError)
+    if not path.is_dir() and not format_of(path):
         raise CorpusError(f"{path} is of no known kind; {known}")
+    contents = [_content(file) for file in files]
 
     def records() -> Iterator[Located]:
-        for file in files:
-            yield from RecordFile(file, CorpusError, spec.field).records()
+        for content in contents:
+            yield from RecordFile(content.path, CorpusError, spec.field, content).records()
 
-    identity = f"files:sha256:{_hash(root, files)}{spec.identity_part}"
-    return Corpus(spec.name, identity, spec.field, records)
+    identity = f"files:sha256:{_hash(root, contents)}{spec.identity_part}"
+    return Corpus(spec.name, identity, spec.field, records, files=tuple(files))
 
 
 def _not_found(name: str) -> str:
@@ -231,17 +237,19 @@ def _files_under(root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _hash(root: Path, files: Iterable[Path]) -> str:
+def _content(path: Path) -> FileContent:
+    try:
+        return read_content(path)
+    except OSError as error:
+        raise unreadable(path, error, CorpusError) from error
+
+
+def _hash(root: Path, contents: Iterable[FileContent]) -> str:
     """SHA-256 (hex) over the files' relative paths, sizes and contents."""
     digest = hashlib.sha256()
-    for path in files:
-        try:
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            size = path.stat().st_size
-        except OSError as error:
-            raise unreadable(path, error, CorpusError) from error
-        digest.update(json.dumps([path.relative_to(root).as_posix(), size, content]).encode())
+    for content in contents:
+        name = content.path.relative_to(root).as_posix()
+        digest.update(json.dumps([name, content.size, content.sha256]).encode())
     return digest.hexdigest()
 
 

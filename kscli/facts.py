@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kscli.errors import FactsError, UsageError
 from kscli.escaping import escaped_json
-from kscli.files import replace_file, require_writable
+from kscli.files import replace_file, require_ordinary, require_writable
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
     FORMATS,
@@ -264,7 +264,8 @@ def _file_records(path: Path) -> Iterator[Located]:
             f"There is no facts file {path}; give tiny, counterfact, hf:OWNER/NAME, "
             f"or the path of a file that ends in {known_formats(fields=True)}."
         )
-    if path.is_dir() or not format_of(path) or not FORMATS[format_of(path)].fields:
+    require_ordinary(path, FactsError)
+    if not format_of(path) or not FORMATS[format_of(path)].fields:
         raise FactsError(
             f"{path} is not a facts file; its name must end in {known_formats(fields=True)}."
         )

@@ -6,12 +6,13 @@ import errno
 import os
 import re
 import socket
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kscli.errors import ArtifactError
+from kscli.errors import ArtifactError, KscliError, UsageError
 
 ROOM = 2**20
 
@@ -72,8 +73,7 @@ def require_writable(path: Path, *, force: bool) -> None:
     """Raise ArtifactError unless a file may be written at `path`. Makes nothing."""
     try:
         if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "not an ordinary file"
-            raise ArtifactError(f"{path} is {what}; name a file with --output.")
+            raise ArtifactError(f"{path} is {kind_of_file(path)}; name a file with --output.")
         if path.exists() and not force:
             raise ArtifactError(f"{path} exists; add --force to replace it.")
         there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -81,6 +81,35 @@ def require_writable(path: Path, *, force: bool) -> None:
             pass
     except OSError as error:
         raise _writing_failed(path, error) from error
+
+
+def kind_of_file(path: Path) -> str:
+    """What lies at `path`, for messages; raises OSError where nothing does."""
+    mode = path.stat().st_mode
+    kinds = {
+        "an ordinary file": stat.S_ISREG,
+        "a folder": stat.S_ISDIR,
+        "a FIFO (a named pipe)": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((name for name, is_kind in kinds.items() if is_kind(mode)), "a device")
+
+
+def require_ordinary(path: Path, error: type[KscliError]) -> None:
+    """Raise `error`, saying what it is, where something else than a file lies at `path`."""
+    if path.exists() and not path.is_file():
+        raise error(f"{path} is {kind_of_file(path)}, which is not read; name a file.")
+
+
+def require_other(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise UsageError where a file to be written is one of those that are read for it."""
+    for each in inputs:
+        with suppress(OSError, ValueError):
+            if path.samefile(each):
+                raise UsageError(
+                    f"{path} is read by this command and is not overwritten by it; name another "
+                    "file with --output."
+                )
 
 
 def _remove_abandoned(path: Path, host: str) -> None:

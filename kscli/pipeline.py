@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kscli.artifacts import Existing, Kind, Recipe, is_imported, must_make
 from kscli.errors import UsageError
-from kscli.files import require_writable
+from kscli.files import require_other, require_writable
 from kscli.layers import select_layers
 from kscli.reporter import Reporter
 
@@ -96,6 +96,7 @@ class Session:
         if self.existing is Existing.REMAKE and is_imported(path):
             self.reporter.note(f"{path} was imported, and is used as it is (--force measures C).")
             return False
+        require_other(path, [*corpus.files, *self.located.files])
         execution = execution or Execution()
         ranks = execution.ranks
         options.check(corpus, ranks)
@@ -204,6 +205,7 @@ class Session:
         """Make keys.h5 at `path` unless it is up to date; whether it was made."""
         from kscli.extraction import extract_keys, extraction_recipe, write_keys
 
+        require_other(path, [facts.name, *self.located.files])
         recipe = extraction_recipe(self.located.identity, facts, token, layers, self.dtype)
         if not self._must_make(path, "keys", recipe):
             return False

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from kscli.content import FileContent
 from kscli.errors import KscliError, first_line
 
 Located = tuple[str, object]
@@ -31,12 +32,14 @@ READ_BYTES = 16 << 10  # of a compressed file: repetitive text grows a thousandf
 class RecordFile:
     """A file of a known format. `error` is what is raised, naming the file and the place.
 
-    With `field`, records may lack their other fields (Parquet reads one column alone).
+    With `field`, records may lack their other fields (Parquet reads one column alone). With
+    `content`, the `error` is raised where the file is not what it was when that was read.
     """
 
     path: Path
     error: type[KscliError]
     field: str | None = None
+    content: FileContent | None = None
 
     def records(self) -> Iterator[Located]:
         """Stream the records in the file's order."""
@@ -47,12 +50,15 @@ class RecordFile:
         """The file's bytes, decompressed."""
         compression = COMPRESSIONS.get(self.path.suffix.lower())
         try:
-            with _unpacked(self.path, compression) if compression else self.path.open("rb") as data:
+            with self._raw() as raw, _unpacked(raw, compression) if compression else raw as data:
                 yield data
         except _DamagedError as error:
             raise self.damaged(error) from error
         except OSError as error:
             raise unreadable(self.path, error, self.error) from error
+
+    def _raw(self) -> IO[bytes]:
+        return self.content.open(self.error) if self.content else self.path.open("rb")
 
     def text(self) -> str:
         """The whole file, which is UTF-8 text."""
@@ -184,7 +190,7 @@ def _parquet(file: RecordFile) -> Iterator[Located]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
+        with file.opened() as data, pyarrow.parquet.ParquetFile(data) as table:
             # Without the field every column is read, so that a message can name them.
             wanted = [file.field] if file.field in table.schema_arrow.names else None
             for batch in table.iter_batches(batch_size=256, columns=wanted):
@@ -243,14 +249,16 @@ class _DamagedError(Exception):
 
 
 class _Unpacked(io.RawIOBase):
-    """A compressed file as a raw stream of its contents, frame by frame.
+    """A compressed file, open, as a raw stream of its contents, frame by frame.
 
     The libraries' own streams take some files that were cut off, or have something behind them,
     for whole ones.
     """
 
-    def __init__(self, path: Path, new_frame: Callable[[], Any], error: type[Exception]) -> None:
-        self._file = path.open("rb")
+    def __init__(
+        self, file: IO[bytes], new_frame: Callable[[], Any], error: type[Exception]
+    ) -> None:
+        self._file = file
         self._blocks = self._decompress(new_frame, error)
         self._block = memoryview(b"")
 
@@ -283,17 +291,13 @@ class _Unpacked(io.RawIOBase):
         self._block = self._block[count:]
         return count
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
 
 Compression = Callable[[], tuple[Callable[[], Any], type[Exception]]]
 """Gives what makes the decompressor of one frame, and the error of damaged data."""
 
 
-def _unpacked(path: Path, compression: Compression) -> IO[bytes]:
-    return io.BufferedReader(_Unpacked(path, *compression()))
+def _unpacked(file: IO[bytes], compression: Compression) -> IO[bytes]:
+    return io.BufferedReader(_Unpacked(file, *compression()))
 
 
 def _gzip() -> tuple[Callable[[], Any], type[Exception]]:

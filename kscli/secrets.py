@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,11 @@ def without_secrets(text: str) -> str:
             if len(value) >= _SHORTEST:
                 text = text.replace(form, HIDDEN)
     return _PASSWORD.sub(f"{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
+
+
+def command_line() -> str:
+    """The command line of this process, for files that say what made them."""
+    return without_secrets(shlex.join(["kscli", *sys.argv[1:]]))
 
 
 def _tokens_set() -> Iterator[str]:

@@ -23,7 +23,7 @@ from kscli.artifacts import (
 )
 from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import NumericsError, UsageError
-from kscli.files import require_writable
+from kscli.files import require_other, require_writable
 from kscli.layers import format_layers, layers_text
 from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
@@ -117,6 +117,7 @@ def write_pmatrix(
     different models or lack a layer, or another file is in the way, and NumericsError, naming the
     layer and the fact, where p cannot be computed.
     """
+    require_other(path, [cov.path, keys.path])
     recipe = {
         "cov": cov.fingerprint,
         "keys": keys.fingerprint,
@@ -154,10 +155,9 @@ def write_pmatrix(
             try:
                 result = superposition(cov.second_moment(layer), count, keys.keys_of(layer), ridge)
             except KeyOfFactError as error:
-                fact = keys.facts[error.index]
+                text = quote(keys.facts[error.index].text)
                 raise NumericsError(
-                    f"layer {layer}: the key of {quote(fact.text)} (fact {error.index}) "
-                    f"{error.what}."
+                    f"layer {layer}: the key of {text} (fact {error.index}) {error.what}."
                 ) from error
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error

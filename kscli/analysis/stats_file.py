@@ -15,6 +15,7 @@ from kscli.artifacts import (
     must_make,
     write_artifact,
 )
+from kscli.files import require_other
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
 
@@ -44,6 +45,8 @@ def statistics_of(
     New ones are stored at `path` as `existing` says; None: nothing is written.
     """
     resampling = resampling or Resampling()
+    if path:
+        require_other(path, [pm.path])
     recipe = {
         "pmatrix": pm.fingerprint,
         "layers": format_layers(layers),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -33,7 +31,7 @@ from kscli.artifacts.sealed import FORMAT_VERSION
 from kscli.artifacts.sealing import SealedWriter, open_for_writing
 from kscli.facts import Fact
 from kscli.files import replace_file
-from kscli.secrets import without_secrets
+from kscli.secrets import command_line
 
 
 class LocatedFacts(Protocol):
@@ -141,7 +139,7 @@ def write_artifact(
             kscli_version=__version__,
             kind=kind,
             fingerprint=_fingerprint(kind, about, file, declared),
-            command=without_secrets(shlex.join(["kscli", *sys.argv[1:]])),
+            command=command_line(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         file.attributes |= to_attributes(stamp) | to_attributes(about)

@@ -45,6 +45,7 @@ def check(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import facts_for
     from kscli.facts import require_facts_path
+    from kscli.files import require_other
     from kscli.knowledge import check_facts, write_knowledge
     from kscli.models.loading import load_model
     from kscli.models.locating import ModelOptions
@@ -52,6 +53,8 @@ def check(
 
     reporter = ConsoleReporter(quiet=quiet)
     path = output or Places(directory, model).folder / FILE_NAME
+    if facts:
+        require_other(path, [facts])
     require_facts_path(path, force=force)
     asked = facts_for(model, facts, count).facts
     chosen = ModelOptions(
@@ -107,11 +110,14 @@ def select(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import number_or_all
     from kscli.facts import fact_record, require_facts_path, write_records
+    from kscli.files import require_other
     from kscli.knowledge import read_knowledge, select_facts
 
+    paths = [_path(name, directory) for name in results]
+    require_other(output, paths)
     require_facts_path(output, force=force)
     number = number_or_all("--count", count)
-    read = [read_knowledge(_path(name, directory)) for name in results]
+    read = [read_knowledge(path) for path in paths]
     selection = select_facts(read, number, seed, unknown=unknown)
     write_records(output, map(fact_record, selection.facts), force=force)
     ConsoleReporter(quiet=quiet).note(f"wrote {output}")

@@ -102,6 +102,7 @@ def plot(
     from kscli.cli.requests import open_runs, run_paths
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
+    from kscli.files import require_other
 
     figure_kind = find_kind(kind)
     figure_options = FigureOptions(grid, mark_same_token, counts_of(facts_counts), seed)
@@ -124,6 +125,7 @@ def plot(
             name = default_name(kind, [file.model for file in files], layers, figure_options)
         path = output or folder / "figures" / name
         for page in page_paths(path, len(paged(sources, figure_options))):
+            require_other(page, [file.path for file in files])
             check_target(page, force)
         written = save_pages(figure_kind.pages(sources, figure_options), path, force)
     for page in written:

@@ -35,13 +35,11 @@ def report(
       kscli report -m gpt2-small -m gpt2-medium -m gpt2-large -o scaling.html
       kscli report --pmatrix other-text/pmatrix.h5 -o other-text.html
     """
-    import shlex
-    import sys
-
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.output import print_line
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.report.page import ModelFiles, write_report
+    from kscli.secrets import command_line
 
     reporter = ConsoleReporter(quiet=quiet)
     with ExitStack() as stack:
@@ -53,7 +51,7 @@ def report(
             files,
             path,
             seed=seed,
-            command=shlex.join(["kscli", *sys.argv[1:]]),
+            command=command_line(),
             force=force,
             reporter=reporter,
         )

@@ -25,7 +25,7 @@ from kscli.editing.sources import EditSources, require_about
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, FactsError, UsageError
 from kscli.facts import Fact, field_text, read_records
-from kscli.files import require_writable
+from kscli.files import require_other, require_writable
 from kscli.interrupts import InterruptedRunError, held_signals
 from kscli.layers import format_layers
 from kscli.models.loading import LoadedModel
@@ -197,6 +197,9 @@ def edit_model(
         raise UsageError(
             "--save-model has nothing to write with --protocol single, which takes every edit back."
         )
+    held_out = plan.held_out.corpus.files if plan.held_out else ()
+    read = [file.path for file in (sources.cov, sources.keys, sources.pm)]
+    require_other(path, [*read, *held_out, *session.located.files])
     check_held_out(plan, sources, reporter)
     recipe = edits_recipe(sources, plan, session.dtype)
     made = must_make(path, "edits", recipe, session.existing, reporter)
@@ -261,9 +264,8 @@ def make_edits(
         )
     for _, fact, target, reason in log.kept_out:
         subject = sources.pm.facts[fact].subject
-        reporter.warn(
-            f"{quote(subject)} was not edited to {quote(target)}: {reason.removesuffix('.')}."
-        )
+        what = f"{quote(subject)} was not edited to {quote(target)}"
+        reporter.warn(f"{what}: {reason.removesuffix('.')}.")
     if not log.made:
         raise ArtifactError(f"no edit was made, so {path} was not written.")
     if difference(path, "edits", recipe) is not None:

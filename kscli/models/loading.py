@@ -100,6 +100,7 @@ def load_model(
         if located.adapter:
             model = merge_adapter(model, located.adapter, located.identity.model_id, reporter)
         tokenizer = load_tokenizer(located, options)
+    located.require_unchanged()
     text = config.get_text_config()
     decoder = Decoder(model, text.hidden_size, text.num_hidden_layers)
     return LoadedModel(
@@ -138,6 +139,8 @@ def _load_weights(
             **reading(located, options),
         )
     model, info = loaded
+    if not device.get("device_map"):
+        _leave_the_files(model)
     # Keys are read without the LM head, so a checkpoint of the decoder alone will do for them.
     head_module = model.get_output_embeddings()
     own = {id(p) for p in head_module.parameters()} if head_module is not None else set()
@@ -151,6 +154,17 @@ def _load_weights(
         )
     frozen: torch.nn.Module = model.requires_grad_(False)
     return frozen, absent.isdisjoint(head)
+
+
+def _leave_the_files(model: torch.nn.Module) -> None:
+    """Copy weights in the host's memory, one by one.
+
+    They may lie in a mapped file: a change of the file would be one of theirs, and where it is cut
+    off the system would end the process.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:

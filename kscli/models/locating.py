@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kscli.errors import ModelError, UsageError
+from kscli.files import require_ordinary
 from kscli.models.aliases import classify, find_alias, slug
 from kscli.models.files import ADAPTER, ModelFiles, model_files
 from kscli.models.fingerprint import fingerprint_files
@@ -52,7 +54,36 @@ class LocatedModel:
     folder: Path
     gguf: str | None
     identity: ModelIdentity
+    files: tuple[Path, ...]
+    states: tuple[tuple[int, ...], ...]
     adapter: Path | None = None
+
+    def require_unchanged(self) -> None:
+        """Raise ModelError where a file is not as it was when the identity was taken from it."""
+        for path, state in zip(self.files, self.states, strict=True):
+            if _state(path) != state:
+                raise ModelError(
+                    f"{path} changed while it was read; run the command again when nothing writes "
+                    "to it any more."
+                )
+
+
+def _located(
+    folder: Path, gguf: str | None, files: Iterable[Path], identify: Callable[[], ModelIdentity]
+) -> LocatedModel:
+    """The model of some files, whose state is noted before they are read to `identify` it."""
+    files = tuple(files)
+    states = tuple(map(_state, files))
+    return LocatedModel(folder, gguf, identify(), files, states)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What of a file changes when it is written or replaced; empty where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def locate_model(options: ModelOptions, reporter: Reporter = SILENT) -> LocatedModel:
@@ -90,14 +121,17 @@ def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> Loca
     revision = options.revision or (alias.revision if alias else None) or "main"
     folder = fetch_model(replace(options, model=hub_id, revision=revision), reporter)
     commit = f"commit:{folder.name}"
-    located = LocatedModel(folder, None, ModelIdentity(name, hub_id, revision, commit, commit))
+    identity = ModelIdentity(name, hub_id, revision, commit, commit)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    located = _located(folder, None, files, lambda: identity)
     if not options.merge_adapter:
         return located
     return _with_adapter(located, _files_of(folder, hub_id, options), options, reporter)
 
 
 def _locate_gguf(path: Path, name: str) -> LocatedModel:
-    if not path.is_file():
+    require_ordinary(path, ModelError)
+    if not path.exists():
         raise ModelError(f"{path} does not exist.")
     try:
         import gguf  # noqa: F401
@@ -109,8 +143,12 @@ def _locate_gguf(path: Path, name: str) -> LocatedModel:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file.")
-    whole = fingerprint_files([path])
-    return LocatedModel(path.parent, path.name, ModelIdentity(name, str(path), "", whole, whole))
+
+    def identify() -> ModelIdentity:
+        whole = fingerprint_files([path])
+        return ModelIdentity(name, str(path), "", whole, whole)
+
+    return _located(path.parent, path.name, [path], identify)
 
 
 def _locate_folder(
@@ -120,14 +158,17 @@ def _locate_folder(
         raise ModelError(f"{folder} is not a folder with a model.")
     files = _files_of(folder, str(folder), options)
     weights = [name for name in files.weights if not name.endswith(".json")]
-    identity = ModelIdentity(
-        model=name,
-        model_id=model_id,
-        revision="",
-        weights=fingerprint_files(folder / name for name in [*files.config, *weights]),
-        tokenizer=fingerprint_files(folder / name for name in files.tokenizer),
-    )
-    located = LocatedModel(folder, None, identity)
+
+    def identify() -> ModelIdentity:
+        return ModelIdentity(
+            model=name,
+            model_id=model_id,
+            revision="",
+            weights=fingerprint_files(folder / name for name in [*files.config, *weights]),
+            tokenizer=fingerprint_files(folder / name for name in files.tokenizer),
+        )
+
+    located = _located(folder, None, [folder / name for name in files.all], identify)
     return _with_adapter(located, files, options, reporter) if files.adapter else located
 
 
@@ -154,7 +195,13 @@ def _with_adapter(
         weights=f"{base.identity.weights}+{adapter}",
         tokenizer=base.identity.tokenizer,
     )
-    return replace(base, identity=identity, adapter=found.folder)
+    return replace(
+        base,
+        identity=identity,
+        files=base.files + found.files,
+        states=base.states + found.states,
+        adapter=found.folder,
+    )
 
 
 def _base_of(found: LocatedModel, options: ModelOptions, reporter: Reporter) -> LocatedModel:

@@ -13,7 +13,7 @@ from typing import Any
 from kscli import __version__
 from kscli.artifacts import UNKNOWN, PMatrixFile
 from kscli.editing.edits_file import EditsFile
-from kscli.files import replace_file, require_writable
+from kscli.files import replace_file, require_other, require_writable
 from kscli.report import comparison, sections
 from kscli.report.edits import edits, risk
 from kscli.report.examined import Examined, examine
@@ -71,6 +71,10 @@ def write_report(
     `command` is said to have made it. Raises ArtifactError where the file exists, unless
     `force`, and where it cannot be written.
     """
+    for source in sources:
+        matrices = source.pmatrix.path
+        others = [matrices.with_name(f"{kind}.h5") for kind in ("cov", "keys", "stats")]
+        require_other(path, [matrices, *others, *(run.path for run in source.runs)])
     require_writable(path, force=force)
     models = [
         examine(files.pmatrix, f"model-{at}", seed, reporter, files.runs)

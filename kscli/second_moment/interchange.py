@@ -25,12 +25,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceAbout, CovarianceFile, write_artifact
 from kscli.artifacts.schema import HOOK, LAYER
 from kscli.errors import ArtifactError, NumericsError, UsageError
-from kscli.files import replace_file, require_writable
+from kscli.files import replace_file, require_ordinary, require_other, require_writable
 from kscli.layers import select_layers
 from kscli.models.aliases import classify, find_alias, slug
 from kscli.reporter import SILENT, Reporter
@@ -121,8 +121,9 @@ def export_covariance(
     """Write the files of cov.h5's chosen layers that the editor looks for; returns their paths.
 
     `sample_size` is always 100000: it is the key by which the editors take a file, not a
-    count. Raises ArtifactError, before anything is written, when one of the files exists and
-    `force` is not set, and NumericsError when a sum is beyond float32.
+    count. A file that holds already what would be written is left, so that an export that was
+    cut short goes on. Raises ArtifactError, before anything is written, when another file is in
+    the way and `force` is not set, and NumericsError when a sum is beyond float32.
     """
     with CovarianceFile(cov_path) as cov:
         layers = select_layers(options.layers, cov.layers, str(cov_path))
@@ -132,10 +133,16 @@ def export_covariance(
         paths = [
             statistics_path(stats_dir, folder, hook.replace(LAYER, str(layer))) for layer in layers
         ]
-        for path in paths:
-            require_writable(path, force=force)
-        with reporter.task("exporting", len(layers), unit="layers") as task:
-            for layer, path in zip(layers, paths, strict=True):
+        left = []
+        for layer, path in zip(layers, paths, strict=True):
+            require_other(path, [cov_path])
+            if force or not _is_written(path, cov, layer, options.note):
+                require_writable(path, force=force)
+                left.append((layer, path))
+        if len(left) < len(layers):
+            reporter.note(f"{len(layers) - len(left)} of {len(layers)} files were there already.")
+        with reporter.task("exporting", len(left), unit="layers") as task:
+            for layer, path in left:
                 _write_statistics(path, cov, layer, options.note, force)
                 task.advance()
     return paths
@@ -158,8 +165,9 @@ def import_covariance(
     such files or they do not belong together, and NumericsError for a matrix that is not a
     second moment; nothing is written then.
     """
-    require_writable(path, force=force)
     files = find_statistics(source, model)
+    require_other(path, [file.path for file in files])
+    require_writable(path, force=force)
     _check_together(files, model)
     about = _about(files, model, note or files[0].note)
     with (
@@ -187,6 +195,7 @@ def find_statistics(source: Path, model: str) -> list[LayerFile]:
         source = _folder_of_model(source, model)
         paths = [path for path in sorted(source.rglob("*.npz")) if not path.name.startswith(".")]
     else:
+        require_ordinary(source, ArtifactError)
         raise ArtifactError(f"{source} does not exist.")
     described = [describe_statistics(path) for path in paths]
     found = sorted((file for file in described if file), key=lambda file: file.layer)
@@ -261,17 +270,36 @@ def _sums(cov: CovarianceFile, layer: int) -> NDArray[np.float32]:
     return sums
 
 
+def _statistics(cov: CovarianceFile, layer: int, note: str | None) -> dict[str, NDArray[Any]]:
+    """The arrays of a layer's file, by name."""
+    noted = {} if note is None else {NOTE: np.asarray(note)}
+    return {
+        "mom2.constructor": np.asarray(CONSTRUCTOR),
+        COUNT: np.asarray(cov.count, np.int64),
+        "sample_size": np.asarray(SAMPLE_SIZE, np.int64),
+        MATRIX: _sums(cov, layer),
+        **noted,
+    }
+
+
+def _is_written(path: Path, cov: CovarianceFile, layer: int, note: str | None) -> bool:
+    """Whether a file holds already what `_write_statistics` would write."""
+    if not path.is_file():
+        return False
+    wanted = _statistics(cov, layer, note)
+    try:
+        with _opened(path) as archive:
+            return {f"{name}.npy" for name in wanted} == set(archive.namelist()) and all(
+                np.array_equal(_array(archive, name), wanted[name]) for name in wanted
+            )
+    except ArtifactError:
+        return False
+
+
 def _write_statistics(
     path: Path, cov: CovarianceFile, layer: int, note: str | None, force: bool
 ) -> None:
-    arrays: dict[str, ArrayLike] = {
-        "mom2.constructor": CONSTRUCTOR,
-        COUNT: np.int64(cov.count),
-        "sample_size": np.int64(SAMPLE_SIZE),
-        MATRIX: _sums(cov, layer),
-    }
-    if note is not None:
-        arrays[NOTE] = note
+    arrays = _statistics(cov, layer, note)
     with replace_file(path, force=force) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 

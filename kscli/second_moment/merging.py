@@ -26,7 +26,7 @@ from kscli.artifacts import (
 )
 from kscli.artifacts.schema import SchemaError
 from kscli.errors import ArtifactError, NumericsError, UsageError
-from kscli.files import require_writable
+from kscli.files import require_other, require_writable
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
 from kscli.second_moment.options import Shard, parse_shard
@@ -88,8 +88,7 @@ def merge_covariances(
     when a part is no shard, is there twice or is missing, or differs from another in anything
     but its documents, and NumericsError when an entry is not finite.
     """
-    if any(part.resolve() == path.resolve() for part in parts):
-        raise UsageError(f"{path} is one of the parts; name another file with --output.")
+    require_other(path, parts)
     require_writable(path, force=force)
     with ExitStack() as stack:
         opened = [stack.enter_context(_Part(part)) for part in parts]
