@@ -248,7 +248,7 @@ def test_identity_tells_every_field_apart() -> None:
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(FactsError, match=r"no facts file .*nowhere\.json; give tiny, counterfact"):
         read_facts(tmp_path / "nowhere.json")
-    with pytest.raises(FactsError, match="is not a facts file"):
+    with pytest.raises(FactsError, match="is a folder"):
         read_facts(tmp_path)
     for name in ("f.txt", "f", "f.parquet.gz"):
         _, said = message(tmp_path / name, as_jsonl(PLAIN)).split("must end in")

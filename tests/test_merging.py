@@ -217,7 +217,7 @@ def test_what_exists_stays_without_force(tmp_path: Path) -> None:
         merge_covariances(parts, path)
     assert path.read_text() == "kept"
     merge_covariances(parts, path, force=True)
-    with pytest.raises(UsageError, match="is one of the parts"):
+    with pytest.raises(UsageError, match="is not overwritten"):
         merge_covariances(parts, parts[0], force=True)
     assert difference(parts[0], "cov", RECIPE | {"shard": "0/2"}) is None
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from kscli.analysis.pairs import top_pairs
 from kscli.analysis.statistics import WHOLE_NUMBERS, layer_statistics
-from kscli.errors import NumericsError
 from kscli.superposition import KeyOfFactError, superposition
 
 Real = NDArray[np.float64]
@@ -67,12 +66,7 @@ def test_p_is_its_definition(seed: int, d_m: int, m: int, condition: float) -> N
 def test_p_of_any_condition(seed: int, d_m: int, m: int, condition: float) -> None:
     """Finite, its diagonal 1, cosines within [-1, 1], and P = whitened cosine x ratio of norms."""
     C, keys = second_moment(seed, d_m, condition), keys_of(seed, m, d_m)
-    try:
-        found = superposition(C.copy(), 10**6, keys)
-    except NumericsError:
-        # So ill conditioned that a C stored in float32 may be a singular one.
-        assert condition > 1e6
-        return
+    found = superposition(C.copy(), 10**6, keys)
     assert np.isfinite(found.P).all()
     np.testing.assert_allclose(np.diagonal(found.P), 1, rtol=1e-12)
     for cosine in (found.whitened_cosine, found.cosine):
@@ -93,12 +87,7 @@ def test_p_does_not_change_with_the_scale_of_c(
     seed: int, d_m: int, m: int, condition: float, power: int
 ) -> None:
     C, keys = second_moment(seed, d_m, condition), keys_of(seed, m, d_m)
-    try:
-        P = p_of(C, keys)
-    except NumericsError:
-        with pytest.raises(NumericsError):
-            p_of(C * 2.0**power, keys)
-        return
+    P = p_of(C, keys)
     # A power of two moves no digit of the entries.
     np.testing.assert_allclose(p_of(C * 2.0**power, keys), P, rtol=1e-6, atol=tolerance(C, P))
 
@@ -122,10 +111,7 @@ def test_a_permutation_of_the_facts_permutes_p(
 ) -> None:
     C, keys = second_moment(seed, d_m, condition), keys_of(seed, m, d_m)
     order = np.random.default_rng(seed + 3).permutation(m)
-    try:
-        P = p_of(C, keys)
-    except NumericsError:
-        return
+    P = p_of(C, keys)
     permuted = p_of(C, keys[order])
     np.testing.assert_allclose(permuted, P[np.ix_(order, order)], atol=tolerance(C, P))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Literal, TypeVar
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -31,6 +32,7 @@ from huggingface_hub.errors import (
 )
 
 from kscli.errors import KscliError
+from kscli.secrets import without_secrets
 
 Answer = TypeVar("Answer")
 Sign = type[Exception] | int | str | Callable[[Exception], bool]
@@ -96,11 +98,29 @@ def ask(question: Callable[[float], Answer]) -> Answer:
 def explained(
     wanted: Wanted, errors: tuple[type[Exception], ...] = CLIENT_ERRORS
 ) -> Iterator[None]:
-    """Turn `errors` into the sentence of `explain`."""
+    """Turn `errors` into the sentence of `explain`; a token that cannot be sent is one at once."""
+    require_sound_token(wanted.error)
     try:
         yield
     except errors as error:
         raise explain(error, wanted) from error
+
+
+def require_sound_token(error: type[KscliError]) -> None:
+    """Raise `error` where the user's token cannot be sent, which is known without sending it.
+
+    The client's own errors of such a token quote it.
+    """
+    try:
+        token = get_token() or ""
+    except UnicodeDecodeError:
+        token = "\ufffd"
+    if not re.fullmatch("[!-~]*", token):
+        raise error(
+            "The Hub's token, which is in HF_TOKEN or was written by `hf auth login`, has "
+            "characters that no token has: others than letters, digits and signs of ASCII. Copy it "
+            "again from the Hub's settings, or unset it."
+        )
 
 
 def explain(error: Exception, wanted: Wanted) -> KscliError:
@@ -109,13 +129,13 @@ def explain(error: Exception, wanted: Wanted) -> KscliError:
     if wrapped and isinstance(error.__cause__, Exception):
         error = error.__cause__
     text = next(text for signs, text in _EXPLANATIONS if any(_has(error, sign) for sign in signs))
-    reason = textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".")
+    reason = textwrap.shorten(without_secrets(str(error)), 300, placeholder=" ...").rstrip(".")
     folder = "datasets/" if wanted.kind == "data set" else ""
     explanation = text.format(
         **vars(wanted),
         reason=reason or type(error).__name__,
-        endpoint=constants.ENDPOINT,
-        page=f"{constants.ENDPOINT}/{folder}{wanted.hub_id}",
+        endpoint=without_secrets(constants.ENDPOINT),
+        page=f"{without_secrets(constants.ENDPOINT)}/{folder}{wanted.hub_id}",
         cache=constants.HF_HUB_CACHE,
     )
     return wanted.error(explanation)

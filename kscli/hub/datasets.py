@@ -114,6 +114,7 @@ def open_dataset(source: HubSource, error: type[KscliError], instead: str) -> Hu
         f"HF_HUB_OFFLINE=1 if `datasets` has cached it, or {instead}.",
         offline=f", and {repository} is not in the cache. Unset HF_HUB_OFFLINE, or {instead}.",
     )
+    asking.require_sound_token(error)
     try:
         with silenced("huggingface_hub"):
             info = asking.ask(
