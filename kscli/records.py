@@ -189,18 +189,19 @@ def _parquet(file: RecordFile) -> Iterator[Located]:
     import pyarrow.parquet
 
     number = 0
-    try:
-        with file.opened() as data, pyarrow.parquet.ParquetFile(data) as table:
-            # Without the field every column is read, so that a message can name them.
-            wanted = [file.field] if file.field in table.schema_arrow.names else None
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{file.path}, row {number}", record
-    except UnicodeDecodeError as bad:
-        raise file.error(f"{file.path}, after row {number}: not UTF-8 text ({bad}).") from bad
-    except (pyarrow.ArrowException, OSError) as bad:
-        raise file.damaged(bad) from bad
+    with file.opened() as data:
+        try:
+            with pyarrow.parquet.ParquetFile(data) as table:
+                # Without the field every column is read, so that a message can name them.
+                wanted = [file.field] if file.field in table.schema_arrow.names else None
+                for batch in table.iter_batches(batch_size=256, columns=wanted):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield f"{file.path}, row {number}", record
+        except UnicodeDecodeError as bad:
+            raise file.error(f"{file.path}, after row {number}: not UTF-8 text ({bad}).") from bad
+        except (pyarrow.ArrowException, OSError) as bad:
+            raise file.damaged(bad) from bad
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def test_a_path_that_is_no_utf8_is_a_path(latin: Path) -> None:
         ("plot", "heatmap", "-o", latin / "p.png"),
         ("report", "-o", latin / "r.html"),
         ("facts", "check", "--facts", latin / "facts.jsonl", "--count", "4"),
-        ("edit", "--edits", "1", "--steps", "1", "--save-model", latin / "edited"),
+        ("edit", "--edits", "1", "--steps", "2", "--save-model", latin / "edited"),
     ):
         done = kscli_process(*command, *model)
         assert done.returncode == 0, (command, done.stderr)

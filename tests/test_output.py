@@ -359,4 +359,4 @@ def test_a_stderr_that_takes_nothing_costs_no_result(
     assert made.exists()
     assert shell(f"kscli topk --nothing {stderr}", toy).returncode == 2
     assert shell(f"kscli pmatrix {files} -o {made} {stderr}; exit $?", toy).returncode == 0
-    assert shell(f"kscli pmatrix {files} -o {toy}/toy/cov.h5 {stderr}", toy).returncode == 1
+    assert shell(f"kscli topk --pmatrix {toy}/toy/cov.h5 {stderr}", toy).returncode == 1

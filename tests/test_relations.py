@@ -469,7 +469,7 @@ def test_in_markdown_a_head_parts_the_tables(toy: Path) -> None:
     assert len(rules) == 2
     blank, head, also_blank = lines[rules[1] - 4 : rules[1] - 1]
     assert blank == also_blank == ""
-    assert head.startswith("Mean |p| within each relation of toy")
+    assert head.startswith(r"Mean \|p\| within each relation of toy")
 
 
 # The figure.

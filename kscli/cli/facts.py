@@ -113,9 +113,9 @@ def select(
     from kscli.files import require_other
     from kscli.knowledge import read_knowledge, select_facts
 
+    require_facts_path(output, force=force)
     paths = [_path(name, directory) for name in results]
     require_other(output, paths)
-    require_facts_path(output, force=force)
     number = number_or_all("--count", count)
     read = [read_knowledge(path) for path in paths]
     selection = select_facts(read, number, seed, unknown=unknown)
