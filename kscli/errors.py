@@ -35,6 +35,10 @@ class ArtifactError(KscliError):
     """An HDF5 artifact is missing, foreign, damaged, or made from other inputs."""
 
 
+class LockedError(ArtifactError):
+    """An artifact that another program has open for writing."""
+
+
 class NumericsError(KscliError):
     """A matrix or a key from which p cannot be computed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
@@ -213,6 +214,19 @@ def test_an_export_that_was_cut_short_goes_on(there: Path) -> None:
     assert "exists; add --force" in kscli(*options).stderr
 
 
+def test_a_locked_file_is_not_made_again(there: Path) -> None:
+    """It is called locked, by the stage that reads it and by the one that would replace it."""
+    toy = there / "toy"
+    with (toy / "pmatrix.h5").open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = (toy / "pmatrix.h5").read_bytes()
+        for command in (["topk", "-m", "toy"], ["pmatrix", "-m", "toy", "--ridge", "1e-3"]):
+            done = kscli_process(*command, "--dir", there)
+            assert done.returncode == 1
+            assert "open for writing in another program" in one_sentence(done.stderr)
+        assert (toy / "pmatrix.h5").read_bytes() == before
+
+
 def special_files(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
     """Something else than a file at each of some paths, and what it is called."""
     for word in ("FIFO", "socket", "folder"):
@@ -237,6 +251,8 @@ def test_what_is_no_file_is_called_by_its_name(
     for word, path in special_files(tmp_path, "x.jsonl"):
         errors = [kscli("extract", "-m", "tiny", "--facts", path)]
         errors.append(kscli("facts", "check", "-m", "tiny", "-o", path, "--force"))
+        errors.append(kscli("show", path.rename(path.with_suffix(".h5"))))
+        path.with_suffix(".h5").rename(path)
         if word != "folder":
             errors.append(kscli("cache-cov", "-m", "tiny", "--corpus", path))
             errors.append(kscli("cache-cov", "-m", "tiny", "--corpus", path.parent))

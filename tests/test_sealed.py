@@ -125,7 +125,7 @@ def test_an_older_and_a_locked_file_are_called_so(toy: dict[str, Path], tmp_path
             CovarianceFile(path)
     CovarianceFile(path)
     os.mkfifo(tmp_path / "fifo.h5")
-    with pytest.raises(ArtifactError, match="not an ordinary file"):
+    with pytest.raises(ArtifactError, match="is a FIFO"):
         CovarianceFile(tmp_path / "fifo.h5")
 
 

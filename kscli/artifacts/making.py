@@ -14,7 +14,7 @@ from typing import Any
 
 from kscli.artifacts.reading import Artifact, CovarianceFile
 from kscli.artifacts.schema import CovarianceAbout, Kind, Recipe
-from kscli.errors import ArtifactError, UsageError
+from kscli.errors import ArtifactError, LockedError, UsageError
 from kscli.layers import select_layers
 from kscli.reporter import Reporter
 
@@ -76,12 +76,17 @@ def _refuse_another_model(path: Path, recipe: Recipe, model_id: str) -> None:
 
 
 def difference(path: Path, kind: Kind, recipe: Mapping[str, Any]) -> str | None:
-    """None if the artifact at `path` was made by `recipe`, else why it was not, in words."""
+    """None if the artifact at `path` was made by `recipe`, else why it was not, in words.
+
+    Raises LockedError where another program writes to it: what it holds is not known then.
+    """
     if not path.exists():
         return "it does not exist"
     try:
         with Artifact(path, kind) as artifact:
             changed = [name for name in recipe if not _unchanged(name, recipe[name], artifact)]
+    except LockedError:
+        raise
     except ArtifactError:
         return "it cannot be read"
     return f"{', '.join(changed)} changed" if changed else None

@@ -28,7 +28,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.errors import ArtifactError, UsageError
+from kscli.errors import ArtifactError, LockedError, UsageError
+from kscli.files import require_ordinary
 
 FORMAT_VERSION = 2
 SEAL = "seal"
@@ -303,8 +304,7 @@ def _open(path: Path) -> int:
     """The file's descriptor; a shared lock is held on it where the file system has locks."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name an HDF5 file.")
-    if path.exists() and not path.is_file():
-        raise ArtifactError(f"{path} is not an ordinary file; name an HDF5 file.")
+    require_ordinary(path, ArtifactError)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -313,7 +313,7 @@ def _open(path: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise ArtifactError(
+        raise LockedError(
             f"{path} is open for writing in another program, which locks it; close it there."
         ) from error
     except OSError:
