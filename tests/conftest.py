@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from fork_kit import ONE_THREAD
 
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
+from kscli.tiny.corpus import documents
 
 # Matrices are small here: threads that wait for each other take longer than one alone.
 os.environ |= ONE_THREAD
@@ -23,6 +26,14 @@ def shared_data() -> Path:
     if not (SHARED / "wikitext2_valid.jsonl").exists():
         pytest.skip("shared/data is not beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of the first 1,500 documents of the embedded corpus."""
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in islice(documents(), 1500)))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,7 @@ import pytest
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
 from fork_kit import ForkedProcess
 
-from kscli.tiny.corpus import documents
-
 COMMON = ("cache-cov", "--dtype", "float32", "--batch-tokens", "256", "--checkpoint-every", "0")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    texts = [text for _, text in zip(range(1500), documents(), strict=False)]
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return path
 
 
 @pytest.fixture(scope="module")

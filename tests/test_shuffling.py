@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import signal
 from pathlib import Path
 
@@ -22,17 +21,8 @@ from test_cache_cov import (
 from kscli.corpus import CorpusSpec, open_corpus, same_text
 from kscli.errors import CorpusError
 from kscli.shuffling import shuffled
-from kscli.tiny.corpus import documents
 
 TEXTS = [f"{'ä' * (n % 5)} text {n}" for n in range(200)] + ["", "\n"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    texts = [text for _, text in zip(range(1500), documents(), strict=False)]
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return path
 
 
 def test_each_text_comes_once_in_an_order_of_the_seed() -> None:
