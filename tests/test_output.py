@@ -226,6 +226,18 @@ def test_a_signal_at_any_time_is_one_line(number: signal.Signals, word: str, toy
         assert done.stdout == ""
 
 
+def run_topk(program: str, toy: Path) -> subprocess.CompletedProcess[str]:
+    """`topk` of the toy by a program that has changed something of it."""
+    return subprocess.run(
+        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
 # Where Python or C drops what a signal's handler raises.
 SWALLOWED = {
     "a weakref's callback": """
@@ -280,14 +292,7 @@ def test_a_signal_is_never_swallowed(place: str, number: signal.Signals, toy: Pa
         "kscli.cli.topk.print_rows = print_rows\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = run_topk(program, toy)
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert done.stderr == f"error: {word}; no half-made file was left behind.\n"
     assert done.returncode == 128 + number
@@ -337,14 +342,7 @@ def test_cleaning_up_after_a_signal_is_not_disturbed(tmp_path: Path, toy: Path) 
         "kscli.cli.topk.print_rows = print_rows\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = run_topk(program, toy)
     assert (done.returncode, done.stdout) == (143, "clean\n")
 
 
