@@ -13,9 +13,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from kscli.errors import FactsError, UsageError
 from kscli.escaping import escaped_json
@@ -56,11 +57,30 @@ COUNTERFACT = HubSource(
 )
 
 
+QuestionKind = Literal["paraphrase", "neighbourhood", "generation", "portability", "locality"]
+"""What a question about an edited fact asks for, in the field's words.
+
+paraphrase: the fact again, in other words. neighbourhood: another fact, whose answer is the fact's
+own target. generation: the beginning of a text about the subject. portability: what follows from
+the new target. locality: what has nothing to do with it.
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A whole prompt that an edit of a fact is judged by, and its answer, where it has its own."""
+
+    kind: QuestionKind
+    prompt: str
+    target: str = ""
+
+
 @dataclass(frozen=True)
 class Fact:
     """One fact; `prompt` holds `{}` exactly once, where the subject goes.
 
     `target_new` is what an edit would write instead of the target; empty where none is given.
+    `questions` are asked about a fact and are no part of it: facts that differ in these are equal.
 
     Raises:
         FactsError: no `{}` or several, a blank subject or target, text that is not Unicode, over
@@ -73,9 +93,10 @@ class Fact:
     relation: str = ""
     case_id: int = 0
     target_new: str = ""
+    questions: tuple[Question, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        texts = {name: value for name, value in vars(self).items() if name != "case_id"}
+        texts = {name: value for name, value in vars(self).items() if isinstance(value, str)}
         length = sum(map(len, texts.values()))
         if length > MOST_CHARACTERS:
             longest = max(texts, key=lambda name: len(texts[name]))
@@ -122,14 +143,20 @@ class FactSet:
 
 
 def facts_identity(facts: Sequence[Fact]) -> str:
-    """SHA-256 (hex) over every field of the facts, in order.
+    """SHA-256 (hex) over every field of the facts but their questions, in order.
 
     Equal for the same facts whatever file or format they were read from.
     """
-    # Facts without a new target are what they were before there was one.
-    fields = [astuple(fact) if fact.target_new else astuple(fact)[:-1] for fact in facts]
+    fields = [_identifying(fact) for fact in facts]
     canonical = json.dumps(fields, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _identifying(fact: Fact) -> tuple[str | int, ...]:
+    """The values that tell facts apart."""
+    values = (fact.prompt, fact.subject, fact.target, fact.relation, fact.case_id)
+    # Facts without a new target are what they were before there was one.
+    return (*values, fact.target_new) if fact.target_new else values
 
 
 def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = False) -> FactSet:
