@@ -16,7 +16,7 @@ from edit_kit import HOOK, Naive
 from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
-from kscli.editing.contexts import in_context
+from kscli.contexts import in_context
 from kscli.editing.edited_layers import EditedLayers, WriteOptions
 from kscli.editing.editors import EDITORS, Editor, find_editor
 from kscli.editing.edits_file import EditsFile

@@ -404,7 +404,7 @@ def given_contexts(
     contexts: str | None, editor: Editor
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """The templates of --contexts, and those to be made up as (number of tokens, of texts)."""
-    from kscli.editing.contexts import read_contexts
+    from kscli.contexts import read_contexts
 
     if contexts is None:
         return (), editor.contexts

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.contexts import in_context
 from kscli.editing.afterwards import largest_entries, limited_deltas
-from kscli.editing.contexts import in_context
 from kscli.editing.directions import edit_directions
 from kscli.editing.editors import Editor, FactKeys
 from kscli.editing.interference import Interference

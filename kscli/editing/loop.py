@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import MatrixName
-from kscli.editing.contexts import generated_contexts
+from kscli.contexts import generated_contexts
 from kscli.editing.edited_layers import EditedLayers, WriteOptions
 from kscli.editing.editors import DEFAULT_EDITOR, ValueSearch, find_editor
 from kscli.editing.edits_file import EditLog

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kscli.batching import beyond, pad_right
 from kscli.completion import Cloze, tokenize_clozes
-from kscli.editing.contexts import in_context
+from kscli.contexts import in_context
 from kscli.editing.editors import ValueSearch
 from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError, is_out_of_memory
