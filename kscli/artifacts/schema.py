@@ -131,6 +131,8 @@ class PMatrixAbout(CorpusAbout, FactsAbout):
 
     ridge: Annotated[float, "lambda of C + lambda (tr C / d_m) I, the matrix that was inverted"]
     shard: Annotated[str, "the part of the text that C is of, as 0/2; empty: the whole"] = ""
+    editor: Annotated[str, "the editor whose p is in P; empty: the paper's, equation 18"] = ""
+    contexts: Annotated[int, "how many contexts that editor's mean keys are over"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,7 @@ class StatisticsAbout(CorpusAbout, FactsAbout):
     """What stats.h5 says of itself."""
 
     m: Annotated[int, "how many facts there are"]
+    editor: Annotated[str, "the editor whose p this is about; empty: the paper's"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +189,7 @@ class Schema:
 
 
 # Axes that may be of length 0.
-MAY_BE_EMPTY = ("moved", "kept_out")
+MAY_BE_EMPTY = ("moved", "kept_out", "context")
 
 
 def _table(text: str, *, optional: bool = False, result: bool = True) -> dict[str, Dataset]:
@@ -219,21 +222,34 @@ _COV = _table("""
     """,
     optional=True,
 )
-_KEYS = _table("keys  float32  layer m d_m  the key of every fact")
-_PMATRIX = _table("""
-    P         float32  layer m m  P[i, j]: fact i is edited, fact j is moved
+_KEYS = _table("keys  float32  layer m d_m  the key of every fact") | _table(
+    """
+    contexts      text     context      the texts that prompts were put into, {} for the prompt
+    context_keys  float32  layer m d_m  the mean of every fact's key over these texts
+    """,
+    optional=True,
+)
+_PMATRIX = (
+    _table("""
+    P         float32  layer m m  p[i, j]: fact i is edited, fact j is moved
     Q         float32  layer m m  the inner product of two keys
     leverage  float64  layer m    k^T C^-1 k of every fact
-""") | _table(
-    """
+""")
+    | _table(
+        "whitened_cosine  float32  layer m m  as it is; it follows from P where P is the paper's",
+        optional=True,
+    )
+    | _table(
+        """
     dead_coordinates    int64    layer  how many coordinates were 0 on every token
     condition           float64  layer  the condition estimate of C scaled to unit diagonal
     whitening_residual  float64  layer  the largest |L^-1 C L^-T x - x| / |x| over 8 random x
     solve_residual      float64  layer  the largest |C (C^-1 k) - k| / |k| over the keys
     storage_error       float64  layer  how far storing C in float32 moves p, an estimate
     """,
-    optional=True,
-    result=False,
+        optional=True,
+        result=False,
+    )
 )
 _WHENS = {
     "before": "in the clean model",

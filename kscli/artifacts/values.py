@@ -6,7 +6,7 @@ A rule is declared for a dataset by its name, and holds for every entry that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -107,11 +107,12 @@ VALUES: dict[str, _Rules] = {
         "settling/tokens": (_at_least(0),),
         "settling/rms": (NOT_NEGATIVE,),
     },
-    "keys": _LAYER | _FACTS | {"keys": (FINITE,)},
+    "keys": _LAYER | _FACTS | dict.fromkeys(("keys", "context_keys"), (FINITE,)),
     "pmatrix": _LAYER
     | _FACTS
     | {
-        "P": (FINITE, DIAGONAL_1),
+        "P": (FINITE,),
+        "whitened_cosine": (FINITE, NOT_BEYOND_1),
         "Q": (FINITE, DIAGONAL_NOT_NEGATIVE),
         "leverage": (POSITIVE,),
         "dead_coordinates": (_at_least(0),),
@@ -151,12 +152,20 @@ VALUES: dict[str, _Rules] = {
 }
 
 
-def wrong_values(kind: str, name: str, values: NDArray[Any], lengths: Lengths) -> str | None:
+def rules_of(about: About, kind: str, name: str) -> tuple[Rule, ...]:
+    """What holds for the entries of a dataset of a file that says this `about` itself."""
+    rules = VALUES[kind].get(name, ())
+    # By equation 3 the edited fact's own value moves by delta; by other editors' not quite.
+    papers = name == "P" and not getattr(about, "editor", "")
+    return (*rules, DIAGONAL_1) if papers else rules
+
+
+def wrong_values(rules: Sequence[Rule], values: NDArray[Any], lengths: Lengths) -> str | None:
     """What makes no sense in a dataset, or in one layer of it, with its place; None: nothing."""
     # A byte that is neither 0 nor 1 is a bool to NumPy, too.
     if values.dtype == np.bool_ and (values.view(np.uint8) > 1).any():
         return "holds what is neither true nor false"
-    for rule in VALUES[kind].get(name, ()):
+    for rule in rules:
         wrong = rule.wrong(values, lengths)
         if wrong.any():
             place = np.unravel_index(int(wrong.argmax()), wrong.shape)
@@ -175,6 +184,7 @@ LEAST = {
     "max_length": 1,
     "padding": 0,
     "ridge": 0,
+    "contexts": 0,
     "m": 1,
     "weight": 0,
     "batch": 1,

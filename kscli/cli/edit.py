@@ -16,11 +16,9 @@ from kscli.tables import EDITS
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.cli.console import ConsoleReporter
-    from kscli.editing.editors import Editor, ValueSearch
+    from kscli.editing.editors import ValueSearch
 
 _AT_ONCE = editors_where(lambda editor: editor.at_once)
-_WEIGHTED = editors_where(lambda editor: editor.direction.weight is not None)
-_NULL_SPACE = editors_where(lambda editor: editor.direction.metric == "null-space")
 _KEEPING = editors_where(lambda editor: editor.afterwards.keep is not None)
 _BY_EDITOR = "by editor and model, see `kscli editors`"
 
@@ -145,36 +143,9 @@ def edit(
             show_default="as many as published, made up; 0 with closed-form",
         ),
     ] = None,
-    weight: Annotated[
-        float | None,
-        typer.Option(
-            "--weight",
-            min=0.0,
-            help=f"({_WEIGHTED}) The weight lambda of what the model knew (mom2_update_weight; "
-            "emmet: times emmet_lambda; alphaedit: L2).",
-            show_default=_BY_EDITOR,
-        ),
-    ] = None,
-    null_space: Annotated[
-        float | None,
-        typer.Option(
-            "--null-space",
-            metavar="X",
-            min=0.0,
-            help=f"({_NULL_SPACE}) Write in the span of the singular vectors of C whose singular "
-            "value is below X (nullspace_threshold).",
-            show_default="0.02",
-        ),
-    ] = None,
-    relative_null_space: Annotated[
-        float | None,
-        typer.Option(
-            "--relative-null-space",
-            metavar="X",
-            min=0.0,
-            help=f"({_NULL_SPACE}) The same, below X times the mean singular value of C.",
-        ),
-    ] = None,
+    weight: options.Weight = None,
+    null_space: options.NullSpace = None,
+    relative_null_space: options.RelativeNullSpace = None,
     keep: Annotated[
         float | None,
         typer.Option(
@@ -262,16 +233,22 @@ def edit(
     """
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all, refuse_given, require_above_0, require_finite
+    from kscli.cli.requests import (
+        null_space_cut,
+        number_or_all,
+        refuse_given,
+        require_above_0,
+        require_finite,
+        without_effect,
+    )
+    from kscli.contexts import choose_contexts
     from kscli.corpus import CorpusSpec, open_corpus
     from kscli.editing.edited_layers import WriteOptions
     from kscli.editing.loop import EditOptions
-    from kscli.editing.metrics import Cut
     from kscli.editing.presets import default_layers, named_preset, preset_for
     from kscli.editing.saving import require_new_folder
     from kscli.editing.sources import EditSources
     from kscli.editing.stage import EditRequest, HeldOut, edit_model
-    from kscli.errors import UsageError
     from kscli.layers import format_layers
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
@@ -295,12 +272,7 @@ def edit(
         (fact, ("edits",), "with --fact"),
         (value != "random", ("value_norm",), "without --value random"),
         (value == "random", of_values, "with --value random"),
-        (editor.direction.weight is None, ("weight",), f"without --method {_WEIGHTED}"),
-        (
-            editor.direction.metric != "null-space",
-            ("null_space", "relative_null_space"),
-            f"without --method {_NULL_SPACE}",
-        ),
+        *without_effect(editor),
         (editor.afterwards.keep is None, ("keep",), f"without --method {_KEEPING}"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
         (target_new.startswith("text:"), ("facts",), "with --target-new text:..."),
@@ -308,8 +280,6 @@ def edit(
     ):
         if idle:
             refuse_given(context, names, reason)
-    if null_space is not None and relative_null_space is not None:
-        raise UsageError("--null-space and --relative-null-space are two cuts; give one.")
     of_sizes = {
         "--learning-rate": learning_rate,
         "--norm-limit": norm_limit,
@@ -324,11 +294,9 @@ def edit(
             "--kl-weight": kl_weight,
             "--likelihood-weight": likelihood_weight,
             "--weight": weight,
-            "--null-space": null_space,
-            "--relative-null-space": relative_null_space,
         }
     )
-    templates, generated = given_contexts(contexts, editor)
+    chosen_contexts = choose_contexts(contexts, editor.contexts, seed)
     asked = {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -341,17 +309,15 @@ def edit(
         editor.value,
         **given,  # type: ignore[arg-type]
         likelihood_weight=likelihood_weight,
-        contexts=templates,
+        contexts=chosen_contexts.texts,
     )
-    cut = Cut() if null_space is None else Cut(null_space)
-    if relative_null_space is not None:
-        cut = Cut(relative_null_space, relative=True)
+    cut = null_space_cut(null_space, relative_null_space)
     own_weight = editor.direction.weight or 0.0
     edit_options = EditOptions(
         method=method,
         protocol=protocol,
         find=find,
-        contexts=generated,
+        contexts=chosen_contexts.generated,
         random_norm=value_norm if value == "random" else None,
         write=WriteOptions(
             weight=own_weight if weight is None else weight,
@@ -398,19 +364,6 @@ def edit(
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
-
-
-def given_contexts(
-    contexts: str | None, editor: Editor
-) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """The templates of --contexts, and those to be made up as (number of tokens, of texts)."""
-    from kscli.contexts import read_contexts
-
-    if contexts is None:
-        return (), editor.contexts
-    if contexts.isascii() and contexts.isdecimal():
-        return (), ((10, int(contexts)),) if int(contexts) else ()
-    return read_contexts(Path(contexts)), ()
 
 
 def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) -> None:

@@ -69,6 +69,11 @@ class EditedLayers:
         return len(self) == 1 and afterwards.keep is None and not afterwards.limited
 
     @property
+    def contexts(self) -> int:
+        """How many contexts keys are averaged over, the bare prompt not among them."""
+        return len(self._contexts)
+
+    @property
     def d(self) -> int:
         """The length of a value."""
         return self._weights[-1].shape[0]
@@ -193,13 +198,14 @@ class EditedLayers:
         prompts = [self._prompts[fact] for fact in facts]
         return mlp_keys(self._model, self._sources.layers[at], prompts)
 
-    def keys_in_contexts(self, at: int, facts: Sequence[int]) -> Array:
-        """The keys in the model as it is now, of the prompts in all contexts: (b, n, d_m)."""
+    def mean_in_contexts(self, at: int, facts: Sequence[int]) -> Array:
+        """The mean over the contexts of the prompts' keys in the model as it is now: (b, d_m)."""
         prompts = [prompt for fact in facts for prompt in self._prompts_in_contexts(fact)]
         if not prompts:
-            return np.empty((len(facts), 0, self.keys[at].shape[1]))
+            return np.zeros((len(facts), self.keys[at].shape[1]))
         found = mlp_keys(self._model, self._sources.layers[at], prompts)
-        return found.reshape(len(facts), -1, found.shape[1])
+        of_facts = found.reshape(len(facts), -1, found.shape[1])
+        return np.asarray(of_facts.mean(axis=1))
 
     def _prompts_in_contexts(self, fact: int) -> tuple[LocatedPrompt, ...]:
         if fact not in self._in_contexts:
@@ -223,5 +229,5 @@ class _EditedKeys:
     def bare(self) -> Array:
         return self.layers.keys_of(self.at, self.facts)
 
-    def in_contexts(self) -> Array:
-        return self.layers.keys_in_contexts(self.at, self.facts)
+    def in_contexts(self) -> tuple[Array, int]:
+        return self.layers.mean_in_contexts(self.at, self.facts), self.layers.contexts

@@ -38,6 +38,8 @@ def risk(examined: Examined) -> list[str]:
             else "."
         )
     ]
+    if examined.file.about.editor:
+        return sentences  # that no order saves more is proved of the paper's P
     saved = [share(end(row["saved"] for row in able)) for end in (min, max)]
     between = saved[0] if saved[0] == saved[1] else f"{saved[0]} to {saved[1]}, by layer,"
     sentences.append(
