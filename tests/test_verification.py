@@ -451,15 +451,15 @@ def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
         for more in ((), ("--predictors", "--repeats", 100)):
             found = kscli("verify", "--dir", tmp_path, "-f", output, *more)
             assert found.exit_code == 0
-            assert "closed-form" in found.stdout
+            assert "rome" in found.stdout
             assert "nan" not in found.stdout.lower()
     header, *lines = kscli("verify", "--dir", tmp_path, "-f", "csv").stdout.splitlines()
     assert len(lines) == 2
     assert all(len(line.split(",")) == len(header.split(",")) for line in lines)
 
     edits = tmp_path / "tiny" / "edits"
-    shutil.copy(edits / "closed-form-0-0.h5", edits / "copy.h5")
-    named = kscli("verify", edits / "copy.h5", edits / "closed-form-0-0.h5")
+    shutil.copy(edits / "rome-0-0.h5", edits / "copy.h5")
+    named = kscli("verify", edits / "copy.h5", edits / "rome-0-0.h5")
     assert "copy.h5" in named.stdout
     wrong = kscli("verify", tmp_path / "tiny" / "pmatrix.h5")
     assert wrong.exit_code == 1

@@ -99,10 +99,10 @@ def chosen_editor(
     """
     from kscli.cli.requests import editors_own_p, null_space_cut, refuse_given, without_effect
     from kscli.editing.editor_p import EditorOfP
-    from kscli.editing.editors import DEFAULT_EDITOR, find_editor
+    from kscli.editing.editors import PAPERS_EDITOR, find_editor
     from kscli.editing.presets import preset_for
 
-    name = name or DEFAULT_EDITOR
+    name = name or PAPERS_EDITOR
     editor = find_editor(name)
     if preset := preset_for(name, model):
         editor = preset.apply(editor)

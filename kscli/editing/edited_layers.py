@@ -88,8 +88,19 @@ class EditedLayers:
             for layer in layers:
                 self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
                 task.advance()
-        self.keys = [self._sources.keys.keys_of(layer) for layer in layers]
+        self.keys = [self._clean_keys(layer, reporter) for layer in layers]
         self.clean()
+
+    def _clean_keys(self, layer: int, reporter: Reporter) -> Array:
+        """The facts' keys at a layer of the clean model, in the dtype that it is edited in."""
+        stored = self._sources.keys
+        if stored.about.dtype == self._model.dtype:
+            return stored.keys_of(layer)
+        reporter.note(
+            f"{stored.path} is in {stored.about.dtype}; its keys are read again in "
+            f"{self._model.dtype}, in which the model is edited."
+        )
+        return mlp_keys(self._model, layer, self._prompts)
 
     def clean(self) -> None:
         """Go back to the clean model, with no edit made."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kscli.artifacts import MatrixName
 from kscli.contexts import generated_contexts
 from kscli.editing.edited_layers import EditedLayers, WriteOptions
-from kscli.editing.editors import DEFAULT_EDITOR, ValueSearch, find_editor
+from kscli.editing.editors import PAPERS_EDITOR, ValueSearch, find_editor
 from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
@@ -59,7 +59,7 @@ class EditOptions:
     each.
     """
 
-    method: str = DEFAULT_EDITOR
+    method: str = PAPERS_EDITOR
     protocol: Protocol = "sequential"
     find: ValueSearch | None = None
     contexts: tuple[tuple[int, int], ...] = ()

@@ -40,7 +40,10 @@ EDITORS: dict[str, str] = {
     "rect": "kscli.editing.editors.rect",
     "prune": "kscli.editing.editors.prune",
 }
-DEFAULT_EDITOR = "closed-form"
+DEFAULT_EDITOR = "rome"
+"""The editor of `kscli edit`."""
+PAPERS_EDITOR = "closed-form"
+"""The editor of the theory, whose p is the paper's P."""
 ROME_CONTEXTS = ((5, 10), (10, 10))
 """The contexts that ROME's code makes up: so many texts of so many tokens, (length, number)."""
 
