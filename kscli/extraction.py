@@ -64,6 +64,7 @@ def extraction_recipe(
         "weights": identity.weights,
         "tokenizer": identity.tokenizer,
         "facts": facts.identity,
+        "questions": facts.questions_identity,
         "token": token,
         "layers": layers,
         "dtype": dtype,

@@ -30,7 +30,7 @@ from kscli.artifacts.sealed import SealedFile
 from kscli.artifacts.values import check_about, rules_of, wrong_values
 from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError
-from kscli.facts import Fact
+from kscli.facts import QUESTION_FIELDS, Fact, Question
 from kscli.layers import format_layers
 from kscli.models.families import whose_p
 
@@ -222,8 +222,22 @@ class FactsFile(Artifact):
                 for name in self._declared
                 if name.startswith("facts/") and name in self._file.arrays
             }
+            asked = self._questions()
             rows = zip(*columns.values(), strict=True)
-            return tuple(Fact(**dict(zip(columns, row, strict=True))) for row in rows)
+            return tuple(
+                Fact(**dict(zip(columns, row, strict=True)), questions=tuple(asked.get(index, ())))
+                for index, row in enumerate(rows)
+            )
+
+    def _questions(self) -> dict[int, list[Question]]:
+        """The questions of every fact that has any, by its index."""
+        found: dict[int, list[Question]] = {}
+        for kind in QUESTION_FIELDS:
+            if f"{kind}/fact" in self._declared and f"{kind}/fact" in self._file.arrays:
+                names = (f"{kind}/{column}" for column in ("fact", "prompt", "target"))
+                for index, prompt, target in zip(*map(self._values, names), strict=True):
+                    found.setdefault(int(index), []).append(Question(kind, prompt, target))
+        return found
 
     @cached_property
     def token_id(self) -> NDArray[np.int64]:

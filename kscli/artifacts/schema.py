@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from kscli.artifacts.sealed import Held
 from kscli.escaping import storable
+from kscli.facts import QUESTION_FIELDS
 
 Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
 Recipe = dict[str, Any]
@@ -211,6 +212,15 @@ _FACTS = _table("""
     token_id        int64  m  the id of the token at which the key was read
     position        int64  m  the index of that token in the prompt's tokens
 """) | _table("facts/target_new  text  m  the text that an edit may write", optional=True)
+_QUESTIONS = {
+    name: Dataset(dtype, (kind,), meaning, optional=True)
+    for kind in QUESTION_FIELDS
+    for name, dtype, meaning in (
+        (f"{kind}/fact", "int64", f"the index of the fact that each {kind} question is about"),
+        (f"{kind}/prompt", "text", f"its prompt, of a {kind} question"),
+        (f"{kind}/target", "text", f"its answer, of a {kind} question; empty where it has none"),
+    )
+}
 _COV = _table("""
     count          int64    -              the number of tokens that C is a mean over
     second_moment  float32  layer d_m d_m  C = E[k k^T], both triangles
@@ -302,13 +312,15 @@ STATISTIC = Dataset("float64", ("layer",), "one dataset for each statistic; NaN 
 
 SCHEMAS: dict[str, Schema] = {
     "cov": Schema("second moments (cov.h5)", CovarianceAbout, _LAYER | _COV),
-    "keys": Schema("keys of facts (keys.h5)", KeysAbout, _LAYER | _FACTS | _KEYS),
+    "keys": Schema("keys of facts (keys.h5)", KeysAbout, _LAYER | _FACTS | _QUESTIONS | _KEYS),
     "pmatrix": Schema(
         "superposition matrices (pmatrix.h5)", PMatrixAbout, _LAYER | _FACTS | _PMATRIX
     ),
     "stats": Schema("statistics of P (stats.h5)", StatisticsAbout, _LAYER),
     "edits": Schema(
-        "a run of edits (edits/METHOD-LAYERS-SEED.h5)", EditsAbout, _LAYER | _FACTS | _EDITS
+        "a run of edits (edits/METHOD-LAYERS-SEED.h5)",
+        EditsAbout,
+        _LAYER | _FACTS | _QUESTIONS | _EDITS,
     ),
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts.schema import HOOK, About, SchemaError
+from kscli.facts import QUESTION_FIELDS
 
 Lengths = Mapping[str, int]
 Mask = NDArray[np.bool_]
@@ -90,6 +91,10 @@ ASCENDING = Rule(
     "more than the one before",
     lambda values, _: np.concatenate([values[:1] < 0, values[1:] <= values[:-1]]),
 )
+NOT_DESCENDING = Rule(
+    "the one before or more",
+    lambda values, _: np.concatenate([values[:1] < 0, values[1:] < values[:-1]]),
+)
 # What was measured of a model that edits have broken may be infinite or NaN.
 NOT_NEGATIVE = Rule("0 or more", lambda values, _: values < 0)
 NOT_BEYOND_1 = Rule("from -1 to 1", lambda values, _: np.abs(values) > 1 + ROUNDING)
@@ -97,7 +102,11 @@ LOG_PROBABILITY = Rule("0 or less", lambda values, _: values > ROUNDING)
 
 _Rules = dict[str, tuple[Rule, ...]]
 _LAYER: _Rules = {"layer": (ASCENDING,)}
-_FACTS: _Rules = {"token_id": (_at_least(0),), "position": (_at_least(0),)}
+_FACTS: _Rules = {
+    "token_id": (_at_least(0),),
+    "position": (_at_least(0),),
+    **{f"{kind}/fact": (_index("m"), NOT_DESCENDING) for kind in QUESTION_FIELDS},
+}
 VALUES: dict[str, _Rules] = {
     "cov": _LAYER
     | {

@@ -220,7 +220,7 @@ class EditedLayers:
 
     def _prompts_in_contexts(self, fact: int) -> tuple[LocatedPrompt, ...]:
         if fact not in self._in_contexts:
-            whole = self._sources.pm.facts[fact]
+            whole = self._sources.keys.facts[fact]
             texts = [in_context(context, whole) for context in self._contexts]
             self._in_contexts[fact] = locate_keys(self._model.tokenizer, texts)
         return self._in_contexts[fact]

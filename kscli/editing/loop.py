@@ -89,7 +89,7 @@ class EditRun:
         sources.check(model, reporter)
         self.model, self.sources, self.edits, self.options = model, sources, edits, options
         self._reporter = reporter
-        self._facts = sources.pm.facts
+        self._facts = sources.keys.facts
         self._prompts = locate_keys(model.tokenizer, self._facts)
         self._refuse_out_of_reach()
         self._editor = find_editor(options.method)

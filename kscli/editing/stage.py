@@ -262,7 +262,7 @@ def make_edits(
 
     def save(log: EditLog) -> None:
         _require_own(checkpoint, recipe)
-        write_edits(checkpoint, log, sources.layers, sources.pm, about)
+        write_edits(checkpoint, log, sources.layers, sources.keys, about)
 
     # Until the first edit there is nothing to lose: a signal acts at once.
     run.prepare()
@@ -276,7 +276,7 @@ def make_edits(
             else "no edit was made yet.",
         )
     for _, fact, target, reason in log.kept_out:
-        subject = sources.pm.facts[fact].subject
+        subject = sources.keys.facts[fact].subject
         what = f"{quote(subject)} was not edited to {quote(target)}"
         reporter.warn(f"{what}: {reason.removesuffix('.')}.")
     if not log.made:
@@ -284,7 +284,7 @@ def make_edits(
     if difference(path, "edits", recipe) is not None:
         # Another run may have made it since this one began.
         require_writable(path, force=force)
-    write_edits(path, log, sources.layers, sources.pm, about)
+    write_edits(path, log, sources.layers, sources.keys, about)
     checkpoint.unlink(missing_ok=True)
     return run
 
