@@ -57,11 +57,14 @@ COUNTERFACT = HubSource(
 )
 
 
-QuestionKind = Literal["paraphrase", "neighbourhood", "generation", "portability", "locality"]
+QuestionKind = Literal[
+    "paraphrase", "neighbourhood", "generation", "reference", "portability", "locality"
+]
 """What a question about an edited fact asks for, in the field's words.
 
 paraphrase: the fact again, in other words. neighbourhood: another fact, whose answer is the fact's
-own target. generation: the beginning of a text about the subject. portability: what follows from
+own target. generation: the beginning of a text about the subject. reference: a text
+about what the new target says, with which those are compared. portability: what follows from
 the new target. locality: what has nothing to do with it.
 """
 
@@ -70,6 +73,7 @@ QUESTION_FIELDS: dict[QuestionKind, str] = {
     "paraphrase": "paraphrase_prompts",
     "neighbourhood": "neighborhood_prompts",
     "generation": "generation_prompts",
+    "reference": "reference_texts",
     "portability": "portability",
     "locality": "locality",
 }

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from kscli.artifacts.sealed import Held
 from kscli.escaping import storable
 from kscli.facts import QUESTION_FIELDS
+from kscli.scores import SCORES
 
 Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
 Recipe = dict[str, Any]
@@ -280,6 +281,8 @@ _EDITS = _table("""
     whitened_cosine     float64  edit m          its row of the whitened cosine
     cosine              float64  edit m          its row of the raw cosine
     gradient_cosine     float64  edit m          the cosine of its gradient with every fact's
+    hidden_cosine       float64  edit m          that of its hidden state, first edited layer
+    editor_p            float64  edit m          d^T k of its direction, first layer written
     predicted           float64  edit m          the predicted length of every value's shift
     measured            float64  edit m          the length of the shift that W's change gives
     measured_live       float64  edit m          the length of the live MLP output's shift
@@ -307,6 +310,10 @@ _EDITS = _table("""
         ("rank_{}_{}", "int64", "edit", "the rank of the fact's {} target's first token {}"),
         ("moved_logprob_{}_{}", "float64", "edit moved", "that of the moved facts' {} target {}"),
     )
+}
+_EDITS |= {
+    f"scores/{name}": Dataset("float64", ("pass", "planned"), f"of each edit {score.meaning}")
+    for name, score in SCORES.items()
 }
 STATISTIC = Dataset("float64", ("layer",), "one dataset for each statistic; NaN where undefined")
 

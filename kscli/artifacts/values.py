@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kscli.artifacts.schema import HOOK, About, SchemaError
 from kscli.facts import QUESTION_FIELDS
+from kscli.scores import SCORES
 
 Lengths = Mapping[str, int]
 Mask = NDArray[np.bool_]
@@ -138,8 +139,11 @@ VALUES: dict[str, _Rules] = {
         "kept_out/fact": (_index("m"),),
         "kept_out/number": (_index("planned"), ASCENDING),
         "step": (_index("edit", beyond=1), ASCENDING),
-        **dict.fromkeys(("delta", "direction", "p"), (FINITE,)),
-        **dict.fromkeys(("whitened_cosine", "cosine", "gradient_cosine"), (NOT_BEYOND_1,)),
+        **dict.fromkeys(("delta", "direction", "p", "editor_p"), (FINITE,)),
+        **{f"scores/{name}": (NOT_NEGATIVE,) for name in SCORES},
+        **dict.fromkeys(
+            ("whitened_cosine", "cosine", "gradient_cosine", "hidden_cosine"), (NOT_BEYOND_1,)
+        ),
         **dict.fromkeys(
             (
                 *("delta_norm", "linear_error", "live_error", "weight_change", "perplexity"),

@@ -209,6 +209,16 @@ def edit(
             "--moved", metavar="K|all", help="After each edit, ask for the K facts of largest |p|."
         ),
     ] = "10",
+    generations: Annotated[
+        int,
+        typer.Option(
+            "--generations",
+            metavar="N",
+            min=0,
+            help="The texts that the model makes up about each edited fact, each time that it is "
+            "asked for all facts: fluency (GE) is measured on them.",
+        ),
+    ] = 1,
     held_out: Annotated[
         str | None,
         typer.Option(
@@ -370,6 +380,7 @@ def edit(
         batch=batch,
         measure_every=measure_every,
         moved=number_or_all("--moved", moved),
+        generations=generations,
         seed=seed,
     )
     own = own_fact(prompt, subject, target, target_new)

@@ -135,6 +135,15 @@ class EditedLayers:
         self.settle(facts, deltas, directions)
         return deltas, directions
 
+    def p_of(self, direction: Array) -> Array:
+        """p of an edit with directions (layer, d_m), d^T k of all facts, (m,).
+
+        Of several layers it is that of the first one that is written.
+        """
+        at = int(direction.any(axis=1).argmax())
+        p: Array = self.keys[at] @ direction[at]
+        return p
+
     def settle(self, facts: Sequence[int], deltas: Array, directions: Array) -> None:
         """Change every layer by (layer, b, d) deltas along (layer, b, d_m) directions, for good."""
         for at, weight in enumerate(self._weights):

@@ -11,9 +11,11 @@ from kscli.report.words import counted, magnitude, number, quoted, share, with_i
 
 SIMILARITY_NAMES = {
     "p": "p",
+    "editor_p": "p of the editor",
     "whitened_cosine": "the whitened cosine",
     "cosine": "the cosine of the keys",
     "gradient_cosine": "the cosine of the gradients",
+    "hidden_cosine": "the cosine of the hidden states",
     NULL: "p of facts exchanged at random",
 }
 LEVERAGE = "kᵀC⁻¹k"
