@@ -32,6 +32,7 @@ from kscli.figures.edit_runs import run_names
 from kscli.figures.risk import panel_of, spread
 from kscli.figures.saving import render
 from kscli.figures.style import house_style
+from kscli.scores import SCORES
 
 Real = NDArray[np.float64]
 
@@ -158,7 +159,8 @@ def test_interference_has_a_panel_a_run_on_one_scale(opened: Any) -> None:
 def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
     runs = opened(Run(25, 60, layer=15), Run(25, 60, layer=25, perplexity=False))
     fig = KINDS["forgetting"].draw(runs)
-    retained, kept, perplexity = fig.axes
+    retained, kept, *scores, perplexity = fig.axes
+    assert [ax.get_ylabel() for ax in scores] == ["ES", "PS", "NS", "GE"]
     for at, run in enumerate(runs):
         step = run.values("step")
         assert step.tolist() == [0, 1, 10, 20, 25]
@@ -176,6 +178,9 @@ def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
         assert np.array_equal(
             perplexity.lines[at].get_ydata(), run.values("perplexity"), equal_nan=True
         )
+        of_edits = run.values("scores/PS")
+        means = [of_edits[0].mean(), *(of_edits[i, : step[i]].mean() for i in range(1, 5))]
+        assert scores[1].lines[at].get_ydata() == pytest.approx(means)
     assert len({line.get_color() for line in retained.lines}) == 2
     entries = [text.get_text() for text in perplexity.get_legend().get_texts()]
     ends = [line.get_ydata()[-1] for line in (retained.lines[0], kept.lines[0])]
@@ -186,7 +191,7 @@ def test_forgetting_without_held_out_text_or_known_facts(opened: Any) -> None:
     run = Run(3, 5, perplexity=False)
     run.log.known[:] = False
     fig = KINDS["forgetting"].draw(opened(run))
-    assert len(fig.axes) == 2
+    assert "perplexity" not in [ax.get_ylabel() for ax in fig.axes]
     assert np.isnan(np.asarray(fig.axes[1].lines[0].get_ydata())).all()
     assert "% / -" in texts(fig)
     assert_on_the_page(fig)
@@ -239,12 +244,14 @@ def test_edits_that_were_kept_out_are_not_forgotten() -> None:
         "edited": np.array([0, 2]),
         "answer_changed": np.array([[False] * 3, [True, False, True], [False, True, False]]),
         "perplexity": np.full(3, np.nan),
+        **{f"scores/{name}": np.array([[0, 1, 2, 3.0]] * 3) for name in SCORES},
     }
     facts = [Fact("{} is in", f"Subject {at}", "x") for at in range(3)]
     run: Any = SimpleNamespace(values=values.__getitem__, facts=facts, edits=3)
     course = course_of(run)
     assert course.retained.tolist()[1:] == pytest.approx([1, 2 / 3])
     assert course.kept.tolist() == [1, 1, 0]
+    assert course.scores["ES"].tolist() == pytest.approx([5 / 3, 0, 5 / 3])
 
 
 @dataclass

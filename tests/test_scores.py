@@ -15,10 +15,11 @@ from cli_kit import kscli
 from edit_kit import Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kscli.analysis.edit_runs import course_of
 from kscli.analysis.resampling import Resampling
 from kscli.editing.edit_arrays import read_arrays
 from kscli.editing.edits_file import EditsFile
-from kscli.editing.scored import measure_scores, score_course
+from kscli.editing.scored import measure_scores
 from kscli.scores import SCORES, TfIdf, harmonic_mean, n_gram_entropy, token_accuracy
 
 FACTS: list[dict[str, Any]] = [
@@ -178,7 +179,7 @@ def test_scores_of_single_edits_are_each_its_own(scored: Path, tmp_path: Path) -
 
 def test_s_is_the_harmonic_mean_of_means_over_the_edits_that_have_all_three(tmp_path: Path) -> None:
     with EditsFile(Run(n=12).write(tmp_path / "edits.h5")) as file:
-        run = read_arrays(file)
+        run, course = read_arrays(file), course_of(file).scores["ES"]
     run.scores["PS"][:, 3] = np.nan
     found = {each.name: each for each in measure_scores(run, Resampling(400, 0))}
     kept = [at for at in range(12) if at != 3]
@@ -191,7 +192,6 @@ def test_s_is_the_harmonic_mean_of_means_over_the_edits_that_have_all_three(tmp_
     after = found["ES"].after
     assert after.low == pytest.approx(low, abs=0.02)
     assert after.high == pytest.approx(high, abs=0.02)
-    course = score_course(run, "ES")
     assert course[-1] == pytest.approx(run.scores["ES"][-1].mean())
     assert course[1] == pytest.approx(run.scores["ES"][1, : run.step[1]].mean())
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.editing.edits_file import EditsFile
+from kscli.scores import SCORES
 
 Real = NDArray[np.float64]
 
@@ -68,12 +70,14 @@ class Course:
     (the rank of the target's first token is 1), NaN before the first edit. `kept` is the share of
     the facts that the clean model answered rightly, and that no edit of the run is about, which it
     still answers as it did; NaN where there is none. `perplexity` is NaN where it was not measured.
+    `scores` are means over the edits made so far, by name.
     """
 
     step: NDArray[np.int64]
     retained: Real
     kept: Real
     perplexity: Real
+    scores: Mapping[str, Real]
 
 
 def course_of(run: EditsFile) -> Course:
@@ -86,7 +90,19 @@ def course_of(run: EditsFile) -> Course:
         np.array([_share(row[:n]) for row, n in zip(first, step.tolist(), strict=True)]),
         np.array([_share(~changed[known]) for changed in run.values("answer_changed")]),
         run.values("perplexity").astype(np.float64),
+        {name: _course(run.values(f"scores/{name}")[:, _made(run)], step) for name in SCORES},
     )
+
+
+def _course(scores: Real, step: NDArray[np.int64]) -> Real:
+    """The mean of a score (s, n) over the edits made by then, before the first one over all."""
+    made = [scores.shape[1], *step[1:].tolist()]
+    rows = [row[:n] for row, n in zip(scores, made, strict=True)]
+    return np.array([_mean(row[~np.isnan(row)]) for row in rows])
+
+
+def _mean(values: Real) -> float:
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _made(run: EditsFile) -> NDArray[np.intp]:

@@ -41,14 +41,6 @@ def measure_scores(run: EditArrays, resampling: Resampling) -> tuple[Scored, ...
     return tuple(found)
 
 
-def score_course(run: EditArrays, name: str) -> Real:
-    """The mean of a score over the edits made by then, at every pass of a sequence, (s,)."""
-    values = run.scores[name]
-    means = [_mean(values[0])]
-    means += [_mean(row[:step]) for row, step in zip(values[1:], run.step[1:], strict=True)]
-    return np.array(means)
-
-
 def _after(run: EditArrays, values: Real) -> Real:
     """The score of every edit, (n,), after the last one, or after itself where it is single."""
     return values[-1] if not run.single else values[1:].diagonal()
@@ -69,8 +61,3 @@ def _scored(name: str, values: Real, resampling: Resampling) -> Scored:
 def _harmonic_mean_of(values: Real) -> Callable[[Real], Real]:
     """The harmonic mean of the weighted means of values (n, k), for weights (repeats, n)."""
     return lambda weights: harmonic_mean(weights @ values / weights.sum(axis=1, keepdims=True))
-
-
-def _mean(values: Real) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")

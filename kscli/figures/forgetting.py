@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
 
 from kscli.analysis.edit_runs import Course, course_of, is_sequence
 from kscli.editing.edits_file import EditsFile
@@ -26,8 +27,10 @@ from kscli.figures.style import (
     open_axes,
     title,
 )
+from kscli.scores import HARMONIC
 
 _SHARE, _PERPLEXITY = 1.15, 0.8  # heights of the panels, inches
+_SCORES = (*HARMONIC, "GE")
 # Passes that are shown as points, too.
 _FEW = 15
 # Perplexities of which one is so many times another are drawn on a logarithmic scale.
@@ -35,7 +38,7 @@ _WIDE = 10
 
 
 def draw(runs: Sequence[EditsFile]) -> Figure:
-    """Edits retained and known facts kept over the edits made, and perplexity where measured.
+    """Edits retained, known facts kept, scores and perplexity over the edits made.
 
     One line a run, with where it ends; single edits are no sequence and have none. Raises
     UsageError where no run is a sequence.
@@ -53,6 +56,11 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     )
     panels = [("retained", "edits\nretained"), ("kept", "known facts\nkept")]
     heights = [_SHARE, _SHARE]
+    there = [course for course in courses if course]
+    for name in _SCORES:
+        if any(np.isfinite(course.scores[name]).any() for course in there):
+            panels.append((name, name))
+            heights.append(_PERPLEXITY)
     if perplexity:
         panels.append(("perplexity", "perplexity"))
         heights.append(_PERPLEXITY)
@@ -60,12 +68,12 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     axes = fig.subplots(len(panels), 1, height_ratios=heights)
     for ax, (name, label) in zip(axes, panels, strict=True):
         handles = [
-            ax.plot(course.step, getattr(course, name), **_line(at, course))[0]
+            ax.plot(course.step, _values(course, name), **_line(at, course))[0]
             if course
             else ax.plot([], [], **line_style(at))[0]
             for at, course in enumerate(courses)
         ]
-        _finish(ax, label, share=name != "perplexity")
+        _finish(ax, label, share=name not in ("perplexity", "GE"))
         ax.set_xlim(-0.03 * last, 1.03 * last)
         ax.tick_params(labelbottom=name == panels[-1][0])
     axes[-1].set_xlabel("edits made")
@@ -74,6 +82,11 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     fig.set_figheight(fig.get_figheight() + list_below(axes[-1], handles, labels, head))
     title(fig, "What edits leave", named.shared)
     return fig
+
+
+def _values(course: Course, name: str) -> NDArray[np.float64]:
+    of_score = course.scores.get(name)
+    return np.asarray(getattr(course, name) if of_score is None else of_score)
 
 
 def _label(own: tuple[str, ...], course: Course | None) -> str:

@@ -7,7 +7,16 @@ import math
 from kscli.editing.estimates import Estimate
 from kscli.editing.predictors import FEWEST_FLIPS, NULL
 from kscli.report.examined import Examined, ExaminedRun
-from kscli.report.words import counted, magnitude, number, quoted, share, with_interval
+from kscli.report.words import (
+    counted,
+    listed,
+    magnitude,
+    number,
+    quoted,
+    share,
+    with_interval,
+)
+from kscli.scores import HARMONIC
 
 SIMILARITY_NAMES = {
     "p": "p",
@@ -56,7 +65,7 @@ def edits(examined: Examined) -> list[str]:
     return [
         sentence
         for run in examined.runs
-        for say in (_outcome, _theory, _growth, _foretold)
+        for say in (_outcome, _scores, _theory, _growth, _foretold)
         for sentence in say(run)
     ]
 
@@ -85,6 +94,26 @@ def _outcome(run: ExaminedRun) -> list[str]:
         sentences.append(
             f"Perplexity of held-out text goes from {number(before, 2)} to {number(after, 2)}."
         )
+    return sentences
+
+
+def _scores(run: ExaminedRun) -> list[str]:
+    found = {each.name: each for each in run.verification.scores}
+    end = "right after each" if run.is_single else "after the last"
+    said = found["says"]
+    if said.after.value is None:
+        return []
+    sentences = [
+        f"{end[0].upper()}{end[1:]} edit the model itself, generating freely, says the new target "
+        f"of {share(said.after.value)} of the edits."
+    ]
+    shown = [
+        f"{name} {share(each.before)} before and {share(each.after.value)} {end} edit"
+        for name in HARMONIC
+        if (each := found[name]).after.value is not None and each.before is not None
+    ]
+    if shown:
+        sentences.append(f"The scores of the field: {listed(shown)}.")
     return sentences
 
 

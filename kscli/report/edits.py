@@ -11,7 +11,17 @@ from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import Section
 from kscli.report.tables import table
 from kscli.report.words import layers_text
-from kscli.tables import EDITS, OUTCOMES, PREDICTORS, RISK_BY_LAYER, THEORY, Column, Row
+from kscli.tables import (
+    EDITS,
+    OUTCOMES,
+    PREDICTORS,
+    RISK_BY_LAYER,
+    THEORY,
+    Column,
+    Row,
+    score_columns,
+    score_rows,
+)
 
 
 def risk(examined: Examined) -> Section:
@@ -64,8 +74,10 @@ def _figures(examined: Examined) -> list[Html]:
 def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
     rows = [{"run": run.name} | run.verification.row() for run in runs]
     predictions = [{"run": run.name} | each.row() for run in runs for each in run.predictions]
+    scored = score_rows(rows)
     return [
         table(rows, (_RUN, *OUTCOMES), "What became of the edits"),
+        table(scored, (_RUN, *score_columns(scored)), "The scores of the edits, before and after"),
         table(
             rows,
             (_RUN, *THEORY),
