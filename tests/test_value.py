@@ -315,8 +315,9 @@ def test_layers_below_run_once(tiny: LoadedModel) -> None:
     with counted(tiny, 0) as below, counted(tiny, 1) as own:
         found = find_value(tiny, 1, LATE, "painter", options)
     assert len(below) == 1
-    # The clean model, again with the layers below replayed, and at each of six shifts.
-    assert len(own) == 8
+    # The clean model, again with the layers below replayed, again with the head asked for what is
+    # read alone, and at each of six shifts.
+    assert len(own) == 9
     assert found.steps == 5
     assert "forward" not in tiny.decoder.layer(0).__dict__
 
@@ -335,8 +336,33 @@ def test_layers_that_hand_on_more_run_every_time(tiny: LoadedModel) -> None:
         found = find_value(tiny, 1, LATE, "painter", options)
     for handle in handles:
         handle.remove()
-    assert len(below) == 7
+    assert len(below) == 8
     np.testing.assert_allclose(found.shift, plain.shift, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_reads_what_is_asked_alone(tiny: LoadedModel) -> None:
+    """And all where the model does more with its logits than what each token's tell."""
+    options = ValueSearch(steps=6, stop_at=0.0, contexts=("It rained for days. {}",))
+    head = tiny.decoder.model.get_output_embeddings()  # type: ignore[operator]
+    read: list[int] = []
+
+    def count(_: Any, __: Any, output: Tensor) -> None:
+        read.append(output[..., 0].numel())
+
+    def mix(_: Any, __: Any, output: Tensor) -> Tensor:
+        return output * (1 + 0.1 * output.square().mean())
+
+    handle = head.register_forward_hook(count)
+    find_value(tiny, 1, LATE, "painter", options)
+    # All of them to begin with, then one in each of the three texts: the target has one token.
+    assert read == [read[0]] * 2 + [3] * 7
+    assert read[0] > 10
+    read.clear()
+    mixing = head.register_forward_hook(mix)
+    find_value(tiny, 1, LATE, "painter", options)
+    for each in (handle, mixing):
+        each.remove()
+    assert read == [read[0]] * 2 + [3] + [read[0]] * 6
 
 
 def test_half_precision_model(tmp_path: Path) -> None:
