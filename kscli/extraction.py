@@ -1,8 +1,14 @@
-"""extract: the key of every fact at every layer, in one sweep of batched forward passes."""
+"""extract: the key of every fact at every layer, in one sweep of batched forward passes.
+
+Editors write along the mean of a fact's keys after several texts too (`kscli.contexts`), so a
+second sweep reads these means.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +18,58 @@ from torch import Tensor
 
 from kscli.artifacts import KeysAbout, Recipe, write_artifact
 from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
+from kscli.contexts import ContextChoice, in_context
 from kscli.errors import NumericsError
 from kscli.facts import Fact, FactSet
 from kscli.layers import select_layers
 from kscli.models.loading import LoadedModel
 from kscli.models.locating import ModelIdentity
-from kscli.positions import KeyToken, has_blank_end, locate_keys
+from kscli.positions import KeyToken, LocatedPrompt, has_blank_end, locate_keys
 from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
+
+NO_CONTEXTS = ContextChoice()
+
+# So many facts in all contexts are read at once, so that memory holds few keys beside the means.
+FACTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of m `facts`: `keys` (layer, m, d_m) float32, `token_id` and `position` (m,)."""
+    """The keys of m `facts`: `keys` (layer, m, d_m) float32, `token_id` and `position` (m,).
+
+    `context_keys` (layer, m, d_m) are the means of a fact's keys over the `contexts`, the bare
+    prompt not among them; None where there are no contexts.
+    """
 
     facts: tuple[Fact, ...]
     layers: tuple[int, ...]
     keys: NDArray[np.float32]
     token_id: NDArray[np.int64]
     position: NDArray[np.int64]
+    contexts: tuple[str, ...] = ()
+    context_keys: NDArray[np.float32] | None = None
 
 
 def extraction_recipe(
-    identity: ModelIdentity, facts: FactSet, token: str, layers: str, dtype: str
+    identity: ModelIdentity,
+    facts: FactSet,
+    token: str,
+    layers: str,
+    dtype: str,
+    contexts: ContextChoice = NO_CONTEXTS,
 ) -> Recipe:
     """Everything that decides what keys.h5 holds."""
     return {
         "weights": identity.weights,
         "tokenizer": identity.tokenizer,
         "facts": facts.identity,
+        "questions": facts.questions_identity,
         "token": token,
         "layers": layers,
         "dtype": dtype,
+        # As it is read back: JSON knows lists, not tuples.
+        "contexts": json.loads(json.dumps(asdict(contexts))),
     }
 
 
@@ -53,14 +79,14 @@ def extract_keys(
     token: KeyToken = "subject-last",
     layers: str = "all",
     reporter: Reporter = SILENT,
+    contexts: ContextChoice = NO_CONTEXTS,
 ) -> Keys:
     """Read the key of every fact at its token, at all chosen layers at once.
 
     Raises FactsError for a prompt longer than the model's positions, and NumericsError,
     naming layer and fact, when a key is not finite.
     """
-    decoder = model.decoder
-    chosen = select_layers(layers, range(decoder.n_layers), model.identity.model_id)
+    chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
     prompts = locate_keys(model.tokenizer, facts.facts, token)
     blank = sum(map(has_blank_end, facts.facts))
     if blank:
@@ -70,34 +96,94 @@ def extract_keys(
         )
     for fact, prompt in zip(facts.facts, prompts, strict=True):
         model.require_positions(fact.text, len(prompt.token_ids))
-    row_of = {layer: row for row, layer in enumerate(chosen)}
-    keys = np.empty((len(chosen), len(prompts), decoder.d_m), dtype=np.float32)
-    sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))
     with reporter.task("keys", len(prompts), unit="facts") as task:
-        for batch in make_batches(sequences, BATCH_TOKENS, model.boundary):
-            indexes = [sequence.index for sequence in batch.sequences]
-            positions = torch.tensor([prompts[index].position for index in indexes])
-
-            def take(
-                layer: int,
-                hidden: Tensor,
-                indexes: list[int] = indexes,
-                positions: Tensor = positions,
-            ) -> None:
-                rows = torch.arange(len(indexes), device=hidden.device)
-                at = hidden[rows, positions.to(hidden.device)]
-                keys[row_of[layer], indexes] = at.float().cpu().numpy()
-
-            decoder.run(batch.input_ids, chosen, take)
-            task.advance(len(indexes))
+        keys = _read(model, prompts, chosen, task.advance)
     _check_finite(keys, chosen, facts)
+    texts = _contexts_of(model, contexts, reporter)
+    context_keys = None
+    if texts:
+        context_keys = _read_in_contexts(model, facts.facts, texts, token, chosen, reporter)
+        _check_finite(context_keys, chosen, facts)
     return Keys(
         facts=facts.facts,
         layers=chosen,
         keys=keys,
         token_id=np.array([p.token_id for p in prompts], dtype=np.int64),
         position=np.array([p.position for p in prompts], dtype=np.int64),
+        contexts=texts,
+        context_keys=context_keys,
     )
+
+
+def _contexts_of(
+    model: LoadedModel, contexts: ContextChoice, reporter: Reporter
+) -> tuple[str, ...]:
+    """The context templates; none where a model without an LM head would have to make them up."""
+    if contexts.generated and not model.has_head:
+        reporter.warn(
+            f"{model.identity.model_id} has no LM head and can make up no contexts, so keys.h5 "
+            "holds the bare prompts' keys alone; --contexts FILE takes those of a file."
+        )
+        return contexts.texts
+    return contexts.of(model)
+
+
+def _read_in_contexts(
+    model: LoadedModel,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    token: KeyToken,
+    layers: Sequence[int],
+    reporter: Reporter,
+) -> NDArray[np.float32]:
+    """The mean over the contexts of every fact's key, (layer, m, d_m)."""
+    means = np.empty((len(layers), len(facts), model.decoder.d_m), dtype=np.float32)
+    n = len(contexts)
+    with reporter.task("keys in contexts", n * len(facts), unit="prompts") as task:
+        for start in range(0, len(facts), FACTS_AT_ONCE):
+            some = facts[start : start + FACTS_AT_ONCE]
+            texts = [in_context(context, fact) for fact in some for context in contexts]
+            prompts = [_up_to_key(prompt) for prompt in locate_keys(model.tokenizer, texts, token)]
+            for fact, prompt in zip(texts, prompts, strict=True):
+                model.require_positions(fact.text, len(prompt.token_ids))
+            found = _read(model, prompts, layers, task.advance)
+            of_facts = found.reshape(len(layers), len(some), n, -1)
+            means[:, start : start + len(some)] = of_facts.mean(axis=2, dtype=np.float64)
+    return means
+
+
+def _up_to_key(prompt: LocatedPrompt) -> LocatedPrompt:
+    """A prompt without the tokens after the key's, which the key does not see."""
+    return replace(prompt, token_ids=prompt.token_ids[: prompt.position + 1])
+
+
+def _read(
+    model: LoadedModel,
+    prompts: Sequence[LocatedPrompt],
+    layers: Sequence[int],
+    advance: Callable[[int], None],
+) -> NDArray[np.float32]:
+    """The keys of prompts at their tokens, (layer, prompts, d_m)."""
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    keys = np.empty((len(layers), len(prompts), model.decoder.d_m), dtype=np.float32)
+    sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))
+    for batch in make_batches(sequences, BATCH_TOKENS, model.boundary):
+        indexes = [sequence.index for sequence in batch.sequences]
+        positions = torch.tensor([prompts[index].position for index in indexes])
+
+        def take(
+            layer: int,
+            hidden: Tensor,
+            indexes: list[int] = indexes,
+            positions: Tensor = positions,
+        ) -> None:
+            rows = torch.arange(len(indexes), device=hidden.device)
+            at = hidden[rows, positions.to(hidden.device)]
+            keys[row_of[layer], indexes] = at.float().cpu().numpy()
+
+        model.decoder.run(batch.input_ids, layers, take)
+        advance(len(indexes))
+    return keys
 
 
 def write_keys(
@@ -115,6 +201,9 @@ def write_keys(
         writer.layers(keys.layers)
         writer.facts(keys)
         writer.write("keys", keys.keys)
+        writer.write("contexts", keys.contexts)
+        if keys.context_keys is not None:
+            writer.write("context_keys", keys.context_keys)
 
 
 def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: FactSet) -> None:

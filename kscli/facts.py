@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -57,22 +57,54 @@ COUNTERFACT = HubSource(
 )
 
 
-QuestionKind = Literal["paraphrase", "neighbourhood", "generation", "portability", "locality"]
+QuestionKind = Literal[
+    "paraphrase", "neighbourhood", "generation", "reference", "portability", "locality"
+]
 """What a question about an edited fact asks for, in the field's words.
 
 paraphrase: the fact again, in other words. neighbourhood: another fact, whose answer is the fact's
-own target. generation: the beginning of a text about the subject. portability: what follows from
+own target. generation: the beginning of a text about the subject. reference: a text
+about what the new target says, with which those are compared. portability: what follows from
 the new target. locality: what has nothing to do with it.
 """
 
 
+QUESTION_FIELDS: dict[QuestionKind, str] = {
+    "paraphrase": "paraphrase_prompts",
+    "neighbourhood": "neighborhood_prompts",
+    "generation": "generation_prompts",
+    "reference": "reference_texts",
+    "portability": "portability",
+    "locality": "locality",
+}
+"""The fields of a record that hold them: lists of prompts, or of objects of prompt and target."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """A whole prompt that an edit of a fact is judged by, and its answer, where it has its own."""
+    """A whole prompt that an edit of a fact is judged by, and its answer, where it has its own.
+
+    Raises FactsError for a prompt that is empty, too long or no text, or a target that is no text.
+    """
 
     kind: QuestionKind
     prompt: str
     target: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value in (("prompt", self.prompt), ("target", self.target)):
+            _check_text(f"{self.kind} {name}", value)
+            if len(value) > MOST_CHARACTERS:
+                raise FactsError(
+                    f"the {self.kind} {name} {quote(value)} is too long: it may have "
+                    f"{MOST_CHARACTERS:,} characters, and has {len(value):,}; leave it out."
+                )
+        if not self.prompt.strip():
+            raise FactsError(f"a {self.kind} prompt is empty; fill it in, or leave it out.")
+
+    def record(self) -> str | dict[str, str]:
+        """As a record's field lists it."""
+        return {"prompt": self.prompt, "target": self.target} if self.target else self.prompt
 
 
 @dataclass(frozen=True)
@@ -140,6 +172,12 @@ class FactSet:
     def identity(self) -> str:
         """See `facts_identity`."""
         return facts_identity(self.facts)
+
+    @property
+    def questions_identity(self) -> str:
+        """SHA-256 (hex) over every question of every fact, in order."""
+        asked = [[astuple(question) for question in fact.questions] for fact in self.facts]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def facts_identity(facts: Sequence[Fact]) -> str:
@@ -270,6 +308,11 @@ def fact_record(fact: Fact) -> dict[str, object]:
         "subject": fact.subject,
         "target": fact.target,
         **({"target_new": fact.target_new} if fact.target_new else {}),
+        **{
+            name: [question.record() for question in fact.questions if question.kind == kind]
+            for kind, name in QUESTION_FIELDS.items()
+            if any(question.kind == kind for question in fact.questions)
+        },
     }
 
 
@@ -317,6 +360,7 @@ def _parse(where: str, record: object, index: int) -> Fact:
             relation="" if relation is None else _string(fields, "relation"),
             case_id=_case_id(fields.get("case_id"), index),
             target_new=field_text(fields, "target_new") or "",
+            questions=tuple(_questions(fields)),
         )
     except FactsError as error:
         raise FactsError(f"{where}: {error}") from None
@@ -336,12 +380,30 @@ def _fields(record: object) -> Mapping[str, object]:
     target = rewrite.get("target_true")
     if not isinstance(target, Mapping) or "str" not in target:
         raise FactsError("requested_rewrite has no target_true with a str in it; add it.")
+    asked = {name: record[name] for name in QUESTION_FIELDS.values() if name in record}
     return {
         **rewrite,
+        **asked,
         "target": target["str"],
         "relation": rewrite.get("relation_id"),
         "case_id": record.get("case_id"),
     }
+
+
+def _questions(fields: Mapping[str, object]) -> Iterator[Question]:
+    """The questions of a record, kind by kind. Raises FactsError, naming the field."""
+    for kind, name in QUESTION_FIELDS.items():
+        listed = fields.get(name)
+        if listed is None:
+            continue
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise FactsError(f"{name} is {kind_of(listed)}, but should be a list.")
+        for asked in listed:
+            if isinstance(asked, Mapping):
+                target = _string(asked, "target") if "target" in asked else ""
+                yield Question(kind, _string(asked, "prompt"), target)
+            else:
+                yield Question(kind, _string({name: asked}, name))
 
 
 def field_text(fields: Mapping[str, object], name: str) -> str | None:

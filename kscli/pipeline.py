@@ -19,6 +19,7 @@ from kscli.layers import select_layers
 from kscli.reporter import Reporter
 
 if TYPE_CHECKING:
+    from kscli.contexts import ContextChoice
     from kscli.corpus import Corpus
     from kscli.facts import FactSet
     from kscli.models.loading import LoadedModel
@@ -201,15 +202,18 @@ class Session:
         seconds = None if tokens is None else tokens * each
         return RunTime(tokens, seconds, 1 / each, expected.at_most)
 
-    def extract(self, facts: FactSet, token: KeyToken, layers: str, path: Path) -> bool:
+    def extract(
+        self, facts: FactSet, token: KeyToken, layers: str, path: Path, contexts: ContextChoice
+    ) -> bool:
         """Make keys.h5 at `path` unless it is up to date; whether it was made."""
         from kscli.extraction import extract_keys, extraction_recipe, write_keys
 
         require_other(path, [facts.name, *self.located.files])
-        recipe = extraction_recipe(self.located.identity, facts, token, layers, self.dtype)
+        identity, dtype = self.located.identity, self.dtype
+        recipe = extraction_recipe(identity, facts, token, layers, dtype, contexts)
         if not self._must_make(path, "keys", recipe):
             return False
-        keys = extract_keys(self.model, facts, token, layers, self.reporter)
+        keys = extract_keys(self.model, facts, token, layers, self.reporter, contexts)
         write_keys(self.model, facts, token, keys, path, recipe)
         return True
 

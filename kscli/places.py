@@ -10,7 +10,10 @@ from kscli.models.aliases import slug
 
 @dataclass(frozen=True)
 class Places:
-    """Where a model's artifacts lie: `root/SLUG/{cov,keys,pmatrix,stats}.h5` and `figures/`."""
+    """Where a model's artifacts lie: `root/SLUG/{cov,keys,pmatrix,stats}.h5` and `figures/`.
+
+    Those of an editor's p are pmatrix-EDITOR.h5 and stats-EDITOR.h5.
+    """
 
     root: Path
     model: str
@@ -25,6 +28,11 @@ class Places:
         """The folder of the model's figures."""
         return self.folder / "figures"
 
-    def path(self, kind: str) -> Path:
-        """The artifact of a kind: cov, keys, pmatrix or stats."""
-        return self.folder / f"{kind}.h5"
+    def path(self, kind: str, editor: str = "") -> Path:
+        """The artifact of a kind, cov, keys, pmatrix or stats, or of an editor's p."""
+        return self.folder / file_name(kind, editor)
+
+
+def file_name(kind: str, editor: str = "") -> str:
+    """The name of an artifact of a kind; of an editor's p, if one is named."""
+    return f"{kind}-{editor}.h5" if editor else f"{kind}.h5"

@@ -1,13 +1,15 @@
 """pmatrix: P and Q of a set of facts, layer by layer.
 
 P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i (equation 16 and equation 18 of the paper). Row i is the
-fact that is edited, column j the fact that is moved.
+fact that is edited, column j the fact that is moved. On request P is instead p of an editor
+(`kscli.editing.editor_p`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from kscli.artifacts import (
     Existing,
     KeysFile,
     PMatrixAbout,
+    Recipe,
     must_make,
     require_same_identity,
     write_artifact,
@@ -28,6 +31,9 @@ from kscli.layers import format_layers, layers_text
 from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
 from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION, Whitening, whitening
+
+if TYPE_CHECKING:
+    from kscli.editing.editor_p import EditorOfP
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,17 @@ def superposition(
 ) -> Superposition:
     """The matrices of (m, d_m) keys under the second moment C, a mean over `count` tokens.
 
-    `C` is overwritten. Raises NumericsError as `kscli.whitening.whitening` does, and for a key
-    that is 0, not finite, or not 0 where C is.
+    `C` is overwritten. Raises NumericsError as `kscli.whitening.whitening` does, and as
+    `superposition_in` does.
     """
-    white = whitening(C, count, ridge)
+    return superposition_in(whitening(C, count, ridge), keys)
+
+
+def superposition_in(white: Whitening, keys: NDArray[np.float64]) -> Superposition:
+    """The matrices of (m, d_m) keys under a second moment that is whitened.
+
+    Raises NumericsError for a key that is 0, not finite, or not 0 where C is.
+    """
     _check_keys(keys, white)
     whitened = white.whiten(keys)
     P = whitened.T @ whitened
@@ -108,22 +121,25 @@ def write_pmatrix(
     *,
     layers: tuple[int, ...],
     ridge: float = 0.0,
+    editor: EditorOfP | None = None,
     existing: Existing = Existing.REFUSE,
     reporter: Reporter = SILENT,
 ) -> bool:
     """Write pmatrix.h5 at `path` unless it is up to date; whether it was written.
 
-    One layer's C is in memory at a time. Raises ArtifactError when `cov` and `keys` are about
-    different models or lack a layer, or another file is in the way, and NumericsError, naming the
-    layer and the fact, where p cannot be computed.
+    P is p of the `editor` where one is given. One layer's C is in memory at a time. Raises
+    ArtifactError when `cov` and `keys` are about different models or lack a layer, or another file
+    is in the way, and NumericsError, naming the layer and the fact, where p cannot be computed.
     """
     require_other(path, [cov.path, keys.path])
-    recipe = {
+    recipe: Recipe = {
         "cov": cov.fingerprint,
         "keys": keys.fingerprint,
         "layers": format_layers(layers),
         "ridge": ridge,
     }
+    if editor:
+        recipe |= editor.recipe()
     if not must_make(path, "pmatrix", recipe, existing, reporter):
         return False
     require_writable(path, force=True)
@@ -137,6 +153,8 @@ def write_pmatrix(
         PMatrixAbout,
         ridge=ridge,
         shard=str(cov.about.recipe.get("shard") or ""),
+        editor=editor.name if editor else "",
+        contexts=len(keys.contexts) if editor and editor.editor.contexts else 0,
         corpus=cov.about.corpus,
         corpus_identity=cov.about.corpus_identity,
         inputs={"cov": cov.fingerprint, "keys": keys.fingerprint},
@@ -153,7 +171,13 @@ def write_pmatrix(
         writer.facts(keys)
         for index, layer in enumerate(layers):
             try:
-                result = superposition(cov.second_moment(layer), count, keys.keys_of(layer), ridge)
+                white = whitening(cov.second_moment(layer), count, ridge)
+                result = superposition_in(white, keys.keys_of(layer))
+                found = dict(vars(result))
+                if editor:
+                    # It no longer follows from P.
+                    found["whitened_cosine"] = result.whitened_cosine
+                    found["P"] = editor.p(cov, keys, layer, white)
             except KeyOfFactError as error:
                 text = quote(keys.facts[error.index].text)
                 raise NumericsError(
@@ -161,7 +185,7 @@ def write_pmatrix(
                 ) from error
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
-            for name, values in vars(result).items():
+            for name, values in found.items():
                 writer.put(name, index, values)
             errors[layer] = result.storage_error
             task.advance()

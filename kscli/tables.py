@@ -378,6 +378,39 @@ OUTCOMES = (
     Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
     Column("weight_change", "|W_n - W_0|", ".3g"),
 )
+SCORED = (
+    *(Column(name, spec=".1%", interval=True) for name in ("S", "ES", "PS", "NS")),
+    Column("GE", spec=".2f", interval=True),
+    *(
+        Column(name, title, ".1%", interval=True)
+        for name, title in (
+            ("RS", "RS"),
+            ("reliability", "reliability"),
+            ("generalisation", "generalisation"),
+            ("locality", "locality"),
+            ("portability", "portability"),
+            ("says", "says it"),
+        )
+    ),
+)
+
+
+def score_rows(rows: Sequence[Row]) -> list[Row]:
+    """Runs with their scores, two rows each: before the edits, without intervals, and after."""
+    found: list[Row] = []
+    for row in rows:
+        before = {column.key: row[f"{column.key}_before"] for column in SCORED}
+        ends = {f"{key}_{end}": None for key in before for end in ("low", "high")}
+        found += [{**row, **before, **ends, "when": "before"}, {**row, "when": "after"}]
+    return found
+
+
+def score_columns(rows: Sequence[Row]) -> list[Column]:
+    """The scores that one of the runs has, after when they were measured."""
+    there = [column for column in SCORED if any(row[column.key] is not None for row in rows)]
+    return [Column("when", "edits"), *there]
+
+
 THEORY = (
     Column("linear_error", "error", ".0e"),
     Column("live_error", "live", ".0e", "The error in the live model."),
@@ -389,9 +422,11 @@ THEORY = (
 )
 PREDICTOR_NAMES = {
     "p": "p",
+    "editor_p": "p of the editor",
     "whitened_cosine": "whitened cosine",
     "cosine": "cosine of keys",
     "gradient_cosine": "cosine of gradients",
+    "hidden_cosine": "cosine of hidden states",
     "permuted_p": "p of permuted facts",
 }
 PREDICTORS = (

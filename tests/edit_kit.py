@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kscli.artifacts import EditsAbout
 from kscli.editing.edits_file import EditLog, write_edits
 from kscli.facts import Fact
+from kscli.scores import SCORES
 from kscli.tiny import MODEL_DIR
 
 Real = NDArray[np.float64]
@@ -90,8 +91,10 @@ class Run:
             "weight_change": 1.0,
             "p": p,
             **dict.fromkeys(
-                ("whitened_cosine", "cosine", "gradient_cosine"), np.clip(p, -1.0, 1.0)
+                ("whitened_cosine", "cosine", "gradient_cosine", "hidden_cosine"),
+                np.clip(p, -1.0, 1.0),
             ),
+            "editor_p": p,
             "predicted": predicted if theory else nothing,
             "measured": measured,
             "measured_live": measured if live and theory else nothing,
@@ -108,6 +111,7 @@ class Run:
             "answer_changed": (rng.random(self.m) < forgotten) & (step > 0),
             "logprob_new": -rng.random(self.n),
             "rank_new": 1 + (rng.random(self.n) < forgotten),
+            **{f"scores/{name}": rng.random(self.n) for name in SCORES},
         }
 
     def write(self, path: Path) -> Path:

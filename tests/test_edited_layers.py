@@ -16,7 +16,7 @@ from edit_kit import HOOK, Naive
 from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
-from kscli.editing.contexts import in_context
+from kscli.contexts import in_context
 from kscli.editing.edited_layers import EditedLayers, WriteOptions
 from kscli.editing.editors import EDITORS, Editor, find_editor
 from kscli.editing.edits_file import EditsFile
@@ -373,7 +373,7 @@ def test_the_command_line_alone_does_what_they_did(
     model = fresh_tiny()
     original = {layer: weight_of(model, layer) for layer in peer.layers}
     with EditsFile(path) as file:
-        replay_edits(model, file, SILENT)
+        replay_edits(model, file)
     for layer in peer.layers:
         found = weight_of(model, layer) - original[layer]
         assert relative_error(found, peer.change(layer)) < (2e-2 if name == "rect" else 1e-3)

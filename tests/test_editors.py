@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli_kit import kscli, one_sentence
+from naive import Array, keys_of_text, subject_last
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
-from kscli.editing.editor_p import EditorPMatrixFile
 from kscli.editing.editors import EDITORS, find_editor
 from kscli.editing.edits_file import EditsFile
+from kscli.tiny import MODEL_DIR
 
 # ROME without C, as EasyEdit's settings have it: d = k / k^T k.
 TOY = """
@@ -36,8 +39,11 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "toy"
 
 
-def objects(*arguments: str | Path) -> list[dict[str, Any]]:
-    done = kscli(*arguments, "-f", "json", "-q")
+def objects(*arguments: str | int | Path) -> list[dict[str, Any]]:
+    return objects_of(kscli(*arguments, "-f", "json", "-q"))
+
+
+def objects_of(done: Any) -> list[dict[str, Any]]:
     assert done.exit_code == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
@@ -58,10 +64,14 @@ def test_a_new_editor_is_known_to_every_command(
     (verified,) = objects("verify", path)
     assert verified["method"] == toy
     assert verified["linear_error"] < 1e-9
-    risk = objects("risk", "--dir", root, "--method", toy, "--layer", 1, "--fact", 3, "-k", "all")
+    made = tmp_path / "pmatrix.h5"
+    arguments = ("--cov", measured_tiny / "cov.h5", "--keys", measured_tiny / "keys.h5")
+    assert kscli("pmatrix", *arguments, "--editor", toy, "-o", made, "-q").exit_code == 0
+    risk = objects("risk", "--pmatrix", made, "--layer", 1, "--fact", 3, "-k", "all")
     with KeysFile(measured_tiny / "keys.h5") as keys:
         expected = keys.keys_of(1) @ direction
-    assert np.allclose([each["p"] for each in risk], [expected[each["j"]] for each in risk])
+    found = [each["p"] for each in risk]
+    assert np.allclose(found, [expected[each["j"]] for each in risk], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", EDITORS)
@@ -99,20 +109,38 @@ def test_a_report_names_a_new_editor(toy: str, measured_tiny: Path, tmp_path: Pa
     assert "toy" in text
 
 
+def naive_keys(method: str, bare: Array, others: Array, n: int) -> tuple[Array, Array]:
+    """The key along which an editor writes, and the one at which, as their papers' code has it."""
+    mean = (bare + n * others) / (n + 1)
+    half = bare / 2 + others / 2
+    of_rome = {"closed-form": (bare, bare), "r-rome": (mean, mean), "r-rome-identity": (mean, mean)}
+    of_rome |= dict.fromkeys(("rome", "rome-identity", "wilke"), (mean, bare))
+    return of_rome.get(method, (half, half))
+
+
 @pytest.mark.parametrize("method", EDITORS)
 def test_p_of_an_editor_is_how_far_its_edit_of_one_fact_moves_the_others(
-    method: str, measured_tiny: Path
+    method: str, measured_tiny: Path, tmp_path: Path
 ) -> None:
-    """d_i^T k_j = k_i^T M k_j / (lambda + k_i^T M k_i), by a metric M written out in float64."""
+    """d_i^T k_j = along_i^T M k_j / (lambda + along_i^T M at_i), M written out in float64."""
     direction = find_editor(method).direction
+    made = tmp_path / "pmatrix.h5"
+    arguments = ("--cov", measured_tiny / "cov.h5", "--keys", measured_tiny / "keys.h5")
+    done = kscli("pmatrix", *arguments, "--editor", method, "--layers", "0", "-o", made, "-q")
+    assert done.exit_code == 0, done.stderr
     with (
         CovarianceFile(measured_tiny / "cov.h5") as cov,
         KeysFile(measured_tiny / "keys.h5") as keys,
-        PMatrixFile(measured_tiny / "pmatrix.h5") as pm,
-        EditorPMatrixFile(measured_tiny / "pmatrix.h5", method, cov, keys) as file,
+        PMatrixFile(made) as file,
+        PMatrixFile(measured_tiny / "pmatrix.h5") as papers,
     ):
-        K, P, leverage, C = keys.keys_of(0), pm.matrix("P", 0), pm.leverage(0), cov.second_moment(0)
+        K, C = keys.keys_of(0), cov.second_moment(0)
+        along, at = naive_keys(method, K, keys.context_keys_of(0), len(keys.contexts))
         found = file.matrix("P", 0)
+        of_paper = papers.matrix("whitened_cosine", 0)
+        assert np.allclose(file.matrix("whitened_cosine", 0), of_paper, atol=1e-6)
+        shown = "tiny" if method == "closed-form" else f"tiny, p of {method}"
+        assert file.model == shown
     values, vectors = np.linalg.eigh(C)
     null = vectors[:, values < 0.02]
     M = {
@@ -120,18 +148,104 @@ def test_p_of_an_editor_is_how_far_its_edit_of_one_fact_moves_the_others(
         "identity": np.eye(len(C)),
         "null-space": null @ null.T,
     }[direction.metric]
-    weight = direction.weight or 0.0
-    G = K @ M @ K.T
-    naive = G / (weight + np.diagonal(G))[:, None]
+    gains = np.einsum("id,de,ie->i", along, M, at)
+    naive = along @ M @ K.T / ((direction.weight or 0.0) + gains)[:, None]
     assert np.allclose(found, naive, atol=1e-4 * np.abs(naive).max())
-    if direction.metric == "second-moment":
-        expected = P * (leverage / (weight + leverage))[:, None]
-        assert np.allclose(found, expected, rtol=3e-7, atol=1e-9)  # the file holds P in float32
+
+
+def test_keys_in_contexts_are_means_of_a_plain_models(measured_tiny: Path) -> None:
+    """By a hook of torch's own, one text after the other, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    with KeysFile(measured_tiny / "keys.h5") as keys:
+        assert 15 < len(keys.contexts) <= 20  # of 20 made up, those that differ
+        for index in (0, 17, 95):
+            fact = keys.facts[index]
+            found = []
+            for context in keys.contexts:
+                before = context.replace("{}", fact.prompt)
+                start = before.index("{}")
+                text = before.replace("{}", fact.subject)
+                ids, at = subject_last(tokenizer, text, start, start + len(fact.subject))
+                found.append(keys_of_text(model, ids, ["transformer.h.2.mlp.c_proj"]))
+                found[-1] = found[-1]["transformer.h.2.mlp.c_proj"][at]
+            mean = np.mean(found, axis=0)
+            error = np.abs(keys.context_keys_of(2)[index] - mean).max()
+            assert error < 1e-5 * np.abs(mean).max()
+
+
+@pytest.mark.parametrize("method", ["rome", "r-rome-identity", "memit"])
+def test_p_of_an_editor_is_that_of_its_edit(
+    method: str, measured_tiny: Path, tmp_path: Path
+) -> None:
+    """The row of pmatrix-EDITOR.h5 is d^T k_j of the edit that the editor really makes."""
+    texts, edits, made = (tmp_path / name for name in ("contexts.txt", "edits.h5", "p.h5"))
+    with KeysFile(measured_tiny / "keys.h5") as keys:
+        texts.write_text("\n".join(keys.contexts), encoding="utf-8")
+        K = keys.keys_of(1)
+        arguments = ("--cov", measured_tiny / "cov.h5", "--keys", keys.path, "--editor", method)
+        assert kscli("pmatrix", *arguments, "-o", made, "-q").exit_code == 0
+    how = ("--layer", 1, "--fact", 5, "--value", "random", "--contexts", texts, "-o", edits)
+    objects("edit", "--dir", measured_tiny.parent, "--method", method, *how)
+    with EditsFile(edits) as run, PMatrixFile(made) as file:
+        expected = K @ run.values("direction")[0, 0]
+        found = file.matrix("P", 1)[5]
+    assert np.allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_p_of_an_editor_is_asked_for_by_its_name(measured_tiny: Path, tmp_path: Path) -> None:
+    """`pmatrix --editor` makes a file that the others find; without it they name the command."""
+    for kind in ("cov", "keys", "pmatrix"):
+        (tmp_path / "tiny").mkdir(exist_ok=True)
+        (tmp_path / "tiny" / f"{kind}.h5").symlink_to(measured_tiny / f"{kind}.h5")
+    place = ("--dir", tmp_path)
+    absent = kscli("topk", "--editor", "rome", *place)
+    assert absent.exit_code == 1
+    assert "kscli pmatrix --model tiny --editor rome" in one_sentence(absent.stderr)
+    made = kscli("pmatrix", "-m", "tiny", "--editor", "rome", *place)
+    assert made.exit_code == 0, made.stderr
+    with KeysFile(measured_tiny / "keys.h5") as keys:
+        assert f"over {len(keys.contexts)} contexts" in made.stderr
+    (row,) = objects_of(kscli("topk", "--editor", "rome", "-k", 1, "-f", "json", *place))
+    assert row["model"] == "tiny, p of rome"
+    (papers,) = objects_of(kscli("topk", "-k", 1, "-f", "json", *place))
+    assert papers["model"] == "tiny"
+    assert (papers["i"], papers["j"], papers["p"]) != (row["i"], row["j"], row["p"])
+    assert "By p of rome" in kscli("topk", "--editor", "rome", *place).stdout
+    table = kscli("stats", "--editor", "rome", "--repeats", 100, *place).stdout
+    assert "p of rome off the diagonal" in table
+    assert (tmp_path / "tiny" / "stats-rome.h5").exists()
+    assert not (tmp_path / "tiny" / "stats.h5").exists()
+    figure = kscli("plot", "heatmap", "--editor", "rome", *place)
+    assert figure.stdout.strip().endswith("heatmap-rome.png")
+    risk = kscli("risk", "--editor", "rome", "--layer", 0, *place).stdout
+    assert "by p of rome" in risk
+    assert "the least there is" not in risk  # proved of the paper's P alone
+    both = kscli("topk", "--editor", "rome", "--pmatrix", tmp_path / "tiny" / "pmatrix.h5")
+    assert both.exit_code == 2
+    idle = kscli("pmatrix", "--editor", "rome", "--weight", 3, "--force", *place)
+    assert idle.exit_code == 2
+    assert "--weight" in one_sentence(idle.stderr)
+
+
+def test_p_of_an_editor_of_means_needs_keys_in_contexts(
+    measured_tiny: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "keys.h5"
+    how = ("--dtype", "float32", "--count", 8, "--contexts", 0, "-o", bare, "-q")
+    assert kscli("extract", *how).exit_code == 0
+    arguments = ("--cov", measured_tiny / "cov.h5", "--keys", bare, "-o", tmp_path / "p.h5")
+    refused = kscli("pmatrix", *arguments, "--editor", "rome")
+    assert refused.exit_code == 1
+    assert "kscli extract --contexts" in one_sentence(refused.stderr)
+    assert not (tmp_path / "p.h5").exists()
+    assert kscli("pmatrix", *arguments, "--editor", "closed-form", "-q").exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["edit", "risk"])
 def test_an_unknown_editor_is_named_with_those_there_are(command: str, measured_tiny: Path) -> None:
-    found = kscli(command, "--dir", measured_tiny.parent, "--method", "romee")
+    option = "--editor" if command == "risk" else "--method"
+    found = kscli(command, "--dir", measured_tiny.parent, option, "romee")
     assert found.exit_code == 2
     sentence = one_sentence(found.stderr)
     assert "romee" in sentence

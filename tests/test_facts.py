@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli_kit import kscli, one_sentence
 
+from kscli.artifacts import KeysFile
 from kscli.errors import FactsError, UsageError
-from kscli.facts import DEFAULT_COUNT, Fact, facts_identity, read_facts
+from kscli.facts import (
+    DEFAULT_COUNT,
+    Fact,
+    fact_record,
+    facts_identity,
+    read_facts,
+    write_records,
+)
 from kscli.records import FORMATS
 
 KNOWN = Path(__file__).parent.parent.parent / "shared" / "data" / "counterfact_known_256.json"
@@ -451,3 +462,83 @@ def test_a_fact_of_very_many_characters_is_refused_at_once(field: str, tmp_path:
     assert len(str(refused.value)) < 400
     path.write_text(json.dumps(record | {field: long + "b c " * 4_900}) + "\n")
     assert len(read_facts(path).facts) == 1
+
+
+# Questions
+
+
+def test_counterfacts_questions_go_into_keys_and_edits_and_facts_files(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """Paraphrase, neighbourhood and generation prompts, as the file has them, kind by kind."""
+    source = shared_data / "counterfact_known_256.json"
+    listed = json.loads(source.read_text())[:6]
+    expected = [
+        [
+            *(("paraphrase", text, "") for text in record["paraphrase_prompts"]),
+            *(("neighbourhood", text, "") for text in record["neighborhood_prompts"]),
+            *(("generation", text, "") for text in record["generation_prompts"]),
+        ]
+        for record in listed
+    ]
+
+    def asked(facts: Sequence[Fact]) -> list[list[Any]]:
+        return [[astuple(question) for question in fact.questions] for fact in facts]
+
+    facts = read_facts(source, 6)
+    assert asked(facts.facts) == expected
+    how = ("--facts", source, "--count", 6, "--contexts", 0, "--layers", 0, "--dtype", "float32")
+    assert kscli("extract", "--dir", tmp_path, *how, "-q").exit_code == 0
+    with KeysFile(tmp_path / "tiny" / "keys.h5") as keys:
+        assert asked(keys.facts) == expected
+    write_records(tmp_path / "again.jsonl", map(fact_record, facts.facts), force=False)
+    assert asked(read_facts(tmp_path / "again.jsonl").facts) == expected
+
+
+def test_questions_are_no_part_of_a_fact_but_of_its_keys_file(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"prompt": "{} is in", "subject": "Lima", "target": "Peru"}
+    row["portability"] = [{"prompt": "Lima's president is of", "target": "Peru"}]
+    row["locality"] = [{"prompt": "Rome is in", "target": "Italy"}, "Oslo is in"]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    paths[0].write_text(json.dumps(row))
+    paths[1].write_text(json.dumps({name: row[name] for name in ("prompt", "subject", "target")}))
+    first, second = map(read_facts, paths)
+    assert first.facts == second.facts
+    assert first.identity == second.identity
+    assert [(q.kind, q.prompt, q.target) for q in first.facts[0].questions] == [
+        ("portability", "Lima's president is of", "Peru"),
+        ("locality", "Rome is in", "Italy"),
+        ("locality", "Oslo is in", ""),
+    ]
+    how = ("extract", "--contexts", 0, "--layers", 0, "--dtype", "float32", "--dir", tmp_path)
+    assert kscli(*how, "--facts", paths[0], "-q").exit_code == 0
+    changed = kscli(*how, "--facts", paths[1])
+    assert changed.exit_code == 1
+    assert "questions changed" in one_sentence(changed.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "paraphrase_prompts",
+            "Lima lies in",
+            "paraphrase_prompts is 'Lima lies in', but should be a list",
+        ),
+        ("paraphrase_prompts", [3], "the paraphrase_prompts is 3, but should be text"),
+        ("neighborhood_prompts", [" "], "a neighbourhood prompt is empty"),
+        ("locality", [{"question": "x"}], "there is no prompt"),
+        ("portability", [{"prompt": "x", "target": ["a"]}], "the target is a list"),
+        ("generation_prompts", ["x" * 20_001], "is too long"),
+        ("generation_prompts", ["a\0b"], "null character"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(
+    tmp_path: Path, name: str, value: Any, said: str
+) -> None:
+    path = tmp_path / "facts.jsonl"
+    row = {"prompt": "{} is in", "subject": "Lima", "target": "Peru", name: value}
+    path.write_text(json.dumps(row))
+    with pytest.raises(FactsError, match=said) as found:
+        read_facts(path)
+    assert str(path) in str(found.value)

@@ -17,7 +17,7 @@ from families import save_family
 from torch import Tensor
 
 from kscli.completion import score_targets, tokenize_clozes
-from kscli.editing.contexts import generated_contexts, in_context, read_contexts
+from kscli.contexts import generated_contexts, in_context, read_contexts
 from kscli.editing.directions import edit_directions
 from kscli.editing.editors import Site, ValueSearch
 from kscli.editing.live import mlp_outputs

@@ -28,6 +28,7 @@ from kscli.editing.predictors import (
 )
 from kscli.editing.verification import measure_growth, measure_outcomes, verify
 from kscli.facts import Fact
+from kscli.scores import SCORES
 
 FEW = Resampling(100, 0)
 UNDEFINED = Estimate(None)
@@ -60,6 +61,8 @@ def run_of(
         whitened_cosine=p * 0.5,
         cosine=rng.standard_normal((n, m)),
         gradient_cosine=np.full((n, m), np.nan),
+        hidden_cosine=np.full((n, m), np.nan),
+        editor_p=p,
         measured=measured,
         linear_error=np.full(n, 1e-12),
         live_error=np.array([*[np.nan] * (n - 1), 1e-6]),
@@ -75,6 +78,7 @@ def run_of(
         logprob_new=np.zeros((n + 1, n)),
         rank_new=np.ones((n + 1, n), dtype=np.int64),
         perplexity=np.full(n + 1, np.nan),
+        scores={name: np.full((n + 1, n), np.nan) for name in SCORES},
     )
 
 
@@ -229,6 +233,7 @@ def test_predictors_by_the_definition(single: bool) -> None:
         same_last_token=rng.random((5, 24)) < 0.2,
         logprob_true=-rng.random((6, 24)),
         gradient_cosine=rng.standard_normal((5, 24)),
+        hidden_cosine=rng.standard_normal((5, 24)),
         # The copy of a fact that is edited is no other fact.
         about=run.about | (np.arange(24) == 20) & (np.arange(5) == 2)[:, None],
     )
@@ -401,6 +406,7 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
         "rank_new": np.arange(20).reshape(4, 5),
         "logprob_new": -np.arange(20.0).reshape(4, 5),
         "kept_out/number": np.array([1]),
+        **{f"scores/{name}": np.arange(20.0).reshape(4, 5) for name in SCORES},
     }
     file: Any = SimpleNamespace(
         values=values.__getitem__,
@@ -415,6 +421,7 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
     # Planned were five, of which the second was kept out and the last was not come to.
     assert found.rank_new[1].tolist() == [5, 7, 8]
     assert found.logprob_new[0].tolist() == [0, -2, -3]
+    assert found.scores["ES"][1].tolist() == [5, 7, 8]
     assert found.about.astype(int).tolist() == [[1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 1, 0, 0]]
     assert found.same_last_token.astype(int).tolist() == [
         *([[1, 0, 0, 1, 1]] * 2),
@@ -446,20 +453,23 @@ def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
     assert [r["predictor"] for r in rows] == [*SIMILARITIES, NULL] * 2
     assert all(isinstance(r["spearman"], float) for r in rows)
     assert all((r["auc"] is None) == (r["flips"] < FEWEST_FLIPS) for r in rows)
-    assert all(r["spearman_low"] < r["spearman"] < r["spearman_high"] for r in rows[5:])
+    assert all(
+        r["spearman_low"] < r["spearman"] < r["spearman_high"]
+        for r in rows[len(SIMILARITIES) + 1 :]
+    )
     for output in ("table", "csv", "tsv", "markdown", "latex"):
         for more in ((), ("--predictors", "--repeats", 100)):
             found = kscli("verify", "--dir", tmp_path, "-f", output, *more)
             assert found.exit_code == 0
-            assert "closed-form" in found.stdout
+            assert "rome" in found.stdout
             assert "nan" not in found.stdout.lower()
     header, *lines = kscli("verify", "--dir", tmp_path, "-f", "csv").stdout.splitlines()
     assert len(lines) == 2
     assert all(len(line.split(",")) == len(header.split(",")) for line in lines)
 
     edits = tmp_path / "tiny" / "edits"
-    shutil.copy(edits / "closed-form-0-0.h5", edits / "copy.h5")
-    named = kscli("verify", edits / "copy.h5", edits / "closed-form-0-0.h5")
+    shutil.copy(edits / "rome-0-0.h5", edits / "copy.h5")
+    named = kscli("verify", edits / "copy.h5", edits / "rome-0-0.h5")
     assert "copy.h5" in named.stdout
     wrong = kscli("verify", tmp_path / "tiny" / "pmatrix.h5")
     assert wrong.exit_code == 1

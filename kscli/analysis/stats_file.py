@@ -17,6 +17,7 @@ from kscli.artifacts import (
 )
 from kscli.files import require_other
 from kscli.layers import format_layers
+from kscli.models.families import whose_p
 from kscli.reporter import SILENT, Reporter
 
 
@@ -29,7 +30,8 @@ class StatisticsFile(Artifact):
     def statistics(self) -> Statistics:
         """What the file holds, its fields in the order they were computed in."""
         values = {name: self._values(name) for name in self.about.recipe["statistics"]}
-        return Statistics(self.model, self.layers, self.about.m, values)
+        model = whose_p(self.model, self.about.editor)
+        return Statistics(model, self.layers, self.about.m, values)
 
 
 def statistics_of(

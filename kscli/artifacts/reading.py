@@ -27,11 +27,12 @@ from kscli.artifacts.schema import (
     from_attributes,
 )
 from kscli.artifacts.sealed import SealedFile
-from kscli.artifacts.values import check_about, wrong_values
+from kscli.artifacts.values import check_about, rules_of, wrong_values
 from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError
-from kscli.facts import Fact
+from kscli.facts import QUESTION_FIELDS, Fact, Question
 from kscli.layers import format_layers
+from kscli.models.families import whose_p
 
 MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 
@@ -156,7 +157,8 @@ class Artifact:
 
     def _checked(self, name: str, values: NDArray[Any], layer: int | None = None) -> NDArray[Any]:
         """The values of a dataset, or of one layer of it, once they make sense."""
-        wrong = wrong_values(self.kind, name, values, self._lengths)
+        rules = rules_of(self.about, self.kind, name)
+        wrong = wrong_values(rules, values, self._lengths)
         if wrong:
             where = "" if layer is None else f", layer {layer},"
             raise SchemaError(f"its dataset {name}{where} {wrong}")
@@ -221,8 +223,22 @@ class FactsFile(Artifact):
                 for name in self._declared
                 if name.startswith("facts/") and name in self._file.arrays
             }
+            asked = self._questions()
             rows = zip(*columns.values(), strict=True)
-            return tuple(Fact(**dict(zip(columns, row, strict=True))) for row in rows)
+            return tuple(
+                Fact(**dict(zip(columns, row, strict=True)), questions=tuple(asked.get(index, ())))
+                for index, row in enumerate(rows)
+            )
+
+    def _questions(self) -> dict[int, list[Question]]:
+        """The questions of every fact that has any, by its index."""
+        found: dict[int, list[Question]] = {}
+        for kind in QUESTION_FIELDS:
+            if f"{kind}/fact" in self._declared and f"{kind}/fact" in self._file.arrays:
+                names = (f"{kind}/{column}" for column in ("fact", "prompt", "target"))
+                for index, prompt, target in zip(*map(self._values, names), strict=True):
+                    found.setdefault(int(index), []).append(Question(kind, prompt, target))
+        return found
 
     @cached_property
     def token_id(self) -> NDArray[np.int64]:
@@ -236,7 +252,7 @@ class FactsFile(Artifact):
 
 
 class KeysFile(FactsFile):
-    """keys.h5: the key of every fact at every layer."""
+    """keys.h5: the key of every fact at every layer, and its mean over context templates."""
 
     of_kind = "keys"
     about: KeysAbout
@@ -245,17 +261,42 @@ class KeysFile(FactsFile):
         """The keys of one layer, (m, d_m), in float64."""
         return self._of_layer("keys", layer).astype(np.float64)
 
+    @cached_property
+    def contexts(self) -> tuple[str, ...]:
+        """The context templates, the bare prompt not among them."""
+        return tuple(self._values("contexts").tolist()) if "contexts" in self._file.arrays else ()
+
+    def context_keys_of(self, layer: int) -> NDArray[np.float64]:
+        """The mean of each key over the contexts at one layer, (m, d_m), in float64.
+
+        Raises ArtifactError where the file has none.
+        """
+        if "context_keys" not in self._file.arrays:
+            raise ArtifactError(
+                f"{self.path} holds no keys in contexts, over which the editor takes a mean; make "
+                "it again with `kscli extract --contexts FILE|N --force`."
+            )
+        return self._of_layer("context_keys", layer).astype(np.float64)
+
 
 class PMatrixFile(FactsFile):
-    """pmatrix.h5: P and Q of every layer, and the cosines that follow from them."""
+    """pmatrix.h5: P and Q of every layer, and the cosines of keys.
+
+    P is the paper's, or p of the editor that `about` names.
+    """
 
     of_kind = "pmatrix"
     about: PMatrixAbout
 
+    @property
+    def model(self) -> str:
+        """The model's name for people, and the editor's where p is an editor's."""
+        return whose_p(self.about.model, self.about.editor)
+
     def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
         """One layer's (m, m) matrix of that name."""
         with self._reading():
-            if name == "whitened_cosine":
+            if name == "whitened_cosine" and name not in self._file.arrays:
                 return whitened_cosine(self.matrix("P", layer), self.leverage(layer))
             if name == "cosine":
                 return cosine(self.matrix("Q", layer))

@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from kscli.artifacts.sealed import Held
 from kscli.escaping import storable
+from kscli.facts import QUESTION_FIELDS
+from kscli.scores import SCORES
 
 Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]
 Recipe = dict[str, Any]
@@ -131,6 +133,8 @@ class PMatrixAbout(CorpusAbout, FactsAbout):
 
     ridge: Annotated[float, "lambda of C + lambda (tr C / d_m) I, the matrix that was inverted"]
     shard: Annotated[str, "the part of the text that C is of, as 0/2; empty: the whole"] = ""
+    editor: Annotated[str, "the editor whose p is in P; empty: the paper's, equation 18"] = ""
+    contexts: Annotated[int, "how many contexts that editor's mean keys are over"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,7 @@ class StatisticsAbout(CorpusAbout, FactsAbout):
     """What stats.h5 says of itself."""
 
     m: Annotated[int, "how many facts there are"]
+    editor: Annotated[str, "the editor whose p this is about; empty: the paper's"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +191,7 @@ class Schema:
 
 
 # Axes that may be of length 0.
-MAY_BE_EMPTY = ("moved", "kept_out")
+MAY_BE_EMPTY = ("moved", "kept_out", "context")
 
 
 def _table(text: str, *, optional: bool = False, result: bool = True) -> dict[str, Dataset]:
@@ -208,6 +213,15 @@ _FACTS = _table("""
     token_id        int64  m  the id of the token at which the key was read
     position        int64  m  the index of that token in the prompt's tokens
 """) | _table("facts/target_new  text  m  the text that an edit may write", optional=True)
+_QUESTIONS = {
+    name: Dataset(dtype, (kind,), meaning, optional=True)
+    for kind in QUESTION_FIELDS
+    for name, dtype, meaning in (
+        (f"{kind}/fact", "int64", f"the index of the fact that each {kind} question is about"),
+        (f"{kind}/prompt", "text", f"its prompt, of a {kind} question"),
+        (f"{kind}/target", "text", f"its answer, of a {kind} question; empty where it has none"),
+    )
+}
 _COV = _table("""
     count          int64    -              the number of tokens that C is a mean over
     second_moment  float32  layer d_m d_m  C = E[k k^T], both triangles
@@ -219,21 +233,34 @@ _COV = _table("""
     """,
     optional=True,
 )
-_KEYS = _table("keys  float32  layer m d_m  the key of every fact")
-_PMATRIX = _table("""
-    P         float32  layer m m  P[i, j]: fact i is edited, fact j is moved
+_KEYS = _table("keys  float32  layer m d_m  the key of every fact") | _table(
+    """
+    contexts      text     context      the texts that prompts were put into, {} for the prompt
+    context_keys  float32  layer m d_m  the mean of every fact's key over these texts
+    """,
+    optional=True,
+)
+_PMATRIX = (
+    _table("""
+    P         float32  layer m m  p[i, j]: fact i is edited, fact j is moved
     Q         float32  layer m m  the inner product of two keys
     leverage  float64  layer m    k^T C^-1 k of every fact
-""") | _table(
-    """
+""")
+    | _table(
+        "whitened_cosine  float32  layer m m  as it is; it follows from P where P is the paper's",
+        optional=True,
+    )
+    | _table(
+        """
     dead_coordinates    int64    layer  how many coordinates were 0 on every token
     condition           float64  layer  the condition estimate of C scaled to unit diagonal
     whitening_residual  float64  layer  the largest |L^-1 C L^-T x - x| / |x| over 8 random x
     solve_residual      float64  layer  the largest |C (C^-1 k) - k| / |k| over the keys
     storage_error       float64  layer  how far storing C in float32 moves p, an estimate
     """,
-    optional=True,
-    result=False,
+        optional=True,
+        result=False,
+    )
 )
 _WHENS = {
     "before": "in the clean model",
@@ -254,6 +281,8 @@ _EDITS = _table("""
     whitened_cosine     float64  edit m          its row of the whitened cosine
     cosine              float64  edit m          its row of the raw cosine
     gradient_cosine     float64  edit m          the cosine of its gradient with every fact's
+    hidden_cosine       float64  edit m          that of its hidden state, first edited layer
+    editor_p            float64  edit m          d^T k of its direction, first layer written
     predicted           float64  edit m          the predicted length of every value's shift
     measured            float64  edit m          the length of the shift that W's change gives
     measured_live       float64  edit m          the length of the live MLP output's shift
@@ -282,17 +311,23 @@ _EDITS = _table("""
         ("moved_logprob_{}_{}", "float64", "edit moved", "that of the moved facts' {} target {}"),
     )
 }
+_EDITS |= {
+    f"scores/{name}": Dataset("float64", ("pass", "planned"), f"of each edit {score.meaning}")
+    for name, score in SCORES.items()
+}
 STATISTIC = Dataset("float64", ("layer",), "one dataset for each statistic; NaN where undefined")
 
 SCHEMAS: dict[str, Schema] = {
     "cov": Schema("second moments (cov.h5)", CovarianceAbout, _LAYER | _COV),
-    "keys": Schema("keys of facts (keys.h5)", KeysAbout, _LAYER | _FACTS | _KEYS),
+    "keys": Schema("keys of facts (keys.h5)", KeysAbout, _LAYER | _FACTS | _QUESTIONS | _KEYS),
     "pmatrix": Schema(
         "superposition matrices (pmatrix.h5)", PMatrixAbout, _LAYER | _FACTS | _PMATRIX
     ),
     "stats": Schema("statistics of P (stats.h5)", StatisticsAbout, _LAYER),
     "edits": Schema(
-        "a run of edits (edits/METHOD-LAYERS-SEED.h5)", EditsAbout, _LAYER | _FACTS | _EDITS
+        "a run of edits (edits/METHOD-LAYERS-SEED.h5)",
+        EditsAbout,
+        _LAYER | _FACTS | _QUESTIONS | _EDITS,
     ),
 }
 

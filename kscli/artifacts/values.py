@@ -6,7 +6,7 @@ A rule is declared for a dataset by its name, and holds for every entry that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from kscli.artifacts.schema import HOOK, About, SchemaError
 from kscli.artifacts.threads import in_threads
+from kscli.facts import QUESTION_FIELDS
+from kscli.scores import SCORES
 
 Lengths = Mapping[str, int]
 Mask = NDArray[np.bool_]
@@ -96,6 +98,10 @@ ASCENDING = Rule(
     "more than the one before",
     lambda values, _: np.concatenate([values[:1] < 0, values[1:] <= values[:-1]]),
 )
+NOT_DESCENDING = Rule(
+    "the one before or more",
+    lambda values, _: np.concatenate([values[:1] < 0, values[1:] < values[:-1]]),
+)
 # What was measured of a model that edits have broken may be infinite or NaN.
 NOT_NEGATIVE = Rule("0 or more", lambda values, _: values < 0)
 NOT_BEYOND_1 = Rule("from -1 to 1", lambda values, _: np.abs(values) > 1 + ROUNDING)
@@ -103,7 +109,11 @@ LOG_PROBABILITY = Rule("0 or less", lambda values, _: values > ROUNDING)
 
 _Rules = dict[str, tuple[Rule, ...]]
 _LAYER: _Rules = {"layer": (ASCENDING,)}
-_FACTS: _Rules = {"token_id": (_at_least(0),), "position": (_at_least(0),)}
+_FACTS: _Rules = {
+    "token_id": (_at_least(0),),
+    "position": (_at_least(0),),
+    **{f"{kind}/fact": (_index("m"), NOT_DESCENDING) for kind in QUESTION_FIELDS},
+}
 VALUES: dict[str, _Rules] = {
     "cov": _LAYER
     | {
@@ -113,11 +123,12 @@ VALUES: dict[str, _Rules] = {
         "settling/tokens": (_at_least(0),),
         "settling/rms": (NOT_NEGATIVE,),
     },
-    "keys": _LAYER | _FACTS | {"keys": (FINITE,)},
+    "keys": _LAYER | _FACTS | dict.fromkeys(("keys", "context_keys"), (FINITE,)),
     "pmatrix": _LAYER
     | _FACTS
     | {
-        "P": (FINITE, DIAGONAL_1),
+        "P": (FINITE,),
+        "whitened_cosine": (FINITE, NOT_BEYOND_1),
         "Q": (FINITE, DIAGONAL_NOT_NEGATIVE),
         "leverage": (POSITIVE,),
         "dead_coordinates": (_at_least(0),),
@@ -134,8 +145,11 @@ VALUES: dict[str, _Rules] = {
         "kept_out/fact": (_index("m"),),
         "kept_out/number": (_index("planned"), ASCENDING),
         "step": (_index("edit", beyond=1), ASCENDING),
-        **dict.fromkeys(("delta", "direction", "p"), (FINITE,)),
-        **dict.fromkeys(("whitened_cosine", "cosine", "gradient_cosine"), (NOT_BEYOND_1,)),
+        **dict.fromkeys(("delta", "direction", "p", "editor_p"), (FINITE,)),
+        **{f"scores/{name}": (NOT_NEGATIVE,) for name in SCORES},
+        **dict.fromkeys(
+            ("whitened_cosine", "cosine", "gradient_cosine", "hidden_cosine"), (NOT_BEYOND_1,)
+        ),
         **dict.fromkeys(
             (
                 *("delta_norm", "linear_error", "live_error", "weight_change", "perplexity"),
@@ -157,12 +171,20 @@ VALUES: dict[str, _Rules] = {
 }
 
 
-def wrong_values(kind: str, name: str, values: NDArray[Any], lengths: Lengths) -> str | None:
+def rules_of(about: About, kind: str, name: str) -> tuple[Rule, ...]:
+    """What holds for the entries of a dataset of a file that says this `about` itself."""
+    rules = VALUES[kind].get(name, ())
+    # By equation 3 the edited fact's own value moves by delta; by other editors' not quite.
+    papers = name == "P" and not getattr(about, "editor", "")
+    return (*rules, DIAGONAL_1) if papers else rules
+
+
+def wrong_values(rules: Sequence[Rule], values: NDArray[Any], lengths: Lengths) -> str | None:
     """What makes no sense in a dataset, or in one layer of it, with its place; None: nothing."""
     # A byte that is neither 0 nor 1 is a bool to NumPy, too.
     if values.dtype == np.bool_ and (values.view(np.uint8) > 1).any():
         return "holds what is neither true nor false"
-    for rule in VALUES[kind].get(name, ()):
+    for rule in rules:
         wrong = rule.wrong(values, lengths)
         if wrong.any():
             place = np.unravel_index(int(wrong.argmax()), wrong.shape)
@@ -181,6 +203,7 @@ LEAST = {
     "max_length": 1,
     "padding": 0,
     "ridge": 0,
+    "contexts": 0,
     "m": 1,
     "weight": 0,
     "batch": 1,

@@ -29,7 +29,7 @@ from kscli.artifacts.schema import (
 )
 from kscli.artifacts.sealed import FORMAT_VERSION
 from kscli.artifacts.sealing import SealedWriter, open_for_writing
-from kscli.facts import Fact
+from kscli.facts import QUESTION_FIELDS, Fact
 from kscli.files import replace_file
 from kscli.secrets import command_line
 
@@ -65,13 +65,30 @@ class ArtifactWriter:
         self._layers = len(layers)
 
     def facts(self, of: LocatedFacts) -> None:
-        """Write facts, one dataset a field, and where their keys were read."""
+        """Write facts, one dataset a field, their questions, and where their keys were read."""
         for name in self._declared:
             if name.startswith("facts/"):
                 column = name.removeprefix("facts/")
                 self.write(name, [getattr(fact, column) for fact in of.facts])
+        for kind in QUESTION_FIELDS:
+            if f"{kind}/fact" in self._declared:
+                self._questions(kind, of.facts)
         self.write("token_id", of.token_id)
         self.write("position", of.position)
+
+    def _questions(self, kind: str, facts: Sequence[Fact]) -> None:
+        """Write the questions of a kind as a table over all facts, if there are any."""
+        rows = [
+            (index, question.prompt, question.target)
+            for index, fact in enumerate(facts)
+            for question in fact.questions
+            if question.kind == kind
+        ]
+        if rows:
+            for name, column in zip(
+                ("fact", "prompt", "target"), zip(*rows, strict=True), strict=True
+            ):
+                self.write(f"{kind}/{name}", column)
 
     def write(self, name: str, values: ArrayLike) -> None:
         """Write a whole dataset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,14 +15,17 @@ from kscli.editing.editors import DEFAULT_EDITOR, editors_where, find_editor
 from kscli.tables import EDITS
 
 if TYPE_CHECKING:
-    from kscli.artifacts import PMatrixFile
+    from collections.abc import Callable
+
+    from kscli.artifacts import Artifact
     from kscli.cli.console import ConsoleReporter
-    from kscli.editing.editors import Editor, ValueSearch
+    from kscli.editing.editors import ValueSearch
+    from kscli.editing.own_fact import OwnFact
 
 _AT_ONCE = editors_where(lambda editor: editor.at_once)
-_WEIGHTED = editors_where(lambda editor: editor.direction.weight is not None)
-_NULL_SPACE = editors_where(lambda editor: editor.direction.metric == "null-space")
 _KEEPING = editors_where(lambda editor: editor.afterwards.keep is not None)
+FIELD = "field:target_new"
+"""The default of --target-new."""
 _BY_EDITOR = "by editor and model, see `kscli editors`"
 
 
@@ -32,10 +36,36 @@ def edit(
     fact: options.EditedFacts = None,
     edits: options.EditCount = "10",
     order: options.Order = "given",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="Edit a fact of your own instead: its prompt, with {} where the --subject stands.",
+        ),
+    ] = None,
+    subject: Annotated[
+        str | None,
+        typer.Option("--subject", metavar="TEXT", help="(--prompt) The fact's subject."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="TEXT",
+            help="(--prompt) What completes the prompt before the edit.",
+            show_default="what the model says",
+        ),
+    ] = None,
     target_new: Annotated[
         str,
-        typer.Option("--target-new", metavar="field:NAME|text:TARGET", help="The new target."),
-    ] = "field:target_new",
+        typer.Option(
+            "--target-new",
+            metavar="TEXT|field:NAME",
+            help="The new target: a text, or the field of the facts' records that holds it. "
+            "text: before a text keeps it from being a field.",
+        ),
+    ] = FIELD,
     facts: Annotated[
         str | None,
         typer.Option(
@@ -145,36 +175,9 @@ def edit(
             show_default="as many as published, made up; 0 with closed-form",
         ),
     ] = None,
-    weight: Annotated[
-        float | None,
-        typer.Option(
-            "--weight",
-            min=0.0,
-            help=f"({_WEIGHTED}) The weight lambda of what the model knew (mom2_update_weight; "
-            "emmet: times emmet_lambda; alphaedit: L2).",
-            show_default=_BY_EDITOR,
-        ),
-    ] = None,
-    null_space: Annotated[
-        float | None,
-        typer.Option(
-            "--null-space",
-            metavar="X",
-            min=0.0,
-            help=f"({_NULL_SPACE}) Write in the span of the singular vectors of C whose singular "
-            "value is below X (nullspace_threshold).",
-            show_default="0.02",
-        ),
-    ] = None,
-    relative_null_space: Annotated[
-        float | None,
-        typer.Option(
-            "--relative-null-space",
-            metavar="X",
-            min=0.0,
-            help=f"({_NULL_SPACE}) The same, below X times the mean singular value of C.",
-        ),
-    ] = None,
+    weight: options.Weight = None,
+    null_space: options.NullSpace = None,
+    relative_null_space: options.RelativeNullSpace = None,
     keep: Annotated[
         float | None,
         typer.Option(
@@ -206,6 +209,16 @@ def edit(
             "--moved", metavar="K|all", help="After each edit, ask for the K facts of largest |p|."
         ),
     ] = "10",
+    generations: Annotated[
+        int,
+        typer.Option(
+            "--generations",
+            metavar="N",
+            min=0,
+            help="The texts that the model makes up about each edited fact, each time that it is "
+            "asked for all facts: fluency (GE) is measured on them.",
+        ),
+    ] = 1,
     held_out: Annotated[
         str | None,
         typer.Option(
@@ -252,27 +265,38 @@ def edit(
     The model's own files never change. A run that was stopped goes on after its last edit. The
     names in brackets are those of ROME's, MEMIT's and EasyEdit's hyper-parameters.
 
+    With --prompt a fact of your own is edited, and its keys and p are made on the way. The facts of
+    keys.h5 are watched beside it.
+
     Examples:
-      kscli edit -m gpt2-small --layer 0 --fact "Patrick Rambaud" --target-new text:Italian
+      kscli edit -m gpt2-small --prompt "The capital of {} is" --subject France --target-new Rome
+      kscli edit -m gpt2-small --layer 0 --fact "Patrick Rambaud" --target-new Italian
       kscli edit -m gpt-j --method rome --edits 100 --held-out other.jsonl -f json > edits.json
       kscli edit -m gpt-j --method memit --edits 100 --batch 100
       kscli edit -m llama3-8b --method alphaedit --edits 100 --batch 10 --contexts contexts.txt
       kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
-    from kscli.artifacts import Existing
+    from kscli.artifacts import CovarianceFile, Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all, refuse_given, require_above_0, require_finite
+    from kscli.cli.requests import (
+        null_space_cut,
+        number_or_all,
+        refuse_given,
+        require_above_0,
+        require_finite,
+        without_effect,
+    )
+    from kscli.contexts import choose_contexts
     from kscli.corpus import CorpusSpec, open_corpus
     from kscli.editing.edited_layers import WriteOptions
     from kscli.editing.loop import EditOptions
-    from kscli.editing.metrics import Cut
+    from kscli.editing.own_fact import own_files
     from kscli.editing.presets import default_layers, named_preset, preset_for
     from kscli.editing.saving import require_new_folder
     from kscli.editing.sources import EditSources
-    from kscli.editing.stage import EditRequest, HeldOut, edit_model
-    from kscli.errors import UsageError
-    from kscli.layers import format_layers
+    from kscli.editing.stage import EditRequest, HeldOut, edit_model, run_path
+    from kscli.layers import format_layers, select_layers
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
@@ -295,21 +319,20 @@ def edit(
         (fact, ("edits",), "with --fact"),
         (value != "random", ("value_norm",), "without --value random"),
         (value == "random", of_values, "with --value random"),
-        (editor.direction.weight is None, ("weight",), f"without --method {_WEIGHTED}"),
-        (
-            editor.direction.metric != "null-space",
-            ("null_space", "relative_null_space"),
-            f"without --method {_NULL_SPACE}",
-        ),
+        *without_effect(editor),
         (editor.afterwards.keep is None, ("keep",), f"without --method {_KEEPING}"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
-        (target_new.startswith("text:"), ("facts",), "with --target-new text:..."),
+        (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
+        (prompt is None, ("subject", "target"), "without --prompt"),
+        (
+            prompt is not None,
+            ("fact", "edits", "order", "facts", "keys", "pmatrix"),
+            "with --prompt",
+        ),
         (protocol == "single", ("measure_every",), "with --protocol single, which always does"),
     ):
         if idle:
             refuse_given(context, names, reason)
-    if null_space is not None and relative_null_space is not None:
-        raise UsageError("--null-space and --relative-null-space are two cuts; give one.")
     of_sizes = {
         "--learning-rate": learning_rate,
         "--norm-limit": norm_limit,
@@ -324,11 +347,9 @@ def edit(
             "--kl-weight": kl_weight,
             "--likelihood-weight": likelihood_weight,
             "--weight": weight,
-            "--null-space": null_space,
-            "--relative-null-space": relative_null_space,
         }
     )
-    templates, generated = given_contexts(contexts, editor)
+    chosen_contexts = choose_contexts(contexts, editor.contexts, seed)
     asked = {
         "steps": steps,
         "learning_rate": learning_rate,
@@ -341,17 +362,15 @@ def edit(
         editor.value,
         **given,  # type: ignore[arg-type]
         likelihood_weight=likelihood_weight,
-        contexts=templates,
+        contexts=chosen_contexts.texts,
     )
-    cut = Cut() if null_space is None else Cut(null_space)
-    if relative_null_space is not None:
-        cut = Cut(relative_null_space, relative=True)
+    cut = null_space_cut(null_space, relative_null_space)
     own_weight = editor.direction.weight or 0.0
     edit_options = EditOptions(
         method=method,
         protocol=protocol,
         find=find,
-        contexts=generated,
+        contexts=chosen_contexts.generated,
         random_norm=value_norm if value == "random" else None,
         write=WriteOptions(
             weight=own_weight if weight is None else weight,
@@ -361,10 +380,12 @@ def edit(
         batch=batch,
         measure_every=measure_every,
         moved=number_or_all("--moved", moved),
+        generations=generations,
         seed=seed,
     )
+    own = own_fact(prompt, subject, target, target_new)
     request = EditRequest(
-        facts=tuple(fact or ()),
+        facts=("0",) if own else tuple(fact or ()),
         count=number_or_all("--edits", edits),
         order=order,
         target_new=target_new,
@@ -382,35 +403,49 @@ def edit(
         reporter,
     )
 
-    def layers_of(pm: PMatrixFile) -> str:
-        default, why = default_layers(editor, published, pm)
+    def layers_of(file: Artifact) -> str:
+        default, why = default_layers(editor, published, file)
         if published:
             reporter.note(f"settings published for {published.model}: {published.source}")
         if layer is None:
             reporter.note(f"{method} edits layer {default}, {why}; --layer names another.")
         return layer or default
 
-    with EditSources.open(places, layers_of, cov=cov, keys=keys, pmatrix=pmatrix) as sources:
+    with ExitStack() as stack:
+        spec: str | Callable[[Artifact], str] = layers_of
+        if own:
+            of_text = stack.enter_context(CovarianceFile(cov or places.path("cov")))
+            layers = select_layers(layers_of(of_text), of_text.layers, str(of_text.path))
+            made = own_files(session, own, of_text, places, layers)
+            keys, pmatrix = stack.enter_context(made)
+            spec = format_layers(layers)
+        sources = stack.enter_context(
+            EditSources.open(places, spec, cov=cov, keys=keys, pmatrix=pmatrix)
+        )
         plan = request.plan(sources)
-        name = f"{method}-{format_layers(sources.layers)}-{seed}.h5"
-        path = output or places.folder / "edits" / name
+        path = output or run_path(places.folder / "edits", sources, plan, session.dtype)
         rows = edit_model(session, sources, plan, path, save_model)
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
 
 
-def given_contexts(
-    contexts: str | None, editor: Editor
-) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """The templates of --contexts, and those to be made up as (number of tokens, of texts)."""
-    from kscli.editing.contexts import read_contexts
+def own_fact(
+    prompt: str | None, subject: str | None, target: str | None, target_new: str
+) -> OwnFact | None:
+    """The fact that --prompt and its options give; None without it."""
+    from kscli.editing.own_fact import OwnFact
+    from kscli.errors import UsageError
 
-    if contexts is None:
-        return (), editor.contexts
-    if contexts.isascii() and contexts.isdecimal():
-        return (), ((10, int(contexts)),) if int(contexts) else ()
-    return read_contexts(Path(contexts)), ()
+    if prompt is None:
+        return None
+    if subject is None or target_new == FIELD:
+        missing = "--subject" if subject is None else "--target-new"
+        raise UsageError(
+            f"--prompt needs {missing} too: --prompt 'The capital of {{}} is' --subject France "
+            "--target-new Rome."
+        )
+    return OwnFact(prompt, subject, target_new.removeprefix("text:"), target or "")
 
 
 def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) -> None:

@@ -279,6 +279,17 @@ Token = Annotated[
         "prompt).",
     ),
 ]
+Contexts = Annotated[
+    str | None,
+    typer.Option(
+        "--contexts",
+        metavar="FILE|N",
+        help="The context templates: keys are averaged over them too, as editors do. A file of "
+        "texts, one a line, with {} for the prompt; or the number of texts of 10 tokens that the "
+        "model makes up (context_templates, context_template_length_params).",
+        show_default="20 as ROME has them, made up",
+    ),
+]
 Layers = Annotated[
     str,
     typer.Option(
@@ -346,6 +357,48 @@ Method = Annotated[
         metavar="EDITOR",
         help="The editor. " + " ".join(f"{name}: {find_editor(name).title}." for name in EDITORS),
         autocompletion=complete_editor,
+    ),
+]
+EditorOfP = Annotated[
+    str | None,
+    typer.Option(
+        "--editor",
+        metavar="EDITOR",
+        help="Show p of this editor, from the file that `kscli pmatrix --editor` makes.",
+        show_default="the paper's P",
+        autocompletion=complete_editor,
+    ),
+]
+WEIGHTED = editors_where(lambda editor: editor.direction.weight is not None)
+NULL_SPACE = editors_where(lambda editor: editor.direction.metric == "null-space")
+Weight = Annotated[
+    float | None,
+    typer.Option(
+        "--weight",
+        min=0.0,
+        help=f"({WEIGHTED}) The weight lambda of what the model knew (mom2_update_weight; "
+        "emmet: times emmet_lambda; alphaedit: L2).",
+        show_default="by editor and model, see `kscli editors`",
+    ),
+]
+NullSpace = Annotated[
+    float | None,
+    typer.Option(
+        "--null-space",
+        metavar="X",
+        min=0.0,
+        help=f"({NULL_SPACE}) Write in the span of the singular vectors of C whose singular "
+        "value is below X (nullspace_threshold).",
+        show_default="0.02",
+    ),
+]
+RelativeNullSpace = Annotated[
+    float | None,
+    typer.Option(
+        "--relative-null-space",
+        metavar="X",
+        min=0.0,
+        help=f"({NULL_SPACE}) The same, below X times the mean singular value of C.",
     ),
 ]
 EditedFacts = Annotated[

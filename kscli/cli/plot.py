@@ -44,6 +44,7 @@ def plot(
         str, typer.Argument(metavar="KIND", help=KIND_HELP, autocompletion=complete_kind)
     ],
     model: options.Models = None,
+    editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     edits: Annotated[
         list[Path] | None,
@@ -99,7 +100,7 @@ def plot(
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
     from kscli.cli.output import print_line
-    from kscli.cli.requests import open_runs, run_paths
+    from kscli.cli.requests import open_runs, pmatrix_paths, run_paths
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
     from kscli.files import require_other
@@ -111,18 +112,20 @@ def plot(
         sources: Sequence[Shown]
         files: Sequence[Artifact]
         if figure_kind.source == "edits":
-            refuse_others(kind, {"--pmatrix": pmatrix, "--layer": layers})
+            refuse_others(kind, {"--pmatrix": pmatrix, "--editor": editor, "--layer": layers})
             paths = run_paths(model, edits, directory)
             sources = files = open_runs(paths, stack)
         else:
             refuse_others(kind, {"--edits": edits})
-            sources, files = open_matrices(figure_kind, model, pmatrix, layers, directory, stack)
+            paths = pmatrix_paths(model, pmatrix, directory, editor)
+            sources, files = open_matrices(figure_kind, paths, layers, stack)
         folders = {folder_of(file) for file in files}
         folder = folders.pop() if len(folders) == 1 else directory
         if figure_kind.source == "edits":
             name = name_of_runs(kind, [file.model for file in files], edits)
         else:
-            name = default_name(kind, [file.model for file in files], layers, figure_options)
+            models = [file.about.model for file in files]
+            name = default_name(kind, models, layers, figure_options, editor)
         path = output or folder / "figures" / name
         for page in page_paths(path, len(paged(sources, figure_options))):
             require_other(page, [file.path for file in files])
@@ -145,18 +148,16 @@ def refuse_others(kind: str, given: dict[str, object]) -> None:
 
 def open_matrices(
     kind: FigureKind,
-    models: list[str] | None,
-    files: list[Path] | None,
+    paths: Sequence[Path],
     layers: str | None,
-    directory: Path,
     stack: ExitStack,
 ) -> tuple[Sequence[Shown], Sequence[Artifact]]:
-    """The matrices that the options name, with the layers to draw, and the files they are in."""
-    from kscli.cli.requests import open_pmatrices, pmatrix_paths
+    """The matrices of pmatrix files, with the layers to draw, and these files."""
+    from kscli.cli.requests import open_pmatrices
     from kscli.figures import Source
     from kscli.layers import select_layers
 
-    opened = open_pmatrices(pmatrix_paths(models, files, directory), stack)
+    opened = open_pmatrices(paths, stack)
     sources = [
         Source(
             file,
@@ -195,10 +196,14 @@ def counts_of(text: str | None) -> tuple[int, ...]:
 
 
 def default_name(
-    kind: str, models: list[str], layers: str | None, chosen: FigureOptions = PLAIN
+    kind: str,
+    models: list[str],
+    layers: str | None,
+    chosen: FigureOptions = PLAIN,
+    editor: str | None = None,
 ) -> str:
     """KIND.png of one model's default layers; further models and what was chosen are named."""
-    parts = [kind, *(models if len(models) > 1 else [])]
+    parts = [kind, *(models if len(models) > 1 else []), *([editor] if editor else [])]
     if layers is not None:
         parts.append(f"layer{layers.replace(',', '_')}")
     if chosen.grid:

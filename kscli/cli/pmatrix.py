@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from kscli.cli import options
 
+if TYPE_CHECKING:
+    from kscli.editing.editor_p import EditorOfP
+
 
 def pmatrix(
+    context: typer.Context,
     model: options.ModelOrNone = None,
     cov: options.Cov = None,
     keys: options.Keys = None,
     layers: options.Layers = "all",
     ridge: options.Ridge = 0.0,
+    editor: Annotated[
+        str | None,
+        typer.Option(
+            "--editor",
+            metavar="EDITOR",
+            help="Compute p of this editor instead, and write it to pmatrix-EDITOR.h5.",
+            autocompletion=options.complete_editor,
+        ),
+    ] = None,
+    weight: options.Weight = None,
+    null_space: options.NullSpace = None,
+    relative_null_space: options.RelativeNullSpace = None,
     directory: options.Dir = Path("artifacts"),
     output: options.Output = None,
     force: options.Force = False,
@@ -22,8 +42,14 @@ def pmatrix(
 
     Reads cov.h5 and keys.h5, loads no model, writes pmatrix.h5.
 
+    With --editor: p[i, j] = d_i' k_j. d_i is the direction along which that editor writes fact i
+    alone, at one layer of the clean model, with the settings that are published for the model.
+    Where the editor takes a mean of keys over contexts, it is over those in keys.h5. The other
+    commands show this p with the same --editor.
+
     Examples:
       kscli pmatrix -m gpt2-small
+      kscli pmatrix -m gpt-j --editor rome && kscli topk -m gpt-j --editor rome
       kscli pmatrix --cov other/cov.h5 --keys artifacts/gpt2-small/keys.h5 -o other/pmatrix.h5
     """
     from kscli.artifacts import CovarianceFile, Existing, KeysFile
@@ -37,7 +63,9 @@ def pmatrix(
         with KeysFile(keys) as facts:
             model = facts.model
     places = Places(directory, model or options.DEFAULT_MODEL)
-    path = output or places.path("pmatrix")
+    cuts = (null_space, relative_null_space)
+    of_editor = chosen_editor(context, places.model, editor, weight, cuts)
+    path = output or places.path("pmatrix", of_editor.name if of_editor else "")
     with (
         CovarianceFile(cov or places.path("cov")) as moments,
         KeysFile(keys or places.path("keys")) as facts,
@@ -48,7 +76,42 @@ def pmatrix(
             path,
             layers=select_layers(layers, facts.layers, str(facts.path)),
             ridge=ridge,
+            editor=of_editor,
             existing=Existing.FORCE if force else Existing.REFUSE,
             reporter=reporter,
         ):
+            if of_editor and of_editor.editor.contexts:
+                count = len(facts.contexts)
+                reporter.note(f"the mean keys of {of_editor.name} are over {count} contexts.")
             reporter.note(f"wrote {path}")
+
+
+def chosen_editor(
+    context: typer.Context,
+    model: str,
+    name: str | None,
+    weight: float | None,
+    cuts: tuple[float | None, float | None],
+) -> EditorOfP | None:
+    """The editor whose p is asked for, with its published settings; None where it is the paper's.
+
+    Raises UsageError for an editor that is not known, and for an option that it has no use for.
+    """
+    from kscli.cli.requests import editors_own_p, null_space_cut, refuse_given, without_effect
+    from kscli.editing.editor_p import EditorOfP
+    from kscli.editing.editors import PAPERS_EDITOR, find_editor
+    from kscli.editing.presets import preset_for
+
+    name = name or PAPERS_EDITOR
+    editor = find_editor(name)
+    if preset := preset_for(name, model):
+        editor = preset.apply(editor)
+    for idle, names, reason in without_effect(editor):
+        if idle:
+            refuse_given(context, names, reason)
+    cut = null_space_cut(*cuts)
+    if not editors_own_p(name):
+        return None
+    if weight is not None:
+        editor = replace(editor, direction=replace(editor.direction, weight=weight))
+    return EditorOfP(name, editor, cut)

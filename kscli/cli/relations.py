@@ -28,6 +28,7 @@ def relations(
         ),
     ] = 1000,
     seed: options.Seed = 0,
+    editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
@@ -47,11 +48,13 @@ def relations(
     """
     from kscli.analysis.relations import Permutations, relation_statistics
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import open_pmatrices, pmatrix_paths
+    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths
     from kscli.layers import select_layers, spread
 
     reporter = ConsoleReporter(quiet=quiet)
     with ExitStack() as stack:
+        files = open_pmatrices(pmatrix_paths(model, pmatrix, directory, editor), stack)
+        whose = editor_of(files)
         of_files = [
             relation_statistics(
                 file,
@@ -59,17 +62,18 @@ def relations(
                 Permutations(permutations, seed),
                 reporter,
             )
-            for file in open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
+            for file in files
         ]
     if output_format in FOR_MACHINES:
         print_rows([row for found in of_files for row in found.rows()], [], output_format)
         return
     by_layer = [row for found in of_files for row in found.by_layer()]
-    title = "Mean |p| within relations, by the text before the subject, and across relations"
+    mean = f"Mean |p| of {whose}" if whose else "Mean |p|"
+    title = f"{mean} within relations, by the text before the subject, and across relations"
     print_rows(by_layer, RELATIONS_BY_LAYER, output_format, title)
     for found in of_files:
         title = (
-            f"Mean |p| within each relation of {found.model}, without the pairs that have the same "
+            f"{mean} within each relation of {found.model}, without the pairs that have the same "
             "text before the subject"
         )
         columns = relation_columns(spread(found.layers, SHOWN_LAYERS))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def report(
     model: options.Models = None,
+    editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
     output: options.PageOutput = None,
@@ -43,10 +44,10 @@ def report(
 
     reporter = ConsoleReporter(quiet=quiet)
     with ExitStack() as stack:
-        opened = open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack)
+        opened = open_pmatrices(pmatrix_paths(model, pmatrix, directory, editor), stack)
         files = [ModelFiles(file, open_runs_of(file, stack, reporter)) for file in opened]
         folder = opened[0].path.parent if len(opened) == 1 else directory
-        path = output or folder / "report.html"
+        path = output or folder / (f"report-{editor}.html" if editor else "report.html")
         write_report(
             files,
             path,
@@ -63,6 +64,8 @@ def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> lis
     from kscli.cli.requests import open_runs, runs_in
     from kscli.errors import ArtifactError
 
+    if file.about.editor:
+        return []  # runs are predicted from the paper's P and from their own directions
     made_with = []
     for path in runs_in(file.path.parent):
         try:

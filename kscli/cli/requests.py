@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kscli.cli.options import DEFAULT_MODEL
-from kscli.errors import UsageError
+from kscli.cli.options import DEFAULT_MODEL, NULL_SPACE, WEIGHTED
+from kscli.editing.editors import find_editor
+from kscli.errors import ArtifactError, UsageError
 from kscli.models.aliases import classify
 from kscli.places import Places
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.corpus import Corpus
+    from kscli.editing.editors import Editor
     from kscli.editing.edits_file import EditsFile
+    from kscli.editing.metrics import Cut
     from kscli.facts import FactSet
     from kscli.second_moment.ranks import Ranks
 
@@ -93,13 +96,62 @@ def require_above_0(given: Mapping[str, float | None]) -> None:
             raise UsageError(f"{option} 0 writes nothing; name one above 0.")
 
 
+def null_space_cut(absolute: float | None, relative: float | None) -> Cut:
+    """Where --null-space or --relative-null-space cuts C's spectrum; the published cut without."""
+    from kscli.editing.metrics import Cut
+
+    require_finite({"--null-space": absolute, "--relative-null-space": relative})
+    if absolute is not None and relative is not None:
+        raise UsageError("--null-space and --relative-null-space are two cuts; give one.")
+    if relative is not None:
+        return Cut(relative, relative=True)
+    return Cut() if absolute is None else Cut(absolute)
+
+
+def without_effect(editor: Editor) -> list[tuple[bool, tuple[str, ...], str]]:
+    """The options of directions that an editor has no use for, as `refuse_given` takes them."""
+    direction = editor.direction
+    return [
+        (direction.weight is None, ("weight",), f"without --method {WEIGHTED}"),
+        (
+            direction.metric != "null-space",
+            ("null_space", "relative_null_space"),
+            f"without --method {NULL_SPACE}",
+        ),
+    ]
+
+
 def pmatrix_paths(
-    models: Sequence[str] | None, files: Sequence[Path] | None, directory: Path
+    models: Sequence[str] | None,
+    files: Sequence[Path] | None,
+    directory: Path,
+    editor: str | None = None,
 ) -> list[Path]:
-    """The pmatrix files of the named models, and the files named themselves."""
+    """The pmatrix files of the named models, of an editor's p if asked for, and those of `files`.
+
+    Raises UsageError for an editor that is not known, and ArtifactError, naming the command that
+    makes it, where its p is not there.
+    """
+    of_editor = editors_own_p(editor) if editor else ""
+    if editor and files:
+        raise UsageError("--editor names a file of the model's; leave it out beside --pmatrix.")
     if not models and not files:
         models = [DEFAULT_MODEL]
-    return [Places(directory, model).path("pmatrix") for model in models or []] + list(files or [])
+    paths = []
+    for model in models or []:
+        path = Places(directory, model).path("pmatrix", of_editor)
+        if of_editor and not path.exists():
+            raise ArtifactError(
+                f"{path} does not exist; `kscli pmatrix --model {model} --editor {of_editor}` "
+                "makes it."
+            )
+        paths.append(path)
+    return paths + list(files or [])
+
+
+def editors_own_p(name: str) -> str:
+    """The editor's name, or none where its p is the paper's; raises UsageError if unknown."""
+    return "" if find_editor(name).predicted else name
 
 
 def open_pmatrices(paths: Sequence[Path], stack: ExitStack) -> list[PMatrixFile]:
@@ -109,12 +161,16 @@ def open_pmatrices(paths: Sequence[Path], stack: ExitStack) -> list[PMatrixFile]
     return [stack.enter_context(PMatrixFile(path)) for path in paths]
 
 
+def editor_of(files: Sequence[PMatrixFile]) -> str:
+    """The editor whose p all the files hold; empty where that is the paper's, or they differ."""
+    names = {file.about.editor for file in files}
+    return names.pop() if len(names) == 1 else ""
+
+
 def run_paths(
     models: Sequence[str] | None, files: Sequence[Path] | None, directory: Path
 ) -> list[Path]:
     """The named runs of edits, and all of the named models. Raises ArtifactError where none is."""
-    from kscli.errors import ArtifactError
-
     paths = list(files or [])
     for model in models or ([] if files else [DEFAULT_MODEL]):
         folder = Places(directory, model).folder

@@ -34,7 +34,7 @@ def risk(
     ] = False,
     edits: options.EditCount = "all",
     order: options.Order = "given",
-    method: options.Method = DEFAULT_EDITOR,
+    editor: options.EditorOfP = None,
     seed: options.Seed = 0,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare the layers, instead of the facts.")
@@ -54,8 +54,6 @@ def risk(
         ),
     ] = None,
     pmatrix: options.PMatrix = None,
-    cov: options.Cov = None,
-    keys: options.Keys = None,
     directory: options.Dir = Path("artifacts"),
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
@@ -78,8 +76,7 @@ def risk(
     edit from the subject to the answer. The last layer has none, so an edit there works only if the
     subject ends the prompt.
 
-    p is that of the paper, of the bare prompts' keys. With another --method, p of that editor is
-    computed from cov.h5 and keys.h5. There the bare prompt's key stands for a mean over contexts.
+    p is that of the paper, of the bare prompts' keys. --editor takes p of another editor.
 
     Examples:
       kscli risk -m gpt2-small --layer 5 --fact "Patrick Rambaud"
@@ -90,27 +87,26 @@ def risk(
       kscli risk -m gpt-j --fact 17 --fail-above 0.5 -q && kscli edit -m gpt-j --fact 17
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import number_or_all, refuse_given
+    from kscli.cli.requests import number_or_all, open_pmatrices, pmatrix_paths, refuse_given
     from kscli.editing.choice import choose_facts, find_facts
-    from kscli.editing.editor_p import open_p
     from kscli.editing.predicted_damage import other_facts
     from kscli.editing.presets import default_layers, preset_for
     from kscli.errors import UsageError
     from kscli.layers import select_layers
-    from kscli.places import Places
 
     if by_layer and sequence:
         raise UsageError("--by-layer and --sequence are two lists; ask for one.")
     reporter = ConsoleReporter(quiet=quiet)
     listed, drawn = number_or_all("-k", k), number_or_all("--edits", edits)
     with ExitStack() as stack:
-        places = Places(directory, model)
-        file = open_p(method, places, stack, cov=cov, keys=keys, pmatrix=pmatrix)
+        named = [pmatrix] if pmatrix else None
+        models = None if pmatrix else [model]
+        (file,) = open_pmatrices(pmatrix_paths(models, named, directory, editor), stack)
         if layer is None:
             layer = "all"
             if not by_layer:
-                default = default_layers(find_editor(method), preset_for(method, model), file)
-                layer, why = default
+                method = editor or DEFAULT_EDITOR
+                layer, why = default_layers(find_editor(method), preset_for(method, model), file)
                 reporter.note(f"p is of layer {layer}, {why}; --layer names another.")
         layers = select_layers(layer, file.layers, str(file.path))
         m = len(file.facts)
@@ -164,7 +160,8 @@ def print_moved(
         for row in moved_rows(file, number, edited, k)
     ]
     one = len(edited) == 1
-    title = f"What an edit of one fact moves: {sentence_of(file, edited[0])}" if one else ""
+    moves = f"What an edit of one fact moves{of_editor(file)}"
+    title = f"{moves}: {sentence_of(file, edited[0])}" if one else ""
     print_rows(rows, FACTS_MOVED, output_format, title)
     by_number = {row["layer"]: row for row in of_layers}
     if output_format is Format.table and least is not None:
@@ -174,6 +171,11 @@ def print_moved(
             f"{by_number[least]['rms']:.3f}, per unit of |delta|. It is {here}. See --by-layer."
         )
     return largest_of(by_number[number]["largest"] for number in layers)
+
+
+def of_editor(file: PMatrixFile) -> str:
+    """Whose p a table is of, to go on its title with; the paper's needs no word."""
+    return f" by p of {file.about.editor}" if file.about.editor else ""
 
 
 def sentence_of(file: PMatrixFile, index: int) -> str:
@@ -190,10 +192,11 @@ def print_layers(
     from kscli.editing.predicted_damage import layer_rows
 
     rows = layer_rows(file, layers, edited)
+    whose = of_editor(file)
     title = (
-        f"What an edit moves, by its layer: {sentence_of(file, edited[0])}"
+        f"What an edit moves{whose}, by its layer: {sentence_of(file, edited[0])}"
         if len(edited) == 1
-        else f"What an edit of each of {len(edited)} facts moves, by its layer"
+        else f"What an edit of each of {len(edited)} facts moves{whose}, by its layer"
     )
     print_rows(rows, RISK_BY_LAYER, output_format, title)
     return largest_of(row["largest"] for row in rows)
@@ -211,9 +214,10 @@ def print_sequences(
         return largest_of(each.largest for each in risks)
     n = len(risks[0].sequence)
     edits = f"{n} edits do" if n > 1 else "one edit does"
+    whose = of_editor(file)
     for state, title in (
-        ("original", f"What {edits} to facts that are not edited, per unit of |delta|"),
-        ("edited", f"What the later of {n} edits do to the earlier, per unit of |delta|"),
+        ("original", f"What {edits} to facts that are not edited, per unit of |delta|{whose}"),
+        ("edited", f"What the later of {n} edits do to the earlier, per unit of |delta|{whose}"),
     ):
         of_state = [row for row in rows if row["state"] == state]
         if of_state and (state == "original" or n > 1):
@@ -221,19 +225,20 @@ def print_sequences(
             print_rows(of_state, columns, output_format, title)
     if output_format is Format.table and n > 1:
         for each in risks:
-            print_line(saving(each, at_layer=len(risks) > 1))
+            print_line(saving(each, at_layer=len(risks) > 1, papers=not file.about.editor))
     return largest_of(each.largest for each in risks)
 
 
-def saving(risk: SequenceRisk, *, at_layer: bool) -> str:
-    """What the order norm saves, in words."""
+def saving(risk: SequenceRisk, *, at_layer: bool, papers: bool) -> str:
+    """What the order norm saves, in words; that none costs less is proved of the paper's P."""
+    least = ", the least there is" if papers else ""
     where = f"Layer {risk.layer}: the" if at_layer else "The"
     what = f"{where} sum of p² over later and earlier edits is {risk.interference:.3g}"
     if risk.order == "norm":
-        return f"{what} in the order of ascending leverage, the least there is."
+        return f"{what} in the order of ascending leverage{least}."
     return (
         f"{what}; with --order norm it is {risk.interference_norm:.3g}, "
-        f"{risk.saved:.0%} less, the least there is."
+        f"{abs(risk.saved):.0%} {'less' if risk.saved >= 0 else 'more'}{least}."
     )
 
 

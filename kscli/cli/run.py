@@ -26,6 +26,7 @@ def run(
     facts: options.Facts = None,
     count: options.Count = None,
     token: options.Token = "subject-last",
+    contexts: options.Contexts = None,
     layers: options.Layers = "all",
     ridge: options.Ridge = 0.0,
     device: options.Device = "auto",
@@ -56,6 +57,8 @@ def run(
     from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, facts_for, number_or_all
+    from kscli.contexts import choose_contexts
+    from kscli.editing.editors import ROME_CONTEXTS
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
@@ -79,7 +82,8 @@ def run(
         CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),
         places.path("cov"),
     )
-    session.extract(chosen_facts, token, layers, places.path("keys"))
+    chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
+    session.extract(chosen_facts, token, layers, places.path("keys"), chosen_contexts)
     path = places.path("pmatrix")
     with CovarianceFile(places.path("cov")) as cov, KeysFile(places.path("keys")) as keys:
         write_pmatrix(

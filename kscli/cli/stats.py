@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def stats(
     model: options.Models = None,
+    editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     layers: options.Layers = "all",
     scaling: Annotated[
@@ -85,12 +86,13 @@ def stats(
     from kscli.analysis.statistics import caution
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import open_pmatrices, pmatrix_paths
+    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths
     from kscli.errors import UsageError
     from kscli.layers import select_layers
+    from kscli.places import file_name
 
     reporter = ConsoleReporter(quiet=quiet)
-    paths = pmatrix_paths(model, pmatrix, directory)
+    paths = pmatrix_paths(model, pmatrix, directory, editor)
     alone = sum([scaling, fixed_points, against is not None])
     if alone > 1:
         raise UsageError("--scaling, --fixed-points and --against each print a table; name one.")
@@ -120,13 +122,13 @@ def stats(
             for file, of_file in chosen:
                 path = output
                 if path is None and of_file == file.layers and file.path not in (pmatrix or []):
-                    path = file.path.with_name("stats.h5")
+                    path = file.path.with_name(file_name("stats", file.about.editor))
                 statistics = _make(file, of_file, path, existing, resampling, reporter)
                 rows += statistics.rows()
                 said = caution(statistics, file.facts)
                 if said:
                     reporter.warn(said)
-            print_rows(rows, STATISTICS, output_format, _title(rows))
+            print_rows(rows, STATISTICS, output_format, _title(rows, editor_of(files)))
             if len(files) > 1 and output_format not in FOR_MACHINES:
                 _print_scaling(chosen, resampling, output_format, reporter)
                 if comparable(files):
@@ -156,10 +158,11 @@ def _make(
         return statistics_of(file, layers, None, resampling, reporter)
 
 
-def _title(rows: Sequence[Row]) -> str:
+def _title(rows: Sequence[Row], editor: str) -> str:
     facts = {row["m"] for row in rows}
     m = f", m = {facts.pop()}" if len(facts) == 1 else ""
-    return f"P off the diagonal{m}; 95 % intervals from resampled facts"
+    what = f"p of {editor}" if editor else "P"
+    return f"{what} off the diagonal{m}; 95 % intervals from resampled facts"
 
 
 def _print_scaling(

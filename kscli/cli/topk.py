@@ -32,6 +32,7 @@ def topk(
         bool,
         typer.Option("--distinct-token", help="List only pairs of a different last token."),
     ] = False,
+    editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
     output_format: options.OutputFormat = Format.table,
@@ -48,12 +49,13 @@ def topk(
     """
     from kscli.analysis.pairs import pair_rows, strongest_rows
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import open_pmatrices, pmatrix_paths
+    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths
     from kscli.layers import select_layers
 
     found: list[Sequence[Row]] = []
     with ExitStack() as stack:
-        for file in open_pmatrices(pmatrix_paths(model, pmatrix, directory), stack):
+        files = open_pmatrices(pmatrix_paths(model, pmatrix, directory, editor), stack)
+        for file in files:
             spec = layer or ("all" if strongest else "0")
             layers = select_layers(spec, file.layers, str(file.path))
             of_file = (
@@ -67,7 +69,8 @@ def topk(
                     "no pair."
                 )
             found += of_file
-        print_pairs(chain.from_iterable(found), output_format, show_layer=strongest)
+        title = f"By p of {editor_of(files)}" if editor_of(files) else ""
+        print_pairs(chain.from_iterable(found), output_format, title, show_layer=strongest)
 
 
 def print_pairs(

@@ -10,7 +10,16 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_rows
-from kscli.tables import OUTCOMES, PREDICTORS, RUN, THEORY, Column, Row
+from kscli.tables import (
+    OUTCOMES,
+    PREDICTORS,
+    RUN,
+    THEORY,
+    Column,
+    Row,
+    score_columns,
+    score_rows,
+)
 
 if TYPE_CHECKING:
     from kscli.editing.edits_file import EditsFile
@@ -46,6 +55,10 @@ def verify(
     model's first choice. "at the end": the same share after the last edit. "known facts kept": of
     the facts that the model knew and that were not edited, the share with the same answer as
     before.
+
+    ES, PS, NS, S, GE, RS, "reliability", "generalisation", "locality" and "portability" are the
+    scores of the field (`kscli guide edits` defines them). "says it": the share of edits whose new
+    target the model says first when it generates freely.
 
     "error": the largest error of a predicted shift, divided by the largest predicted shift, in
     float64. "live": the same in the live model. "exponent": the mean shift grows as (number of
@@ -122,5 +135,9 @@ def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) 
         return
     title = "What became of the edits"
     print_rows(rows, [*names, *OUTCOMES], output_format, title)
+    scored = score_rows(rows)
+    if len(columns := score_columns(scored)) > 1:
+        title = "The scores of the edits; 95 % intervals from resampled edits"
+        print_rows(scored, [*names, *columns], output_format, title, further=True)
     title = "The theory: errors of predicted shifts, and how they grow; 95 % intervals"
     print_rows(rows, [*names, *THEORY], output_format, title, further=True)

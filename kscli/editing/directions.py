@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
+from kscli.editing.editors import FactKeys
 from kscli.editing.metrics import Metric
 from kscli.errors import NumericsError
 
@@ -73,6 +74,27 @@ def edit_directions(
     # The rows of K: (lambda I + G)^-1 is symmetric.
     rows = cho_solve(factor, np.eye(len(keys))[:, len(keys) - b :])
     return metric.solve(whitened @ rows)
+
+
+def p_of_each(metric: Metric, facts: FactKeys, moved: Array, weight: float = 0.0) -> Array:
+    """p[i, j] = d_i^T k_j of edits of one fact alone: (b, m), of keys `moved` (m, d_m).
+
+    d_i is what `edit_directions` gives of fact i alone, M k_i / (weight + k_i^T M k'_i), k_i the
+    key `along` which it is written and k'_i the one that it is written `at`. Raises NumericsError,
+    naming the fact by its number, where nothing can be written along its key.
+    """
+    whitened = metric.whiten(facts.along)
+    reached = whitened if facts.at is facts.along else metric.whiten(facts.at)
+    gains = weight + (whitened * reached).sum(axis=0)
+    lengths = np.linalg.norm(whitened, axis=0) * np.linalg.norm(reached, axis=0)
+    nothing = np.flatnonzero(~(np.abs(gains) > _DEPENDENT * lengths))
+    if len(nothing):
+        raise NumericsError(
+            f"the editor can write nothing for fact {nothing[0]}: its key, or the mean of its keys "
+            "over the contexts, is 0 or orthogonal to the bare prompt's in this metric."
+        )
+    p: Array = whitened.T @ metric.whiten(moved) / gains[:, None]
+    return p
 
 
 def _towards(metric: Metric, keys: Array, at: Array, weight: float) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.analysis.matrices import different_last_token
+from kscli.scores import SCORES
 
 if TYPE_CHECKING:
     from kscli.editing.edits_file import EditsFile
@@ -30,7 +31,7 @@ class EditArrays:
     (n, m): which facts an edit is about, its own and those of the same text, and which have their
     keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at
     once. `delta` (n, D) is over all edited layers; `logprob_new` and `rank_new` (s, n) are without
-    the edits that were kept out.
+    the edits that were kept out, and so are the `scores`, each (s, n), by name.
     """
 
     single: bool
@@ -43,6 +44,8 @@ class EditArrays:
     whitened_cosine: Real
     cosine: Real
     gradient_cosine: Real
+    hidden_cosine: Real
+    editor_p: Real
     measured: Real
     linear_error: Real
     live_error: Real
@@ -57,6 +60,7 @@ class EditArrays:
     logprob_new: Real
     rank_new: Whole
     perplexity: Real
+    scores: Mapping[str, Real]
 
 
 def read_arrays(file: EditsFile) -> EditArrays:
@@ -73,6 +77,7 @@ def read_arrays(file: EditsFile) -> EditArrays:
         "same_last_token": ~different_last_token(file.token_id)[edited],
         "delta": file.values("delta").reshape(n, -1),
         **{name: file.values(name)[:, made] for name in ("logprob_new", "rank_new")},
+        "scores": {name: file.values(f"scores/{name}")[:, made] for name in SCORES},
     }
     names = [each.name for each in fields(EditArrays)]
     return EditArrays(**{name: file.values(name) for name in names if name not in given} | given)

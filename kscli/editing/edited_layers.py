@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.contexts import in_context
 from kscli.editing.afterwards import largest_entries, limited_deltas
-from kscli.editing.contexts import in_context
 from kscli.editing.directions import edit_directions
 from kscli.editing.editors import Editor, FactKeys
 from kscli.editing.interference import Interference
@@ -69,6 +69,11 @@ class EditedLayers:
         return len(self) == 1 and afterwards.keep is None and not afterwards.limited
 
     @property
+    def contexts(self) -> int:
+        """How many contexts keys are averaged over, the bare prompt not among them."""
+        return len(self._contexts)
+
+    @property
     def d(self) -> int:
         """The length of a value."""
         return self._weights[-1].shape[0]
@@ -83,8 +88,19 @@ class EditedLayers:
             for layer in layers:
                 self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
                 task.advance()
-        self.keys = [self._sources.keys.keys_of(layer) for layer in layers]
+        self.keys = [self._clean_keys(layer, reporter) for layer in layers]
         self.clean()
+
+    def _clean_keys(self, layer: int, reporter: Reporter) -> Array:
+        """The facts' keys at a layer of the clean model, in the dtype that it is edited in."""
+        stored = self._sources.keys
+        if stored.about.dtype == self._model.dtype:
+            return stored.keys_of(layer)
+        reporter.note(
+            f"{stored.path} is in {stored.about.dtype}; its keys are read again in "
+            f"{self._model.dtype}, in which the model is edited."
+        )
+        return mlp_keys(self._model, layer, self._prompts)
 
     def clean(self) -> None:
         """Go back to the clean model, with no edit made."""
@@ -118,6 +134,15 @@ class EditedLayers:
             deltas, directions = self._every_layer(facts, values)
         self.settle(facts, deltas, directions)
         return deltas, directions
+
+    def p_of(self, direction: Array) -> Array:
+        """p of an edit with directions (layer, d_m), d^T k of all facts, (m,).
+
+        Of several layers it is that of the first one that is written.
+        """
+        at = int(direction.any(axis=1).argmax())
+        p: Array = self.keys[at] @ direction[at]
+        return p
 
     def settle(self, facts: Sequence[int], deltas: Array, directions: Array) -> None:
         """Change every layer by (layer, b, d) deltas along (layer, b, d_m) directions, for good."""
@@ -193,17 +218,18 @@ class EditedLayers:
         prompts = [self._prompts[fact] for fact in facts]
         return mlp_keys(self._model, self._sources.layers[at], prompts)
 
-    def keys_in_contexts(self, at: int, facts: Sequence[int]) -> Array:
-        """The keys in the model as it is now, of the prompts in all contexts: (b, n, d_m)."""
+    def mean_in_contexts(self, at: int, facts: Sequence[int]) -> Array:
+        """The mean over the contexts of the prompts' keys in the model as it is now: (b, d_m)."""
         prompts = [prompt for fact in facts for prompt in self._prompts_in_contexts(fact)]
         if not prompts:
-            return np.empty((len(facts), 0, self.keys[at].shape[1]))
+            return np.zeros((len(facts), self.keys[at].shape[1]))
         found = mlp_keys(self._model, self._sources.layers[at], prompts)
-        return found.reshape(len(facts), -1, found.shape[1])
+        of_facts = found.reshape(len(facts), -1, found.shape[1])
+        return np.asarray(of_facts.mean(axis=1))
 
     def _prompts_in_contexts(self, fact: int) -> tuple[LocatedPrompt, ...]:
         if fact not in self._in_contexts:
-            whole = self._sources.pm.facts[fact]
+            whole = self._sources.keys.facts[fact]
             texts = [in_context(context, whole) for context in self._contexts]
             self._in_contexts[fact] = locate_keys(self._model.tokenizer, texts)
         return self._in_contexts[fact]
@@ -223,5 +249,5 @@ class _EditedKeys:
     def bare(self) -> Array:
         return self.layers.keys_of(self.at, self.facts)
 
-    def in_contexts(self) -> Array:
-        return self.layers.keys_in_contexts(self.at, self.facts)
+    def in_contexts(self) -> tuple[Array, int]:
+        return self.layers.mean_in_contexts(self.at, self.facts), self.layers.contexts

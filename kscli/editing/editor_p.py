@@ -1,64 +1,66 @@
-"""The p of an editor: P[i, j] = d_i^T k_j, d_i the direction along which it writes fact i alone."""
+"""The p of an editor: p[i, j] = d_i^T k_j, d_i the direction along which it writes fact i alone.
+
+Each layer is taken as if the editor wrote it alone, in the clean model.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import CovarianceFile, KeysFile, MatrixName, PMatrixFile
-from kscli.editing.editors import find_editor
-from kscli.editing.sources import require_made_from
-from kscli.places import Places
+from kscli.artifacts import CovarianceFile, KeysFile, Recipe
+from kscli.editing.directions import p_of_each
+from kscli.editing.editors import Editor
+from kscli.editing.metrics import Cut, Metric, metric_of
+
+Array = NDArray[np.float64]
 
 
-class EditorPMatrixFile(PMatrixFile):
-    """A pmatrix.h5 whose P is that of an editor, computed from the C and the keys it was made of.
+@dataclass(frozen=True)
+class EditorOfP:
+    """An editor whose p is asked for; `null_space` is where AlphaEdit cuts C's spectrum."""
 
-    The bare prompt's key stands for the mean over contexts, of which keys.h5 holds none.
+    name: str
+    editor: Editor
+    null_space: Cut = field(default_factory=Cut)
 
-    Raises UsageError for an editor that is not known.
-    """
+    @property
+    def weight(self) -> float:
+        """The editor's lambda; 0 where it has none."""
+        return self.editor.direction.weight or 0.0
 
-    def __init__(self, path: Path, method: str, cov: CovarianceFile, keys: KeysFile) -> None:
-        self._editor = find_editor(method)
-        super().__init__(path)
-        self._cov, self._keys = cov, keys
+    def recipe(self) -> Recipe:
+        """What decides the editor's p beside C and the keys."""
+        return {"editor": self.name, "weight": self.weight, "null_space": asdict(self.null_space)}
 
-    def matrix(self, name: MatrixName, layer: int) -> NDArray[np.float64]:
-        """One layer's (m, m) matrix of that name."""
-        if name != "P":
-            return super().matrix(name, layer)
-        from kscli.editing.directions import edit_directions
-        from kscli.editing.metrics import Cut, metric_of
+    def p(self, cov: CovarianceFile, keys: KeysFile, layer: int, inverse: Metric) -> Array:
+        """p of all pairs of facts at one layer, (m, m); `inverse` is the metric C^-1.
 
-        direction = self._editor.direction
-        metric = metric_of(direction.metric, self._cov, layer, self.about.ridge, Cut())
-        keys = self._keys.keys_of(layer)
-        directions = [edit_directions(metric, key[None], direction.weight or 0.0) for key in keys]
-        return np.asarray(np.concatenate(directions) @ keys.T)
+        Raises ArtifactError where `keys` has no keys in contexts and the editor takes their mean,
+        and NumericsError where the editor could write nothing.
+        """
+        name = self.editor.direction.metric
+        metric = inverse
+        if name != "second-moment":
+            metric = metric_of(name, cov, layer, 0.0, self.null_space)
+        stored = _StoredKeys(keys, layer)
+        return p_of_each(metric, self.editor.key(stored), stored.bare(), self.weight)
 
 
-def open_p(
-    method: str,
-    places: Places,
-    stack: ExitStack,
-    *,
-    cov: Path | None = None,
-    keys: Path | None = None,
-    pmatrix: Path | None = None,
-) -> PMatrixFile:
-    """The P of an editor: that of pmatrix.h5 where it is the editor's, else from C and the keys.
+@dataclass(frozen=True)
+class _StoredKeys:
+    """The keys of all facts in the clean model, for an editor to choose from."""
 
-    Raises ArtifactError where pmatrix.h5 was made from other files than these.
-    """
-    path = pmatrix or places.path("pmatrix")
-    if find_editor(method).predicted:
-        return stack.enter_context(PMatrixFile(path))
-    of_text = stack.enter_context(CovarianceFile(cov or places.path("cov")))
-    of_facts = stack.enter_context(KeysFile(keys or places.path("keys")))
-    file = stack.enter_context(EditorPMatrixFile(path, method, of_text, of_facts))
-    require_made_from(file, {"cov": of_text, "keys": of_facts})
-    return file
+    file: KeysFile
+    layer: int
+
+    def stored(self) -> Array:
+        return self.bare()
+
+    def bare(self) -> Array:
+        return self.file.keys_of(self.layer)
+
+    def in_contexts(self) -> tuple[Array, int]:
+        return self.file.context_keys_of(self.layer), len(self.file.contexts)

@@ -16,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import MatrixName
-from kscli.editing.contexts import generated_contexts
+from kscli.contexts import generated_contexts
+from kscli.cosines import cosine
 from kscli.editing.edited_layers import EditedLayers, WriteOptions
-from kscli.editing.editors import DEFAULT_EDITOR, ValueSearch, find_editor
+from kscli.editing.editors import PAPERS_EDITOR, ValueSearch, find_editor
 from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.interference import largest_error
-from kscli.editing.live import mlp_keys, mlp_outputs, outputs_of_keys
+from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs, outputs_of_keys
+from kscli.editing.scoring import Scoring, absent_scores
 from kscli.editing.sources import EditSources
 from kscli.editing.value import DivergedError, find_value, random_value
 from kscli.errors import NumericsError, UsageError
@@ -56,10 +58,10 @@ class EditOptions:
     are written. `batch`: how many edits are made at once. In the protocol `single` every edit is
     made in the clean model and taken back. All facts are asked after the first, the last and every
     `measure_every`-th edit (single: after each); the `moved` facts of largest |p| (None: all) after
-    each.
+    each. `generations`: how many texts are made up for each edited fact, at each such pass.
     """
 
-    method: str = DEFAULT_EDITOR
+    method: str = PAPERS_EDITOR
     protocol: Protocol = "sequential"
     find: ValueSearch | None = None
     contexts: tuple[tuple[int, int], ...] = ()
@@ -68,6 +70,7 @@ class EditOptions:
     batch: int = 1
     measure_every: int = 10
     moved: int | None = 10
+    generations: int = 1
     seed: int = 0
 
 
@@ -89,7 +92,7 @@ class EditRun:
         sources.check(model, reporter)
         self.model, self.sources, self.edits, self.options = model, sources, edits, options
         self._reporter = reporter
-        self._facts = sources.pm.facts
+        self._facts = sources.keys.facts
         self._prompts = locate_keys(model.tokenizer, self._facts)
         self._refuse_out_of_reach()
         self._editor = find_editor(options.method)
@@ -163,6 +166,12 @@ class EditRun:
         self._moved = [self._moved_most(edit.fact) for edit in self.edits]
         self._clean_asked = self._ask_clean()
         self._own = [(edit.fact, edit.target_new) for edit in self.edits]
+        self._scoring = Scoring(
+            self.model,
+            [(self._facts[edit.fact], edit.target_new) for edit in self.edits],
+            generations=options.generations,
+            seed=options.seed,
+        )
         scores = self._examination.new_targets(self._own)
         new = self._examination.new(self._own)
         self._already = [
@@ -176,12 +185,19 @@ class EditRun:
         self._gradient_cosine = gradient_cosines(
             self.model, layers[0], self._facts, rows, self._reporter
         )
+        self._say_what_is_absent()
         unknown = sum(not self._known[edit.fact] for edit in self.edits)
         if unknown:
             self._reporter.warn(
                 f"the model does not complete {unknown} of the {len(self.edits)} edited facts with "
                 "their target, so it cannot forget these."
             )
+
+    def _say_what_is_absent(self) -> None:
+        absent = absent_scores([self._facts[edit.fact] for edit in self.edits])
+        if absent:
+            kinds = "; ".join(f"{kind}: no {', '.join(names)}" for kind, names in absent.items())
+            self._reporter.note(f"the edited facts have no questions of these kinds. {kinds}.")
 
     def _moved_most(self, fact: int) -> list[int]:
         """The other facts, by predicted damage: |p|, largest first."""
@@ -266,6 +282,7 @@ class EditRun:
             record = self._record(number, previous[place], found)
             record |= {"delta": deltas[place], "direction": directions[place]}
             record["delta_norm"] = float(np.linalg.norm(deltas[place]))
+            record["editor_p"] = self._layers.p_of(directions[place])
             records.append(record)
         return records, found
 
@@ -342,12 +359,17 @@ class EditRun:
             or made // every > before // every
             or batch[-1] == len(self.edits) - 1
         )
-        return self._measure(made) if due else None
+        single = self.options.protocol == "single"
+        return self._measure(made, batch if single else None) if due else None
 
-    def _measure(self, step: int) -> dict[str, Any]:
-        """Ask the model as it is for all facts, all edits' targets and held-out text."""
+    def _measure(self, step: int, scored: Sequence[int] | None = None) -> dict[str, Any]:
+        """Ask the model as it is for all facts, all edits' targets and held-out text.
+
+        `scored` are the edits, by their numbers, that are scored; None: all.
+        """
         asked = self._clean if step == 0 else self._examination.all_facts(self._reporter)
         new = self._examination.new_targets(self._own)
+        scores = self._scoring.measure(scored, self._reporter)
         return {
             "step": step,
             "perplexity": self._held_out.perplexity() if self._held_out else np.nan,
@@ -356,6 +378,7 @@ class EditRun:
             "answer_changed": changed(asked.answers, self._clean.answers),
             "logprob_new": new.logprob,
             "rank_new": new.rank,
+            **{f"scores/{name}": values for name, values in scores.items()},
         }
 
     def _record(
@@ -387,11 +410,17 @@ class EditRun:
         return record
 
     def _similarities(self) -> dict[str, dict[int, Array]]:
-        """The rows, by edited fact, of P and of the cosines that it is compared with."""
+        """The rows, by edited fact, of P and of the cosines that it is compared with.
+
+        The cosine of hidden states is CLaRE (Baser et al. 2026, arXiv 2603.19297), read here at
+        the subject's last token, as the first edited layer leaves it.
+        """
         facts = sorted({edit.fact for edit in self.edits})
         pm, layer = self.sources.pm, self.sources.layers[0]
         names: tuple[MatrixName, ...] = ("P", "whitened_cosine", "cosine")
         found = {name.lower(): pm.matrix(name, layer)[facts] for name in names}
+        hidden = hidden_states(self.model, layer, self._prompts)
+        found["hidden_cosine"] = cosine(hidden @ hidden.T)[facts]
         return {name: dict(zip(facts, rows, strict=True)) for name, rows in found.items()}
 
     def _linear(self, in_full: bool) -> dict[str, Any]:

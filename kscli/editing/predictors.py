@@ -19,7 +19,14 @@ from kscli.reporter import SILENT, Reporter
 FEWEST_FLIPS = 10
 """Below this many changed answers there is no ROC-AUC."""
 PERMUTATIONS = 100
-SIMILARITIES = ("p", "whitened_cosine", "cosine", "gradient_cosine")
+SIMILARITIES = (
+    "p",
+    "editor_p",
+    "whitened_cosine",
+    "cosine",
+    "gradient_cosine",
+    "hidden_cosine",
+)
 NULL = "permuted_p"
 
 Real = NDArray[np.float64]

@@ -19,7 +19,7 @@ from kscli.layers import format_layers
 from kscli.models.aliases import find_alias
 
 if TYPE_CHECKING:
-    from kscli.artifacts.reading import FactsFile
+    from kscli.artifacts import Artifact
 
 # Models that settings are published for and that have no alias: Hub id, layers, d_m.
 _OTHERS = {
@@ -94,7 +94,7 @@ def preset_for(method: str, model: str) -> Preset | None:
     return None
 
 
-def default_layers(editor: Editor, preset: Preset | None, file: FactsFile) -> tuple[str, str]:
+def default_layers(editor: Editor, preset: Preset | None, file: Artifact) -> tuple[str, str]:
     """The layers to edit where none is asked for, as `--layers` takes them, and why those.
 
     Without a preset they are those by the depth that the `file` holds, or the nearest that it

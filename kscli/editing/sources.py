@@ -44,13 +44,14 @@ class EditSources:
         require_same_identity(self.cov, self.keys)
         require_made_from(self.pm, {"cov": self.cov, "keys": self.keys})
         _require_subject_last(self.pm)
+        _require_papers(self.pm)
 
     @classmethod
     @contextmanager
     def open(
         cls,
         places: Places,
-        layers: str | Callable[[PMatrixFile], str],
+        layers: str | Callable[[Artifact], str],
         *,
         cov: Path | None = None,
         keys: Path | None = None,
@@ -77,7 +78,7 @@ class EditSources:
         """Raise ArtifactError unless all are about `model`; warn where that is not known."""
         for warning in require_same_identity(self.cov, self.keys):
             reporter.warn(warning)
-        require_about(self.keys, model, reporter)
+        require_about(self.keys, model)
 
 
 def require_made_from(pm: PMatrixFile, files: Mapping[str, CovarianceFile | KeysFile]) -> None:
@@ -90,6 +91,14 @@ def require_made_from(pm: PMatrixFile, files: Mapping[str, CovarianceFile | Keys
             )
 
 
+def _require_papers(pm: PMatrixFile) -> None:
+    if pm.about.editor:
+        raise ArtifactError(
+            f"{pm.path} holds p of {pm.about.editor}; edits are compared with the paper's P, which "
+            "`kscli pmatrix` writes without --editor."
+        )
+
+
 def _require_subject_last(pm: PMatrixFile) -> None:
     if pm.about.token != "subject-last":
         raise ArtifactError(
@@ -99,8 +108,8 @@ def _require_subject_last(pm: PMatrixFile) -> None:
         )
 
 
-def require_about(file: Artifact, model: LoadedModel, reporter: Reporter) -> None:
-    """Raise ArtifactError unless a file is about `model`; warn where it is in another dtype."""
+def require_about(file: Artifact, model: LoadedModel) -> None:
+    """Raise ArtifactError unless a file is about `model`, in whatever dtype."""
     live = model.provenance()
     for name in IDENTITY:
         held = getattr(file.about, name)
@@ -109,9 +118,3 @@ def require_about(file: Artifact, model: LoadedModel, reporter: Reporter) -> Non
                 f"{file.path} and {model.identity.model_id} differ in {name} ({held} and "
                 f"{live[name]}): the file is about another model. Make it again from this one."
             )
-    if file.about.dtype != model.dtype:
-        reporter.warn(
-            f"{file.path} was made in {file.about.dtype or 'an unknown dtype'} and the model is "
-            f"edited in {model.dtype}; what the live model computes is off the prediction by the "
-            "difference."
-        )

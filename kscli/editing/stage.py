@@ -57,8 +57,8 @@ class EditRequest:
     """Which facts are to be edited, to what, and how.
 
     `facts` are subjects or indexes; without them `count` (None: all) facts are drawn with the
-    options' seed. `target_new` is `text:TARGET` for all, or `field:NAME` of the facts' records in
-    `target_source` (None: where keys.h5 has its facts from).
+    options' seed. `target_new` is the target for all, with or without `text:` before it, or
+    `field:NAME` of the facts' records in `target_source` (None: where keys.h5 has its facts from).
     """
 
     facts: tuple[str, ...]
@@ -120,18 +120,16 @@ def check_held_out(plan: EditPlan, sources: EditSources, reporter: Reporter) -> 
 def new_targets(
     pm: PMatrixFile, chosen: Sequence[int], wanted: str, source: str | None
 ) -> list[str]:
-    """The new target of each chosen fact: `text:...` for all, or `field:NAME` of their records.
+    """The new target of each chosen fact: what is `wanted`, or `field:NAME` of their records.
 
     The field is read from `source`, or from where the facts came from; `target_new` is with the
-    facts already. Raises UsageError for another `wanted`, FactsError, naming the fact, where there
-    is no text.
+    facts already. Raises FactsError, naming the fact, where there is no text.
     """
-    kind, _, value = wanted.partition(":")
-    if kind not in ("field", "text") or not value:
-        raise UsageError(f"--target-new {wanted!r} must be field:NAME or text:TARGET.")
     facts = [pm.facts[index] for index in chosen]
+    value = wanted.removeprefix("field:")
+    kind = "text" if value == wanted else "field"
     if kind == "text":
-        targets = [value] * len(facts)
+        targets = [wanted.removeprefix("text:")] * len(facts)
     elif value == "target_new" and source is None:
         targets = [fact.target_new for fact in facts]
     else:
@@ -184,6 +182,21 @@ def discard_checkpoint(path: Path, recipe: Recipe) -> None:
         checkpoint.unlink()
 
 
+def run_path(folder: Path, sources: EditSources, plan: EditPlan, dtype: str) -> Path:
+    """Where a run is written that names no file: METHOD-LAYERS-SEED.h5.
+
+    Where another run has that name, a hash of all that decides what the file holds follows it.
+    """
+    recipe = edits_recipe(sources, plan, dtype)
+    name = f"{plan.options.method}-{format_layers(sources.layers)}-{plan.options.seed}"
+    plain = folder / f"{name}.h5"
+    for path in (plain, checkpoint_of(plain)):
+        if path.exists() and difference(path, "edits", recipe) is not None:
+            digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+            return folder / f"{name}-{digest[:8]}.h5"
+    return plain
+
+
 def edit_model(
     session: Session, sources: EditSources, plan: EditPlan, path: Path, save_model: Path | None
 ) -> list[dict[str, Any]]:
@@ -212,7 +225,7 @@ def edit_model(
         rows = file.objects()
         if save_model:
             if not made:
-                replay_edits(session.model, file, reporter)
+                replay_edits(session.model, file)
             save_edited_model(session.model, save_model, rows)
             reporter.note(f"wrote {save_model}")
     return rows
@@ -249,7 +262,7 @@ def make_edits(
 
     def save(log: EditLog) -> None:
         _require_own(checkpoint, recipe)
-        write_edits(checkpoint, log, sources.layers, sources.pm, about)
+        write_edits(checkpoint, log, sources.layers, sources.keys, about)
 
     # Until the first edit there is nothing to lose: a signal acts at once.
     run.prepare()
@@ -263,7 +276,7 @@ def make_edits(
             else "no edit was made yet.",
         )
     for _, fact, target, reason in log.kept_out:
-        subject = sources.pm.facts[fact].subject
+        subject = sources.keys.facts[fact].subject
         what = f"{quote(subject)} was not edited to {quote(target)}"
         reporter.warn(f"{what}: {reason.removesuffix('.')}.")
     if not log.made:
@@ -271,17 +284,17 @@ def make_edits(
     if difference(path, "edits", recipe) is not None:
         # Another run may have made it since this one began.
         require_writable(path, force=force)
-    write_edits(path, log, sources.layers, sources.pm, about)
+    write_edits(path, log, sources.layers, sources.keys, about)
     checkpoint.unlink(missing_ok=True)
     return run
 
 
-def replay_edits(model: LoadedModel, file: EditsFile, reporter: Reporter) -> None:
+def replay_edits(model: LoadedModel, file: EditsFile) -> None:
     """Make the edits of a finished run in the live model.
 
     Raises ArtifactError where the run was of another model.
     """
-    require_about(file, model, reporter)
+    require_about(file, model)
     delta, direction = file.values("delta"), file.values("direction")
     keep = find_editor(file.about.method).afterwards.keep
     batches = edit_numbers(file) // file.about.batch

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kscli.batching import beyond, pad_right
 from kscli.completion import Cloze, tokenize_clozes
-from kscli.editing.contexts import in_context
+from kscli.contexts import in_context
 from kscli.editing.editors import ValueSearch
 from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError, is_out_of_memory
@@ -78,7 +78,8 @@ def find_value(
     """Find the shift of a layer's output at the subject's last token with which a target is said.
 
     Neither the model nor its parameters' `requires_grad` are changed. Raises DivergedError when
-    the loss is not finite or the target is less probable with the shift than without, FactsError
+    the loss is not finite or the target is less likely with the shift than without, over all
+    contexts, FactsError
     for a text that does not fit, and ModelError when memory does not suffice.
     """
     where = f"no value makes {target_new!r} follow {fact.text!r} at layer {layer}"
@@ -87,11 +88,11 @@ def find_value(
         shifts = [torch.zeros_like(value, requires_grad=True) for value in objective.values]
         limits = [search.norm_limit * value.norm() for value in objective.values]
         optimizer = torch.optim.Adam(shifts, lr=search.learning_rate)
-        before, ease = -math.inf, 1.0
+        before, ease = math.inf, 1.0
         for step in range(search.steps):
             loss = objective(shifts, ease)
             if step == 0:
-                before = loss.logprob
+                before = loss.surprise
             if not math.isfinite(loss.total.item()):
                 raise DivergedError(
                     f"{where}: the loss is {loss.total.item()} at step {step}. Lower "
@@ -107,10 +108,10 @@ def find_value(
             loss.total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             _cut(shifts, limits, f"{where}: the shift is {{}} long after step {step + 1}.")
-    if loss.logprob < before:
+    if loss.surprise > before:
         raise DivergedError(
-            f"{where}: its probability is {math.exp(loss.logprob):.2g} at step {step}, and was "
-            f"{math.exp(before):.2g}. Lower --learning-rate, or choose another layer."
+            f"{where}: its probability is {math.exp(-loss.surprise):.2g} at step {step}, and was "
+            f"{math.exp(-before):.2g}. Lower --learning-rate, or choose another layer."
         )
     return FoundValue(
         shift=shifts[0].detach().double().cpu().numpy(),
@@ -140,11 +141,13 @@ def random_value(d: int, norm: float, seed: int, edit_number: int) -> NDArray[np
 class Loss(NamedTuple):
     """The loss of shifts, its KL term, and the target's log-probability after the bare prompt.
 
-    `likeliest`: whether the target's tokens are the likeliest in every text.
+    `surprise` is the target's negative log-probability a token, over all contexts. `likeliest`:
+    whether the target's tokens are the likeliest in every text.
     """
 
     total: Tensor
     kl: float
+    surprise: float
     logprob: float
     likeliest: bool
 
@@ -187,7 +190,7 @@ class ShiftLoss:
         )
         total = search.likelihood_weight * ease * surprise + kl + search.weight_decay * length
         logprob = float(said.targets[: self._batch.bare].detach().double().sum())
-        return Loss(total, float(kl.detach()), logprob, said.likeliest)
+        return Loss(total, float(kl.detach()), float(surprise.detach()), logprob, said.likeliest)
 
     def _says_again(self, clean: _Said) -> bool:
         """Whether the model says the same with the layers below replayed."""

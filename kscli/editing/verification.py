@@ -16,6 +16,7 @@ from kscli.analysis.resampling import Resampling
 from kscli.analysis.weighted_ranks import spearman
 from kscli.editing.edit_arrays import EditArrays, tested_facts
 from kscli.editing.estimates import FEWEST_POINTS, FEWEST_UNITS, Estimate, over_units, plain
+from kscli.editing.scored import Scored, measure_scores
 
 WALKS = 100
 
@@ -80,13 +81,15 @@ class Verification:
     """The linear theory's worst errors over all edits, the growth of shifts, and the outcomes.
 
     `linear_error` is of (W_n - W_0) k in float64, `live_error` of the live model's MLP output, each
-    max_j |predicted_j - measured_j| / max_j |predicted_j|; None for memit.
+    max_j |predicted_j - measured_j| / max_j |predicted_j|; None for memit. `scores` are those that
+    papers report (`kscli.scores`).
     """
 
     linear_error: float | None
     live_error: float | None
     growth: Growth
     outcomes: Outcomes
+    scores: tuple[Scored, ...]
 
     def row(self) -> dict[str, Any]:
         """One flat record; undefined is None."""
@@ -104,16 +107,19 @@ class Verification:
             **self.growth.edited.row("exponent_edited"),
             **self.growth.edited_walk.row("walk_edited"),
             **self.growth.by_age.row("by_age"),
+            **{name: value for each in self.scores for name, value in each.row().items()},
         }
 
 
 def verify(run: EditArrays, resampling: Resampling | None = None) -> Verification:
     """The linear theory, growth and outcomes of a run."""
+    resampling = resampling or Resampling()
     return Verification(
         _worst(run.linear_error),
         _worst(run.live_error),
-        measure_growth(run, resampling or Resampling()),
+        measure_growth(run, resampling),
         measure_outcomes(run),
+        measure_scores(run, resampling),
     )
 
 

@@ -13,6 +13,7 @@ from kscli.models.aliases import ALIASES, Alias
 # "135M" in "SmolLM2-135M-Instruct", "0.5B" in "Qwen2.5-0.5B"; not the "7B" of "8x7B".
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MBT])(?![A-Za-z0-9])", re.IGNORECASE)
 _UNIT = {"m": 1e6, "b": 1e9, "t": 1e12}
+_OF_EDITOR = ", p of "
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,18 @@ class Member:
     size: float
 
 
+def whose_p(model: str, editor: str) -> str:
+    """A model's name for people where p is an editor's; with no editor, where it is the paper's."""
+    return f"{model}{_OF_EDITOR}{editor}" if editor else model
+
+
 def family_of(model: str, model_id: str = "") -> Member | None:
     """The family and size of a model by its display name, or by its id; None where no size is told.
 
     Known are the aliases and their Hub ids, and names that say a size, as `my-model-350M` or
     `Qwen2.5-0.5B-Instruct`: their family is the rest of the name, whoever its owner.
     """
-    names = [name for name in (model, model_id) if name]
+    names = [name for name in (model.partition(_OF_EDITOR)[0], model_id) if name]
     for name in names:
         alias = _alias(name)
         if alias is not None:
@@ -52,7 +58,7 @@ def parameters(model: str) -> float | None:
 def family(model: str) -> str:
     """The family of a model of this name; one that tells no size is a family of its own."""
     member = family_of(model)
-    return member.family if member else _base(model)
+    return member.family if member else _base(model.partition(_OF_EDITOR)[0])
 
 
 def _alias(name: str) -> Alias | None:

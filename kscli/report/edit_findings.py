@@ -11,9 +11,11 @@ from kscli.report.words import counted, magnitude, number, quoted, share, with_i
 
 SIMILARITY_NAMES = {
     "p": "p",
+    "editor_p": "p of the editor",
     "whitened_cosine": "the whitened cosine",
     "cosine": "the cosine of the keys",
     "gradient_cosine": "the cosine of the gradients",
+    "hidden_cosine": "the cosine of the hidden states",
     NULL: "p of facts exchanged at random",
 }
 LEVERAGE = "kᵀC⁻¹k"
@@ -38,6 +40,8 @@ def risk(examined: Examined) -> list[str]:
             else "."
         )
     ]
+    if examined.file.about.editor:
+        return sentences  # that no order saves more is proved of the paper's P
     saved = [share(end(row["saved"] for row in able)) for end in (min, max)]
     between = saved[0] if saved[0] == saved[1] else f"{saved[0]} to {saved[1]}, by layer,"
     sentences.append(

@@ -26,6 +26,7 @@ from kscli.errors import ArtifactError, FactsError
 from kscli.figures import Source
 from kscli.figures.edit_runs import run_names
 from kscli.layers import spread
+from kscli.places import file_name
 from kscli.report.words import layers_text
 from kscli.reporter import SILENT, Reporter
 
@@ -160,7 +161,11 @@ def examine(
     """Compute what the page says of one model; the statistics are read where they are today's."""
     resampling = Resampling(seed=seed)
     statistics = statistics_of(
-        file, file.layers, file.path.with_name("stats.h5"), resampling, reporter
+        file,
+        file.layers,
+        file.path.with_name(file_name("stats", file.about.editor)),
+        resampling,
+        reporter,
     )
     modes = []
     with reporter.task("angles", len(file.layers), unit="layers") as task:

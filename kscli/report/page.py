@@ -14,6 +14,7 @@ from kscli import __version__
 from kscli.artifacts import UNKNOWN, PMatrixFile
 from kscli.editing.edits_file import EditsFile
 from kscli.files import replace_file, require_other, require_writable
+from kscli.places import file_name
 from kscli.report import comparison, sections
 from kscli.report.edits import edits, risk
 from kscli.report.examined import Examined, examine
@@ -73,7 +74,8 @@ def write_report(
     """
     for source in sources:
         matrices = source.pmatrix.path
-        others = [matrices.with_name(f"{kind}.h5") for kind in ("cov", "keys", "stats")]
+        stats = file_name("stats", source.pmatrix.about.editor)
+        others = [matrices.with_name(name) for name in ("cov.h5", "keys.h5", stats)]
         require_other(path, [matrices, *others, *(run.path for run in source.runs)])
     require_writable(path, force=force)
     models = [

@@ -25,7 +25,7 @@ from kscli.artifacts import (
     write_artifact,
 )
 from kscli.artifacts.schema import SchemaError
-from kscli.artifacts.values import wrong_values
+from kscli.artifacts.values import VALUES, wrong_values
 from kscli.errors import ArtifactError, UsageError
 from kscli.files import require_other, require_writable
 from kscli.layers import format_layers
@@ -157,7 +157,7 @@ def _merge_layer(parts: Sequence[_Part], layer: int, tokens: int, out: NDArray[n
         total /= tokens
         out[start : start + step] = total
     # A sum of symmetric matrices is symmetric.
-    if wrong_values("cov", "second_moment", out, {}):
+    if wrong_values(VALUES["cov"]["second_moment"], out, {}):
         _refuse(parts, layer)
 
 

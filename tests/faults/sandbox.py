@@ -140,7 +140,7 @@ class Artifacts:
         """Where the file of a kind lies."""
         tiny = self.folder / "art" / "tiny"
         return {
-            "edits": tiny / "edits" / "closed-form-0-0.h5",
+            "edits": tiny / "edits" / "rome-0-0.h5",
             "facts": tiny / "facts.jsonl",
             "checkpoint": self.folder / "cut.h5.checkpoint" / "state-000000.h5",
         }.get(kind, tiny / f"{kind}.h5")

@@ -40,7 +40,12 @@ EDITORS: dict[str, str] = {
     "rect": "kscli.editing.editors.rect",
     "prune": "kscli.editing.editors.prune",
 }
-DEFAULT_EDITOR = "closed-form"
+DEFAULT_EDITOR = "rome"
+"""The editor of `kscli edit`."""
+PAPERS_EDITOR = "closed-form"
+"""The editor of the theory, whose p is the paper's P."""
+ROME_CONTEXTS = ((5, 10), (10, 10))
+"""The contexts that ROME's code makes up: so many texts of so many tokens, (length, number)."""
 
 
 class KeySource(Protocol):
@@ -54,8 +59,11 @@ class KeySource(Protocol):
         """The bare prompts' keys in the model as it is now: (b, d_m)."""
         ...
 
-    def in_contexts(self) -> Array:
-        """The keys in the model as it is now, of the prompts in n contexts: (b, n, d_m)."""
+    def in_contexts(self) -> tuple[Array, int]:
+        """The mean of the prompts' keys in n contexts, in the model as it is now, and n.
+
+        The mean is (b, d_m), the bare prompt not in it; of no contexts it is of no use.
+        """
         ...
 
 
@@ -207,7 +215,7 @@ def find_editor(name: str) -> Editor:
     if name not in EDITORS:
         near = get_close_matches(name, EDITORS, n=1)
         remedy = f"did you mean {near[0]}? There are" if near else "there are"
-        raise UsageError(f"--method {name!r} is no editor; {remedy} {', '.join(EDITORS)}.")
+        raise UsageError(f"{name!r} is no editor; {remedy} {', '.join(EDITORS)}.")
     found: Editor = import_module(EDITORS[name]).EDITOR
     return found
 

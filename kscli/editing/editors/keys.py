@@ -19,24 +19,24 @@ def clean(keys: KeySource) -> FactKeys:
 def mean_to_bare(keys: KeySource) -> FactKeys:
     """Along the mean key over all contexts, at the bare prompt's key (ROME)."""
     bare = keys.bare()
-    return FactKeys(_mean(bare, keys.in_contexts()), bare, bare)
+    return FactKeys(_mean(bare, *keys.in_contexts()), bare, bare)
 
 
 def mean(keys: KeySource) -> FactKeys:
     """Along and at the mean key over all contexts (R-ROME)."""
     bare = keys.bare()
-    found = _mean(bare, keys.in_contexts())
+    found = _mean(bare, *keys.in_contexts())
     return FactKeys(found, found, bare)
 
 
 def half_bare(keys: KeySource) -> FactKeys:
     """Along and at the mean of the bare prompt's key and the mean key over the others (MEMIT)."""
-    bare, others = keys.bare(), keys.in_contexts()
-    found = (bare + others.mean(axis=1)) / 2 if others.shape[1] else bare
+    bare = keys.bare()
+    others, n = keys.in_contexts()
+    found = (bare + others) / 2 if n else bare
     return FactKeys(found, found, bare)
 
 
-def _mean(bare: Array, others: Array) -> Array:
+def _mean(bare: Array, others: Array, n: int) -> Array:
     """The mean key over all contexts, the bare prompt among them: (b, d_m)."""
-    found: Array = (bare + others.sum(axis=1)) / (1 + others.shape[1])
-    return found
+    return (bare + n * others) / (1 + n) if n else bare

@@ -6,7 +6,14 @@ the bare prompt's key. So the bare prompt gets its value exactly, and the contex
 
 from __future__ import annotations
 
-from kscli.editing.editors import Afterwards, Direction, Editor, ValueSearch, everything
+from kscli.editing.editors import (
+    ROME_CONTEXTS,
+    Afterwards,
+    Direction,
+    Editor,
+    ValueSearch,
+    everything,
+)
 from kscli.editing.editors.keys import mean_to_bare
 
 EDITOR = Editor(
@@ -15,5 +22,5 @@ EDITOR = Editor(
     direction=Direction(),
     value=ValueSearch(),
     afterwards=Afterwards(share=everything),
-    contexts=((5, 10), (10, 10)),
+    contexts=ROME_CONTEXTS,
 )

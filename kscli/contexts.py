@@ -7,7 +7,7 @@ texts are what the model itself makes up, or those of a file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,39 @@ from kscli.models.loading import LoadedModel
 
 LIKELIEST = 5  # ROME's and MEMIT's code sample texts from so many tokens
 OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
+
+
+@dataclass(frozen=True)
+class ContextChoice:
+    """Which context templates are used: `texts`, and `generated` ones that the model makes up.
+
+    These are so many texts of so many tokens, as (length, number), drawn with `seed`.
+    """
+
+    texts: tuple[str, ...] = ()
+    generated: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
+
+    def of(self, model: LoadedModel) -> tuple[str, ...]:
+        """The templates, the bare prompt not among them."""
+        if not self.generated:
+            return self.texts
+        return self.texts + generated_contexts(model, self.generated, self.seed)
+
+
+def choose_contexts(
+    wanted: str | None, published: Sequence[tuple[int, int]], seed: int = 0
+) -> ContextChoice:
+    """What `--contexts FILE|N` asks for: a file's, N texts of 10 tokens, or those `published`.
+
+    Raises FactsError as `read_contexts` does.
+    """
+    if wanted is None:
+        return ContextChoice(generated=tuple(published), seed=seed)
+    if wanted.isascii() and wanted.isdecimal():
+        count = int(wanted)
+        return ContextChoice(generated=((10, count),) if count else (), seed=seed)
+    return ContextChoice(read_contexts(Path(wanted)))
 
 
 def in_context(context: str, fact: Fact) -> Fact:
