@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from typer.testing import Result
 
 from kscli.artifacts import CovarianceAbout, CovarianceFile, difference, write_artifact
-from kscli.errors import ArtifactError, NumericsError, UsageError
+from kscli.errors import ArtifactError, UsageError
 from kscli.second_moment import merging
 from kscli.second_moment.merging import find_parts, merge_covariances
 from kscli.second_moment.options import Shard
@@ -200,11 +200,22 @@ def test_the_command_for_a_missing_part_is_the_others(tmp_path: Path) -> None:
         merge_covariances([part], tmp_path / "cov.h5")
 
 
-def test_an_entry_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "value", "needed"),
+    [
+        ((1, 3, 4), np.nan, "a finite number"),
+        ((1, 3, 3), -0.5, "0 or more"),
+        ((1, 3, 4), 0.75, "the entry on the other side of the diagonal"),
+    ],
+)
+def test_a_part_that_is_no_second_moment_is_refused(
+    place: tuple[int, ...], value: float, needed: str, tmp_path: Path
+) -> None:
     parts = write_parts(tmp_path, 2)
     with changed(parts[1]) as file:
-        file["second_moment"][1, 3, 4] = np.nan
-    with pytest.raises(NumericsError, match=r"layer 2 of .*shard-1-of-2\.h5 holds NaN"):
+        file["second_moment"][place] = value
+    where = r"shard-1-of-2\.h5 .* second_moment, layer 2, is .* at \(3, "
+    with pytest.raises(ArtifactError, match=f"{where}.*{needed} is needed"):
         merge_covariances(parts, tmp_path / "cov.h5")
     assert not (tmp_path / "cov.h5").exists()
 

@@ -28,7 +28,7 @@ from kscli.artifacts.schema import (
 )
 from kscli.artifacts.sealed import SealedFile
 from kscli.artifacts.values import check_about, rules_of, wrong_values
-from kscli.cosines import cosine, whitened_cosine
+from kscli.cosines import cosine, no_cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError
 from kscli.facts import QUESTION_FIELDS, Fact, Question
 from kscli.layers import format_layers
@@ -139,10 +139,10 @@ class Artifact:
         with self._reading():
             return self._checked(name, self._file.read(name))
 
-    def _of_layer(self, name: str, layer: int) -> NDArray[Any]:
-        """One layer of a dataset, in the type that the schema declares."""
+    def _of_layer(self, name: str, layer: int, dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
+        """One layer of a dataset; its type is by default the one that the schema declares."""
         shape = self._file.arrays[name].shape[1:]
-        out = np.empty(shape, self._declared[name].dtype)
+        out = np.empty(shape, dtype or self._declared[name].dtype)
         self._read_rows(name, layer, 0, out)
         with self._reading():
             return self._checked(name, out, layer)
@@ -198,13 +198,14 @@ class CovarianceFile(Artifact):
 
     def second_moment(self, layer: int) -> NDArray[np.float64]:
         """C of one layer as a new (d_m, d_m) float64 array, read without a float32 copy."""
-        out = np.empty((self.about.d_m, self.about.d_m))
-        self._read_rows("second_moment", layer, 0, out)
-        with self._reading():
-            return self._checked("second_moment", out, layer)
+        return self._of_layer("second_moment", layer, np.dtype(np.float64))
+
+    def stored_second_moment(self, layer: int) -> NDArray[np.float32]:
+        """C of one layer as it is stored, a new (d_m, d_m) float32 array."""
+        return self._of_layer("second_moment", layer)
 
     def read_rows(self, layer: int, start: int, out: NDArray[np.float32 | np.float64]) -> None:
-        """Read rows of a layer's C, from `start` on, into `out`."""
+        """Read rows of a layer's C, from `start` on, into `out`; only whole layers are checked."""
         self._read_rows("second_moment", layer, start, out)
 
 
@@ -299,7 +300,15 @@ class PMatrixFile(FactsFile):
                 return whitened_cosine(self.matrix("P", layer), self.leverage(layer))
             if name == "cosine":
                 return cosine(self.matrix("Q", layer))
-        return self._of_layer(name, layer).astype(np.float64)
+            values = self._of_layer(name, layer).astype(np.float64)
+            if name == "P" and not self.about.editor:
+                place = no_cosine(values, self.leverage(layer))
+                if place:
+                    raise SchemaError(
+                        f"its dataset P, layer {layer}, is {values[place]:.6g} at {place}, which "
+                        "is no inner product of two keys of the leverage that it holds"
+                    )
+            return values
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

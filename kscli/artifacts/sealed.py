@@ -20,7 +20,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.artifacts.threads import in_threads
 from kscli.errors import ArtifactError, LockedError, UsageError
 from kscli.files import require_ordinary
 
@@ -43,7 +43,6 @@ HDF5 = b"\x89HDF\r\n\x1a\n"
 _LAST_LINE = re.compile(rb"\nkscli seal (\d{1,9}) (\d{12}) ([0-9a-f]{64})\n")
 _TYPE = re.compile(r"<f[248]|<i[248]|\|b1|\|S[1-9]\d{0,9}")
 _DIGEST = re.compile("[0-9a-f]{32}")
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 class SealError(ValueError):
@@ -164,7 +163,11 @@ class SealedFile:
 
     def check(self, name: str) -> None:
         """Compare a whole array with its digests; raises ArtifactError where it was changed."""
-        _each(lambda number: self._block(name, number), range(len(self.arrays[name].blocks)))
+
+        def compare(number: int) -> None:
+            self._block(name, number)
+
+        in_threads(compare, range(len(self.arrays[name].blocks)))
 
     def read(self, name: str) -> NDArray[Any]:
         """A whole array, text as Python strings."""
@@ -197,7 +200,7 @@ class SealedFile:
             ]
 
         if flat.size:
-            _each(fetch, range(held.block_at(first), held.block_at(last - 1) + 1))
+            in_threads(fetch, range(held.block_at(first), held.block_at(last - 1) + 1))
 
     def _block(self, name: str, number: int) -> bytearray:
         """A block of an array, once its digest is the right one."""
@@ -319,21 +322,6 @@ def _open(path: Path) -> int:
     except OSError:
         pass  # Some network file systems have no locks.
     return fd
-
-
-def _each(do: Callable[[int], object], numbers: range) -> None:
-    """Call `do` with every number; of several, in threads: reading and hashing release the GIL."""
-    if len(numbers) < 2:
-        for number in numbers:
-            do(number)
-        return
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for _ in pool.map(do, numbers):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _parsed(data: bytes | bytearray, size: int) -> Seal:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts.schema import HOOK, About, SchemaError
+from kscli.artifacts.threads import in_threads
 from kscli.facts import QUESTION_FIELDS
 from kscli.scores import SCORES
 
@@ -21,7 +22,8 @@ Lengths = Mapping[str, int]
 Mask = NDArray[np.bool_]
 
 ROUNDING = 1e-6
-TILE = 128  # rows and columns that are compared at once: they fit in a cache
+TILE = 256  # rows and columns that are compared at once: they fit in a cache
+BAND = 1 << 22  # entries that a thread sums
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ NONE = np.zeros(1, dtype=np.bool_)
 
 
 def _not_finite(values: NDArray[Any], _: Lengths) -> Mask:
-    with np.errstate(all="ignore"):
-        # A sum of finite numbers is finite, or they are to be looked at one by one.
-        finite = np.isfinite(values.sum(dtype=np.float64))
-    return NONE if finite else ~np.isfinite(values)
+    def is_finite(part: NDArray[Any]) -> bool:
+        with np.errstate(all="ignore"):
+            # A sum of finite numbers is finite, or they are to be looked at one by one.
+            return bool(np.isfinite(part.sum(dtype=np.float64)))
+
+    finite = in_threads(is_finite, np.array_split(values, max(1, values.size // BAND)))
+    return NONE if all(finite) else ~np.isfinite(values)
 
 
 def _on_diagonal(wrong: Callable[[NDArray[Any]], Mask]) -> Callable[[NDArray[Any], Lengths], Mask]:
@@ -62,13 +67,14 @@ def _on_diagonal(wrong: Callable[[NDArray[Any]], Mask]) -> Callable[[NDArray[Any
 
 def _apart(values: NDArray[Any], _: Lengths) -> Mask:
     """The entries that differ from those on the other side of the diagonal."""
-    for start in range(0, len(values), TILE):
+
+    def differs(start: int) -> bool:
         rows = slice(start, start + TILE)
-        for other in range(start, len(values), TILE):
-            columns = slice(other, other + TILE)
-            if (values[rows, columns] != values[columns, rows].T).any():
-                return np.asarray(values != values.T)
-    return NONE
+        columns = (slice(other, other + TILE) for other in range(start, len(values), TILE))
+        return any((values[rows, each] != values[each, rows].T).any() for each in columns)
+
+    found = any(in_threads(differs, range(0, len(values), TILE)))
+    return np.asarray(values != values.T) if found else NONE
 
 
 def _at_least(least: float) -> Rule:

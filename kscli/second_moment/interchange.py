@@ -258,8 +258,7 @@ def read_second_moment(file: LayerFile) -> NDArray[np.float32]:
 
 def _sums(cov: CovarianceFile, layer: int) -> NDArray[np.float32]:
     """C times the count, (d_m, d_m)."""
-    sums = np.empty((cov.about.d_m, cov.about.d_m), dtype=np.float32)
-    cov.read_rows(layer, 0, sums)
+    sums = cov.stored_second_moment(layer)
     with np.errstate(over="ignore"):
         np.multiply(sums, cov.count, out=sums, dtype=np.float64, casting="same_kind")
     if not np.isfinite(sums).all():

@@ -25,7 +25,8 @@ from kscli.artifacts import (
     write_artifact,
 )
 from kscli.artifacts.schema import SchemaError
-from kscli.errors import ArtifactError, NumericsError, UsageError
+from kscli.artifacts.values import VALUES, wrong_values
+from kscli.errors import ArtifactError, UsageError
 from kscli.files import require_other, require_writable
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
@@ -86,7 +87,7 @@ def merge_covariances(
     The parts are all the shards of one partition, made by `cache-cov --shard`; the result has
     the recipe of a run that was never divided. Raises ArtifactError, naming file and value,
     when a part is no shard, is there twice or is missing, or differs from another in anything
-    but its documents, and NumericsError when an entry is not finite.
+    but its documents, or holds what is no second moment.
     """
     require_other(path, parts)
     require_writable(path, force=force)
@@ -149,14 +150,21 @@ def _merge_layer(parts: Sequence[_Part], layer: int, tokens: int, out: NDArray[n
         rows = np.empty_like(total)
         for part in parts:
             part.read_rows(layer, start, rows)
-            if not np.isfinite(rows).all():
-                raise NumericsError(
-                    f"layer {layer} of {part.path} holds NaN or infinite entries; make it again."
-                )
+            if not (np.isfinite(rows).all() and (np.diagonal(rows, start) >= 0).all()):
+                _refuse(parts, layer)
             rows *= part.count
             total += rows
         total /= tokens
         out[start : start + step] = total
+    # A sum of symmetric matrices is symmetric.
+    if wrong_values(VALUES["cov"]["second_moment"], out, {}):
+        _refuse(parts, layer)
+
+
+def _refuse(parts: Sequence[_Part], layer: int) -> None:
+    """Read the whole layer of every part: ArtifactError says which makes no sense, and where."""
+    for part in parts:
+        part.second_moment(layer)
 
 
 def _complete(parts: Sequence[_Part]) -> list[_Part]:

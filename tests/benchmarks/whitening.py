@@ -14,36 +14,40 @@ import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from kscli.artifacts import CovarianceAbout, CovarianceFile, write_artifact
 from kscli.superposition import superposition
 
 FACTS = 128
+BLOCK = 1024
 
 
-def write_random_c(path: Path, d_m: int) -> None:
-    """A cov.h5 with one layer: a diagonal-dominant symmetric matrix, stripe by stripe."""
+def write_random_c(path: Path, d_m: int, layers: int = 1) -> None:
+    """A cov.h5 of so many equal layers, each a symmetric matrix with a heavy diagonal."""
     about = CovarianceAbout(
-        **dict.fromkeys(("model", "model_id", "weights", "tokenizer", "hook"), "bench"),
+        **dict.fromkeys(("model", "model_id", "weights", "tokenizer"), "bench"),
         **dict.fromkeys(("revision", "dtype", "device", "special_tokens", "corpus"), "bench"),
+        hook="h.{}.mlp",
         d_m=d_m,
-        n_layers=1,
+        n_layers=layers,
         corpus_identity=None,
         documents=None,
         max_length=None,
     )
-    with write_artifact(path, "cov", about, force=True) as writer:
-        writer.layers([0])
-        writer.write("count", 20 * d_m)
-        writer.put("second_moment", 0, np.zeros((d_m, d_m), np.float32))
     basis = np.random.default_rng(0).standard_normal((d_m, 64)).astype(np.float32)
-    with h5py.File(path, "r+") as file:
-        for start in range(0, d_m, 1024):
-            rows = basis[start : start + 1024] @ basis.T
-            rows[np.arange(len(rows)), start + np.arange(len(rows))] += 4
-            file["second_moment"][0, start : start + 1024] = rows
+    C = np.empty((d_m, d_m), np.float32)
+    for start in range(0, d_m, BLOCK):
+        rows = slice(start, start + BLOCK)
+        C[rows, : start + BLOCK] = basis[rows] @ basis[: start + BLOCK].T
+        C[: start + BLOCK, rows] = C[rows, : start + BLOCK].T
+        C[rows, rows] = np.tril(C[rows, rows]) + np.tril(C[rows, rows], -1).T
+    C.flat[:: d_m + 1] += 4
+    with write_artifact(path, "cov", about, force=True) as writer:
+        writer.layers(range(layers))
+        writer.write("count", 20 * d_m)
+        for index in range(layers):
+            writer.put("second_moment", index, C)
 
 
 def main() -> None:
