@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from artifact_kit import Contents, changed, write_toy
 from cli_kit import kscli, one_sentence
 from edit_kit import Run
 
+from kscli.analysis.statistics import caution
+from kscli.analysis.stats_file import StatisticsFile, statistics_of
 from kscli.artifacts import (
     CovarianceFile,
+    Existing,
     KeysFile,
     PMatrixFile,
     SealedFile,
@@ -34,7 +38,9 @@ from kscli.errors import ArtifactError
 def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = write_toy(tmp_path_factory.mktemp("sound"))
     Run(n=3, m=6).write(place / "edits.h5")
-    return {kind: place / f"{kind}.h5" for kind in ("cov", "keys", "pmatrix", "edits")}
+    with PMatrixFile(place / "pmatrix.h5") as pm:
+        statistics_of(pm, pm.layers, place / "stats.h5", existing=Existing.REFUSE)
+    return {kind: place / f"{kind}.h5" for kind in ("cov", "keys", "pmatrix", "stats", "edits")}
 
 
 def copy_of(path: Path, folder: Path) -> Path:
@@ -170,6 +176,9 @@ NO_SENSE: dict[str, tuple[str, Callable[[Contents], None], str]] = {
     "P is NaN": ("pmatrix", filled("P", np.nan, 8), r"P, layer 0, is nan at \(1, 2\)"),
     "P is infinite": ("pmatrix", filled("P", -np.inf, 8), "P, layer 0, is -inf"),
     "P's diagonal": ("pmatrix", filled("P", 0.9), "where 1 is needed"),
+    "p of no keys": ("pmatrix", filled("P", 9.0, 1), r"P, layer 0, is 9 at \(0, 1\), which"),
+    "p of one side": ("pmatrix", filled("P", 0.01, 1), "which is no inner product"),
+    "leverage of no keys": ("pmatrix", filled("leverage", 1e9), "which is no inner product"),
     "leverage": ("pmatrix", filled("leverage", 0.0), "more than 0 is needed"),
     "layers twice": ("pmatrix", filled("layer", 0, slice(None)), "layer is 0"),
     "layers descend": ("pmatrix", filled("layer", [2, 1, 0], slice(None)), "layer is 1"),
@@ -186,6 +195,11 @@ NO_SENSE: dict[str, tuple[str, Callable[[Contents], None], str]] = {
     "a batch": ("edits", said("batch", 0), "its attribute batch is 0"),
     "d_m": ("cov", said("d_m", 0), "its attribute d_m is 0"),
     "ridge": ("pmatrix", said("ridge", float("nan")), "its attribute ridge is nan"),
+    "an endless number": ("pmatrix", said("ridge", 10**400), "its attribute ridge is 1000"),
+    "a fact of a statistic": ("stats", filled("top_pair_i", 6.0), "0 to less than 6 is needed"),
+    "a share": ("stats", filled("tail_0_25", 1.5), "tail_0_25 is 1.5 at .*0 to 1 is needed"),
+    "a deviation": ("stats", filled("std", -1.0), "std is -1.0 at"),
+    "endless pairs": ("stats", filled("fourth_moment_pairs", np.inf), "fourth_moment_pairs is inf"),
     "hook up": ("cov", said("hook", "../../{}"), "its attribute hook"),
     "hook a format": ("cov", said("hook", "h.{}.{0.__class__}"), "its attribute hook"),
     "two layers": ("cov", said("hook", "h.{}.{}"), "its attribute hook"),
@@ -208,8 +222,33 @@ READ: dict[str, Callable[[Path], object]] = {
     "cov": lambda path: (CovarianceFile(path).count, CovarianceFile(path).second_moment(0)),
     "keys": lambda path: (KeysFile(path).token_id, KeysFile(path).keys_of(0)),
     "pmatrix": read_matrices,
+    "stats": lambda path: StatisticsFile(path).statistics(),
     "edits": read_edits,
 }
+
+
+def test_statistics_of_other_facts_are_not_taken(toy: dict[str, Path], tmp_path: Path) -> None:
+    path = copy_of(toy["stats"], tmp_path)
+    with changed(path) as contents:
+        contents.attrs["m"] = 10**9
+    with (
+        PMatrixFile(toy["pmatrix"]) as pm,
+        pytest.raises(ArtifactError, match=r"is of 1,000,000,000 facts, where .* has 6"),
+    ):
+        statistics_of(pm, pm.layers, path, existing=Existing.REFUSE)
+
+
+def test_a_strongest_pair_that_is_not_defined_is_not_told(toy: dict[str, Path]) -> None:
+    with PMatrixFile(toy["pmatrix"]) as pm, StatisticsFile(toy["stats"]) as file:
+        found = file.statistics()
+        values = found.values | {
+            "kurtosis": np.full(3, 9.0),
+            "fourth_moment_pairs": np.ones(3),
+            "top_pair_i": np.array([np.nan, 1, np.nan]),
+            "top_pair_j": np.array([2.0, 2, 2]),
+        }
+        said = caution(replace(found, values=values), pm.facts)
+    assert said is not None and "at layer 1, " in said
 
 
 @pytest.mark.parametrize(("kind", "change", "wanted"), NO_SENSE.values(), ids=NO_SENSE.keys())

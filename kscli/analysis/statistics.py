@@ -229,12 +229,13 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
     """A sentence where a few pairs carry the fourth moment of a heavy-tailed layer, else None."""
     half = statistics.values["fourth_moment_pairs"]
     heavy = statistics.values["kurtosis"] > 0
-    few = [int(at) for at in np.flatnonzero(heavy & (half <= FEW_PAIRS))]
+    pairs = np.array([statistics.values[name] for name in ("top_pair_i", "top_pair_j")])
+    told = ~np.isnan(pairs).any(axis=0)
+    few = [int(at) for at in np.flatnonzero(heavy & (half <= FEW_PAIRS) & told)]
     if not few:
         return None
     worst = min(few, key=lambda at: half[at])
-    pair = [int(statistics.values[name][worst]) for name in ("top_pair_i", "top_pair_j")]
-    strongest = _told_apart(*(facts[fact] for fact in pair))
+    strongest = _told_apart(*(facts[int(fact)] for fact in pairs[:, worst]))
     layers = [statistics.layers[at] for at in few]
     carried = int(half[worst])
     return (

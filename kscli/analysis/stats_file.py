@@ -15,6 +15,7 @@ from kscli.artifacts import (
     must_make,
     write_artifact,
 )
+from kscli.errors import ArtifactError
 from kscli.files import require_other
 from kscli.layers import format_layers
 from kscli.models.families import whose_p
@@ -59,6 +60,11 @@ def statistics_of(
     made = path and existing and must_make(path, "stats", recipe, existing, reporter)
     if path and not made and difference(path, "stats", recipe) is None:
         with StatisticsFile(path) as file:
+            if file.about.m != len(pm.facts):
+                raise ArtifactError(
+                    f"{path} is of {file.about.m:,} facts, where {pm.path} has {len(pm.facts):,}; "
+                    "make it again with --force."
+                )
             return file.statistics()
     found = compute_statistics(pm, layers, resampling, reporter)
     if path and made:

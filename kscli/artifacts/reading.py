@@ -22,6 +22,7 @@ from kscli.artifacts.schema import (
     PMatrixAbout,
     SchemaError,
     Stamp,
+    StatisticsAbout,
     check_datasets,
     datasets_of,
     from_attributes,
@@ -76,6 +77,8 @@ class Artifact:
                 check_about(self.about)
                 self._declared = datasets_of(self.kind, self.about.recipe)
                 self._lengths = check_datasets(self._file.arrays, self._declared, self.about.d_m)
+                if isinstance(self.about, StatisticsAbout):
+                    self._lengths["m"] = self.about.m
                 self.layers: tuple[int, ...] = tuple(self._values("layer").tolist())
                 if self.layers[-1] >= self.about.n_layers:
                     raise SchemaError(

@@ -400,7 +400,8 @@ def _value(name: str, held: Any, hint: Any) -> Any:
     if type(held) in allowed:
         return held
     if type(held) is int and float in allowed:
-        return float(held)
+        with suppress(OverflowError):
+            return float(held)
     if get_origin(hint) is dict:
         with suppress(TypeError, ValueError, RecursionError):
             value = json.loads(held)

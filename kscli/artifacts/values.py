@@ -106,6 +106,8 @@ NOT_DESCENDING = Rule(
 NOT_NEGATIVE = Rule("0 or more", lambda values, _: values < 0)
 NOT_BEYOND_1 = Rule("from -1 to 1", lambda values, _: np.abs(values) > 1 + ROUNDING)
 LOG_PROBABILITY = Rule("0 or less", lambda values, _: values > ROUNDING)
+SHARE = Rule("0 to 1", lambda values, _: (values < 0) | (values > 1 + ROUNDING))
+FINITE_COUNT = Rule("0 or more", lambda values, _: (values < 0) | np.isinf(values))
 
 _Rules = dict[str, tuple[Rule, ...]]
 _LAYER: _Rules = {"layer": (ASCENDING,)}
@@ -170,10 +172,21 @@ VALUES: dict[str, _Rules] = {
     },
 }
 
+# Statistics by how their names begin; NaN is one that is not defined.
+STATISTICS: _Rules = {
+    "top_": (_index("m"),),
+    "fourth_moment_pairs": (FINITE_COUNT,),
+    "std": (NOT_NEGATIVE,),
+    **dict.fromkeys(("tail_", "same_token", "variance_"), (SHARE,)),
+}
+
 
 def rules_of(about: About, kind: str, name: str) -> tuple[Rule, ...]:
     """What holds for the entries of a dataset of a file that says this `about` itself."""
     rules = VALUES[kind].get(name, ())
+    # The ends of an interval may lie where no statistic can.
+    if kind == "stats" and not name.endswith(("_low", "_high")):
+        rules += next((STATISTICS[begin] for begin in STATISTICS if name.startswith(begin)), ())
     # By equation 3 the edited fact's own value moves by delta; by other editors' not quite.
     papers = name == "P" and not getattr(about, "editor", "")
     return (*rules, DIAGONAL_1) if papers else rules
