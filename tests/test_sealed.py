@@ -248,7 +248,8 @@ def test_a_strongest_pair_that_is_not_defined_is_not_told(toy: dict[str, Path]) 
             "top_pair_j": np.array([2.0, 2, 2]),
         }
         said = caution(replace(found, values=values), pm.facts)
-    assert said is not None and "at layer 1, " in said
+    assert said is not None
+    assert "at layer 1, " in said
 
 
 @pytest.mark.parametrize(("kind", "change", "wanted"), NO_SENSE.values(), ids=NO_SENSE.keys())
