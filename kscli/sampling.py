@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from kscli.contexts import LIKELIEST
 from kscli.models.loading import LoadedModel
 
-LIKELIEST = 5  # ROME's generate_fast samples each token from so many
 _AT_ONCE = 64
 
 
