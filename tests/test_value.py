@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -302,10 +303,10 @@ def test_value_is_found_in_no_grad_mode(tiny: LoadedModel) -> None:
 
 @contextmanager
 def counted(model: LoadedModel, layer: int) -> Iterator[list[int]]:
-    """How often a layer's down-projection ran, one entry each."""
+    """How many tokens a layer's down-projection read, one entry each time that it ran."""
     ran: list[int] = []
     module = model.decoder.projections[layer].module
-    handle = module.register_forward_hook(lambda *_: ran.append(layer))
+    handle = module.register_forward_hook(lambda *given: ran.append(given[2][..., 0].numel()))
     yield ran
     handle.remove()
 
@@ -314,10 +315,10 @@ def test_layers_below_run_once(tiny: LoadedModel) -> None:
     options = ValueSearch(steps=6, stop_at=0.0)
     with counted(tiny, 0) as below, counted(tiny, 1) as own:
         found = find_value(tiny, 1, LATE, "painter", options)
-    assert len(below) == 1
-    # The clean model, again with the layers below replayed, again with the head asked for what is
-    # read alone, and at each of six shifts.
-    assert len(own) == 9
+    assert len(below) == 2
+    # The clean model's whole texts, from the subjects on, again with the layers below replayed,
+    # again with the head asked for what is read alone, and at each of six shifts.
+    assert len(own) == 10
     assert found.steps == 5
     assert "forward" not in tiny.decoder.layer(0).__dict__
 
@@ -336,7 +337,7 @@ def test_layers_that_hand_on_more_run_every_time(tiny: LoadedModel) -> None:
         found = find_value(tiny, 1, LATE, "painter", options)
     for handle in handles:
         handle.remove()
-    assert len(below) == 8
+    assert len(below) == 9
     np.testing.assert_allclose(found.shift, plain.shift, rtol=1e-4, atol=1e-6)
 
 
@@ -354,15 +355,49 @@ def test_the_head_reads_what_is_asked_alone(tiny: LoadedModel) -> None:
 
     handle = head.register_forward_hook(count)
     find_value(tiny, 1, LATE, "painter", options)
-    # All of them to begin with, then one in each of the three texts: the target has one token.
-    assert read == [read[0]] * 2 + [3] * 7
-    assert read[0] > 10
+    # All of them to begin with and from the subjects on, then one in each of the three texts: the
+    # target has one token.
+    assert read == [read[0]] + [read[1]] * 2 + [3] * 7
+    assert read[0] > 10 > read[1] > 3
     read.clear()
     mixing = head.register_forward_hook(mix)
     find_value(tiny, 1, LATE, "painter", options)
     for each in (handle, mixing):
         each.remove()
-    assert read == [read[0]] * 2 + [3] + [read[0]] * 6
+    assert read[-6:] == [read[0]] * 6
+
+
+def test_tokens_before_the_subjects_are_read_once(tiny: LoadedModel) -> None:
+    options = ValueSearch(steps=6, stop_at=0.0, contexts=("It rained for days. {}",))
+    with counted(tiny, 1) as read:
+        held = find_value(tiny, 1, LATE, "painter", options)
+    assert all(few < read[0] / 2 for few in read[1:])
+    assert held.steps == 5
+
+
+@pytest.mark.parametrize("kept", [None, "shorter"])
+def test_models_that_keep_other_things_read_whole_texts(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, kept: str | None
+) -> None:
+    """As those do that keep states instead of keys and values, or those of a window alone."""
+    options = ValueSearch(steps=6, stop_at=0.0, contexts=("It rained for days. {}",))
+    plain = find_value(tiny, 1, LATE, "painter", options)
+    forward = tiny.decoder.model.forward
+
+    def without(*args: Any, **given: Any) -> Any:
+        output = forward(*args, **given)
+        if kept is None:
+            output[tiny.decoder.cache_name] = None
+        elif output.get(tiny.decoder.cache_name) is not None:
+            output[tiny.decoder.cache_name].crop(-1)
+        return output
+
+    functools.update_wrapper(without, forward)
+    monkeypatch.setattr(tiny.decoder.model, "forward", without)
+    with counted(tiny, 1) as read:
+        whole = find_value(tiny, 1, LATE, "painter", options)
+    assert set(read) == {read[0]}
+    np.testing.assert_allclose(whole.shift, plain.shift, rtol=1e-4, atol=1e-6)
 
 
 def test_half_precision_model(tmp_path: Path) -> None:

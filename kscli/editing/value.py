@@ -42,6 +42,7 @@ from kscli.errors import FactsError, ModelError, NumericsError, is_out_of_memory
 from kscli.facts import SLOT, Fact
 from kscli.models.down_projections import attention_output
 from kscli.models.loading import LoadedModel
+from kscli.models.prefixes import Prefixes
 from kscli.positions import LocatedPrompt, locate_keys
 
 ESSENCE_PROMPT = f"{SLOT} is a"
@@ -172,8 +173,10 @@ class ShiftLoss:
         lower = LowerLayers(model, layer)
         self._below: Callable[[], AbstractContextManager[None]] = lower.recorded
         self._head: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._held: Callable[[], dict[str, Any]] = partial(dict, use_cache=True)
         with torch.no_grad():
             clean, self.values = self._run(None)
+            clean = self._without_prefixes(clean)
             self._below = lower.replayed
             if layer and not self._again(clean, 0.0):
                 self._below = nullcontext
@@ -198,6 +201,27 @@ class ShiftLoss:
         logprob = float(said.targets[: self._batch.bare].detach().double().sum())
         return Loss(total, float(kl.detach()), float(surprise.detach()), logprob, said.likeliest)
 
+    def _without_prefixes(self, clean: _Said) -> _Said:
+        """What the model says when it reads on from the subjects' last tokens.
+
+        Where it does not say what it said of the whole texts, `clean`, it reads these from now on.
+        """
+        whole = self._batch
+        length = whole.input_ids.shape[1]
+        self._held = dict
+        if not whole.subject.any():
+            return clean
+        try:
+            held = Prefixes(self._model.decoder, clean.cache, length, whole.subject)
+        except ModelError:
+            return clean
+        self._batch = whole.from_subjects()
+        self._held = partial(held.options, self._batch.input_ids.shape[1])
+        if again := self._again(clean, _rounding(self._model)):
+            return again
+        self._batch, self._held = whole, dict
+        return self._run(None)[0]
+
     def _again(self, clean: _Said, rounding: float) -> _Said | None:
         """What the model says with what is left out now; None unless it is what it said `clean`."""
         try:
@@ -214,7 +238,8 @@ class ShiftLoss:
 
     def _run(self, shifts: Sequence[Tensor] | None) -> tuple[_Said, list[Tensor]]:
         """What the model says with shifts, and the outputs without them in the bare prompt."""
-        batch = self._batch
+        batch, decoder = self._batch, self._model.decoder
+        held = self._held()
         with ExitStack() as hooks:
             hooks.enter_context(self._below())
             outputs = [
@@ -223,17 +248,20 @@ class ShiftLoss:
             ]
             if self._head is nullcontext:
                 keep = int(-batch.place.min())
-                asked = self._model.decoder.logits(batch.input_ids, keep)[batch.row, batch.place]
+                output = decoder(batch.input_ids, keep, **held)
+                asked = output.logits[:, -keep:][batch.row, batch.place]
             else:
                 hooks.enter_context(self._head())
-                asked = self._model.decoder(batch.input_ids).logits[0]
+                output = decoder(batch.input_ids, **held)
+                asked = output.logits[0]
         values = [found[0] for found in outputs]
         device = values[0].device
         asked = asked.float().log_softmax(-1).to(device)
         token = batch.token.to(device)
         targets = asked[:-1].gather(1, token[:, None])[:, 0]
         likeliest = self._search.attention and torch.equal(asked[:-1].argmax(-1), token)
-        return _Said(targets, asked[-1], likeliest), values
+        cache = getattr(output, decoder.cache_name, None)
+        return _Said(targets, asked[-1], likeliest, cache), values
 
 
 def _attention_output(model: LoadedModel, layer: int) -> nn.Module:
@@ -248,11 +276,15 @@ def _attention_output(model: LoadedModel, layer: int) -> nn.Module:
 
 
 class _Said(NamedTuple):
-    """Log-probabilities: of each target token asked for, and of all tokens for the KL term."""
+    """Log-probabilities: of each target token asked for, and of all tokens for the KL term.
+
+    `cache` is what the model kept of the tokens that it read.
+    """
 
     targets: Tensor
     essence: Tensor
     likeliest: bool
+    cache: Any
 
 
 @dataclass(frozen=True)
@@ -273,6 +305,20 @@ class _Batch:
     token: Tensor
     weight: Tensor
     bare: int
+
+    def from_subjects(self) -> _Batch:
+        """The same without the tokens before each row's `subject`."""
+        length, starts = self.input_ids.shape[1], self.subject
+        asked = self.place + length - starts[self.row]
+        kept = int(asked.max()) + 1
+        at = starts[:, None] + torch.arange(kept)
+        ids = self.input_ids.gather(1, at.clamp(max=length - 1))
+        return replace(
+            self,
+            input_ids=ids.where(at < length, 0),
+            subject=torch.zeros_like(starts),
+            place=asked - kept,
+        )
 
 
 def _batch(model: LoadedModel, fact: Fact, target_new: str, search: ValueSearch) -> _Batch:

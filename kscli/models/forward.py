@@ -72,7 +72,7 @@ class Decoder:
                 f"the tokenizer gives token {largest}, but the model embeds only "
                 f"{self.vocabulary}; the tokenizer belongs to another model."
             )
-        takes = self._takes()
+        takes = self.takes
         options: dict[str, Any] = {"use_cache": use_cache} if "use_cache" in takes else {}
         if keep is not None and "logits_to_keep" in takes:
             options["logits_to_keep"] = keep
@@ -102,14 +102,12 @@ class Decoder:
         The model's cache is kept, where it has one; else the whole sequence is read at each step.
         Raises as a call does.
         """
-        # The name of the cache since transformers 5.24, and before.
-        name = "cache" if "cache" in self._takes() else "past_key_values"
         ids = input_ids.to(self.device)
         cache: Any = None
         for _ in range(steps):
-            unread, held = (ids, {}) if cache is None else (ids[:, -1:], {name: cache})
+            unread, held = (ids, {}) if cache is None else (ids[:, -1:], {self.cache_name: cache})
             output = self(unread, keep=1, use_cache=True, **held)
-            cache = getattr(output, name, None)
+            cache = getattr(output, self.cache_name, None)
             ids = torch.cat([ids, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         return ids[:, input_ids.shape[1] :]
 
@@ -167,7 +165,13 @@ class Decoder:
                 f"once in a forward pass (called: {sorted(seen)}); kscli cannot measure this model."
             )
 
-    def _takes(self) -> set[str]:
+    @property
+    def cache_name(self) -> str:
+        """The name of the model's cache: since transformers 5.24, or before."""
+        return "cache" if "cache" in self.takes else "past_key_values"
+
+    @property
+    def takes(self) -> set[str]:
         """What may be given to the model by name; `use_cache` also where it takes any name."""
         parameters = inspect.signature(self.model.forward).parameters
         takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
