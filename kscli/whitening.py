@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsymm
+from scipy.linalg.blas import dsymm, dtrmm
 from scipy.linalg.lapack import dpocon, dpotrf, dtrtrs
 
 from kscli.errors import NumericsError
@@ -56,6 +56,14 @@ class Whitening:
     def solve(self, whitened: NDArray[np.float64]) -> NDArray[np.float64]:
         """C^-1 k, as (m, d_m) rows, of keys that `whiten` gave as (d_m, m) columns."""
         return np.asarray((self._back(whitened) * self.scale[:, None]).T)
+
+    def unsolve(self, directions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """L^T d for (m, d_m) directions that `solve` gave, as (d_m, m) columns.
+
+        Its square is d^T C d; d is 0 at dead coordinates.
+        """
+        scaled = np.asfortranarray(directions.T / np.where(self.scale > 0, self.scale, 1)[:, None])
+        return dtrmm(1.0, self.factor.T, scaled, lower=0)  # type: ignore[no-any-return]
 
     def identity_residual(self, vectors: int = 8, seed: int = 0) -> float:
         """The largest |L^-1 C L^-T x - x| / |x| over random x: what L lacks of whitening C.

@@ -45,7 +45,7 @@ class Run:
         rng = np.random.default_rng([self.seed, self.layer])
         n, m = self.n, self.m
         known = rng.random(m) < 0.5
-        self.log = EditLog(known)
+        self.log = EditLog(known, np.zeros(m, dtype=bool))
         self.log.add_pass(self._pass(rng, 0))
         shifts = np.zeros((m, self.d))
         for number, fact in enumerate(rng.permutation(m)[:n].tolist(), 1):
@@ -85,6 +85,7 @@ class Run:
             "target_new": self.target_new,
             "delta": delta[None],
             "direction": np.zeros((1, 12)),
+            "price": 1.0,
             "delta_norm": float(np.linalg.norm(delta)),
             "linear_error": float(off.max() / predicted.max()) if theory and self.m > 1 else np.nan,
             "live_error": 3e-6 if live and theory else np.nan,

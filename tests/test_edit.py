@@ -31,6 +31,7 @@ from kscli.editing.edited_layers import WriteOptions
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.loop import ALREADY, Edit, EditOptions, EditRun
+from kscli.editing.protected_facts import Protection
 from kscli.editing.sources import EditSources
 from kscli.editing.stage import (
     EditPlan,
@@ -304,6 +305,7 @@ def arrays(path: Path) -> dict[str, list[Any]]:
         {"method": "memit-seq", "write": WriteOptions(1.0)},
         {"method": "rect", "write": WriteOptions(1.0, keep=0.4)},
         {"method": "prune", "write": WriteOptions(1.0)},
+        {"method": "joint", "protection": Protection("all", "subject", max_price=2.0)},
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_file(

@@ -115,6 +115,10 @@ def naive_change(
         k = reading.stored
         u = np.linalg.inv(C) @ k
         return R @ u.T / (k.T @ u)
+    if method == "joint":
+        A = np.concatenate([earlier, reading.stored], axis=1)
+        U = np.linalg.inv(C) @ A
+        return R @ (U @ np.linalg.inv(A.T @ U))[:, -R.shape[1] :].T
     if method in ("rome", "rome-identity", "wilke"):
         u = mean if method == "rome-identity" else np.linalg.inv(C) @ mean
         return R @ u.T / (k.T @ u)
@@ -197,14 +201,11 @@ def test_an_editor_writes_its_published_formula(method: str, measured_tiny: Path
                         reading.add(layer, np.where(relative >= smallest, 0, -change))
                 for layer in layers:
                     k, others = reading.keys(layer)
-                    K = (k + others.mean(axis=0)) / 2
+                    K = reading.stored if method == "joint" else (k + others.mean(axis=0)) / 2
                     earlier[layer] = np.concatenate([earlier[layer], K], axis=1)
             found.append(written.write(facts, values))
         if method == "prune":
-            deltas, directions = (
-                np.concatenate([each[which] for each in found], axis=1).swapaxes(0, 1)
-                for which in (0, 1)
-            )
+            deltas, directions = (np.concatenate([each[at] for each in found]) for at in (0, 1))
             kept = written.limit(deltas, directions)
             above: list[bool] = []
             for at, layer in enumerate(layers):
@@ -225,7 +226,7 @@ def test_an_editor_writes_its_published_formula(method: str, measured_tiny: Path
         # Facts move by d_i^T k_j delta_i at the first layer, whose keys no edit changes.
         if method != "rect" and not editor.afterwards.limited:
             keys = sources.keys.keys_of(layers[0])
-            moved = sum((keys @ along[0].T) @ deltas[0] for deltas, along in found)
+            moved = sum((keys @ along[:, 0].T) @ deltas[:, 0] for deltas, along, _ in found)
             change = weight_of(model, layers[0]) - original[layers[0]]
             np.testing.assert_allclose(moved, keys @ change.T, atol=1e-9)
         written.restore()
@@ -348,7 +349,7 @@ def test_their_values_are_written_as_they_wrote_them(
                 values = values - mlp_outputs(model, peer.layers[-1], [prompts[i] for i in batch])
             made.append(written.write(batch, values))
         if editor.afterwards.limited:
-            both = (np.concatenate(each, axis=1).swapaxes(0, 1) for each in zip(*made, strict=True))
+            both = (np.concatenate([each[at] for each in made]) for at in (0, 1))
             written.limit(*both)
         for layer in peer.layers:
             found = weight_of(model, layer) - original[layer]

@@ -269,11 +269,13 @@ _WHENS = {
 }
 _EDITS = _table("""
     known               bool     m               whether the clean model answers with the target
+    protected           bool     m               whether its value was protected from the edits
     edited              int64    edit            the index of the edited fact
     target_new          text     edit            what was written
     delta               float64  layer edit d    what the edit adds to the fact's value
     direction           float64  layer edit d_m  the direction in which W is changed
     delta_norm          float64  edit            the length of delta
+    price               float64  edit            the change of all text by that of the plain edit
     linear_error        float64  edit            the largest difference by the largest prediction
     live_error          float64  edit            the same of the live model's MLP output
     weight_change       float64  edit            the Frobenius norm of W's change so far

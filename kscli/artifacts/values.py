@@ -154,7 +154,14 @@ VALUES: dict[str, _Rules] = {
         ),
         **dict.fromkeys(
             (
-                *("delta_norm", "linear_error", "live_error", "weight_change", "perplexity"),
+                *(
+                    "delta_norm",
+                    "price",
+                    "linear_error",
+                    "live_error",
+                    "weight_change",
+                    "perplexity",
+                ),
                 *("predicted", "measured", "measured_live", "difference"),
             ),
             (NOT_NEGATIVE,),

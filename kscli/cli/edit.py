@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kscli.cli import options
+from kscli.cli.options import PROTECT_RIDGE
 from kscli.cli.output import Format, print_rows
 from kscli.editing.editors import DEFAULT_EDITOR, editors_where, find_editor
 from kscli.tables import EDITS
@@ -190,6 +191,10 @@ def edit(
             show_default="0.4",
         ),
     ] = None,
+    protect: options.Protect = None,
+    protect_at: options.ProtectAt = "tokens",
+    protect_ridge: options.ProtectRidge = PROTECT_RIDGE,
+    max_price: options.MaxPrice = None,
     batch: Annotated[
         int,
         typer.Option("--batch", min=1, help=f"({_AT_ONCE}) The number of facts to edit at once."),
@@ -265,6 +270,10 @@ def edit(
     The model's own files never change. A run that was stopped goes on after its last edit. The
     names in brackets are those of ROME's, MEMIT's and EasyEdit's hyper-parameters.
 
+    With --protect the edits leave the values of other facts where they are, with the least change
+    to all other text. The price is said before the first edit: how many times as much as a plain
+    edit such an edit changes in all text.
+
     With --prompt a fact of your own is edited, and its keys and p are made on the way. The facts of
     keys.h5 are watched beside it.
 
@@ -274,6 +283,7 @@ def edit(
       kscli edit -m gpt-j --method rome --edits 100 --held-out other.jsonl -f json > edits.json
       kscli edit -m gpt-j --method memit --edits 100 --batch 100
       kscli edit -m llama3-8b --method alphaedit --edits 100 --batch 10 --contexts contexts.txt
+      kscli edit -m gpt2-small --method joint --edits 20 --protect known --max-price 5
       kscli edit -m gpt2-small --layer 5 --protocol single --edits 40 --moved all
       kscli edit -m gpt2-small --edits 10 --save-model edited/ && kscli facts check -m edited/
     """
@@ -282,6 +292,7 @@ def edit(
     from kscli.cli.requests import (
         null_space_cut,
         number_or_all,
+        protected_facts,
         refuse_given,
         require_above_0,
         require_finite,
@@ -325,6 +336,11 @@ def edit(
         (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
         (prompt is None, ("subject", "target"), "without --prompt"),
         (
+            protect is None,
+            ("protect_at", "protect_ridge", "max_price"),
+            "without --protect",
+        ),
+        (
             prompt is not None,
             ("fact", "edits", "order", "facts", "keys", "pmatrix"),
             "with --prompt",
@@ -347,6 +363,8 @@ def edit(
             "--kl-weight": kl_weight,
             "--likelihood-weight": likelihood_weight,
             "--weight": weight,
+            "--protect-ridge": protect_ridge,
+            "--max-price": max_price,
         }
     )
     chosen_contexts = choose_contexts(contexts, editor.contexts, seed)
@@ -366,6 +384,7 @@ def edit(
     )
     cut = null_space_cut(null_space, relative_null_space)
     own_weight = editor.direction.weight or 0.0
+    protection, of_file = protected_facts(protect, protect_at, protect_ridge, max_price)
     edit_options = EditOptions(
         method=method,
         protocol=protocol,
@@ -377,6 +396,7 @@ def edit(
             null_space=cut,
             keep=(editor.afterwards.keep or 1.0) if keep is None else keep,
         ),
+        protection=protection,
         batch=batch,
         measure_every=measure_every,
         moved=number_or_all("--moved", moved),
@@ -394,6 +414,7 @@ def edit(
         held_out=HeldOut(open_corpus(CorpusSpec(held_out, text_field)), held_out_tokens)
         if held_out
         else None,
+        protected=of_file,
     )
     session = Session(
         ModelOptions(

@@ -381,6 +381,45 @@ Weight = Annotated[
         show_default="by editor and model, see `kscli editors`",
     ),
 ]
+PROTECT_RIDGE = 0.0
+"""The default of --protect-ridge."""
+Protect = Annotated[
+    str | None,
+    typer.Option(
+        "--protect",
+        metavar="known|all|FACTS",
+        help="Leave the values of other facts where they are: of those that the model knows, of "
+        "all in keys.h5, or of a file's.",
+    ),
+]
+ProtectAt = Annotated[
+    Literal["tokens", "subject"],
+    typer.Option(
+        "--protect-at",
+        help="tokens: the keys of all tokens of each prompt and its target are protected. subject: "
+        "the key of the subject's last token alone.",
+    ),
+]
+ProtectRidge = Annotated[
+    float,
+    typer.Option(
+        "--protect-ridge",
+        metavar="X",
+        min=0.0,
+        help="Protect less exactly, at a lower price: X times the protected keys' median k^T C^-1 "
+        "k is added to each.",
+    ),
+]
+MaxPrice = Annotated[
+    float | None,
+    typer.Option(
+        "--max-price",
+        metavar="X",
+        help="Leave facts unprotected until no edit changes more than X times as much in all text "
+        "as a plain one.",
+        show_default="no limit",
+    ),
+]
 NullSpace = Annotated[
     float | None,
     typer.Option(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kscli.editing.editors import Editor
     from kscli.editing.edits_file import EditsFile
     from kscli.editing.metrics import Cut
-    from kscli.facts import FactSet
+    from kscli.editing.protected_facts import Protection
+    from kscli.facts import Fact, FactSet
     from kscli.second_moment.ranks import Ranks
 
 
@@ -106,6 +107,23 @@ def null_space_cut(absolute: float | None, relative: float | None) -> Cut:
     if relative is not None:
         return Cut(relative, relative=True)
     return Cut() if absolute is None else Cut(absolute)
+
+
+def protected_facts(
+    protect: str | None, at: Literal["tokens", "subject"], ridge: float, max_price: float | None
+) -> tuple[Protection | None, tuple[Fact, ...]]:
+    """What --protect and its options ask for, and the facts where they are a file's."""
+    from kscli.editing.protected_facts import Protection
+    from kscli.facts import read_facts
+
+    if protect is None:
+        return None, ()
+    if max_price is not None and max_price < 1:
+        raise UsageError(f"--max-price {max_price:g} is below 1, the price of a plain edit.")
+    if protect in ("known", "all"):
+        return Protection(protect, at, ridge, max_price), ()
+    of_file = read_facts(protect, None)
+    return Protection(of_file.identity, at, ridge, max_price), of_file.facts
 
 
 def without_effect(editor: Editor) -> list[tuple[bool, tuple[str, ...], str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from kscli.editing.editors import Editor, FactKeys
 from kscli.editing.interference import Interference
 from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs
 from kscli.editing.metrics import Cut, Metric, metric_of
+from kscli.editing.protected_facts import ProtectedFacts, Protection
+from kscli.editing.protection import Sparing, prices_of, require_room
 from kscli.editing.sources import EditSources
 from kscli.editing.weights import EditableWeight
 from kscli.models.loading import LoadedModel
@@ -35,6 +38,14 @@ class WriteOptions:
     weight: float = 0.0
     null_space: Cut = field(default_factory=Cut)
     keep: float = 0.4
+
+
+class Written(NamedTuple):
+    """What edits at once wrote: deltas (b, layer, d), directions (b, layer, d_m), prices (b,)."""
+
+    deltas: Array
+    directions: Array
+    prices: Array
 
 
 class EditedLayers:
@@ -88,8 +99,29 @@ class EditedLayers:
             for layer in layers:
                 self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
                 task.advance()
+        self._protecting = list(self._metrics)
         self.keys = [self._clean_keys(layer, reporter) for layer in layers]
         self.clean()
+
+    def protect(
+        self, facts: ProtectedFacts, protection: Protection, edited: Sequence[int]
+    ) -> tuple[NDArray[np.bool_], Array]:
+        """Protect facts from all edits, in the clean model, and from those of `edited` facts.
+
+        Returns which of the facts are, and the price of each edit, at the first edited layer.
+        Raises NumericsError where they leave no direction to write in.
+        """
+        keys = [facts.keys_at(layer) for layer in self._sources.layers]
+        own = self._editor.key(_EditedKeys(self, 0, edited))
+        kept, of_edits = facts.affordable(
+            self._metrics[0], keys[0], (own.along, own.at), protection
+        )
+        self._protecting = [
+            facts.metric(metric, of_layer, kept, protection.ridge)
+            for metric, of_layer in zip(self._metrics, keys, strict=True)
+        ]
+        self.clean()
+        return kept, of_edits
 
     def _clean_keys(self, layer: int, reporter: Reporter) -> Array:
         """The facts' keys at a layer of the clean model, in the dtype that it is edited in."""
@@ -110,6 +142,8 @@ class EditedLayers:
             for keys, weight in zip(self.keys, self._weights, strict=True)
         ]
         self._earlier = [np.empty((0, keys.shape[1])) for keys in self.keys]
+        spared = self._editor.direction.earlier == "protected"
+        self._writing = [Sparing(m) if spared else m for m in self._protecting]
 
     def restore(self) -> None:
         """Make the model what it was."""
@@ -122,18 +156,21 @@ class EditedLayers:
         prompts = [self._prompts[fact] for fact in facts]
         return read(self._model, self._sources.layers[-1], prompts)
 
-    def write(self, facts: Sequence[int], values: Array) -> tuple[Array, Array]:
-        """Write values of facts at once (equation 3): (layer, b, d) deltas and their directions.
+    def write(self, facts: Sequence[int], values: Array) -> Written:
+        """Write values of facts at once (equation 3).
 
         `values` are (b, d): what the last layer's output is to be, where the editor has the model
-        `reach` it, else what to add; of an editor that chooses one layer, (b, layer, d).
+        `reach` it, else what to add; of an editor that chooses one layer, (b, layer, d). Raises
+        NumericsError where the key of a fact is protected, or that of another one.
         """
+        self._prices = np.ones((len(self), len(facts)))
         if self._editor.afterwards.one_layer:
             deltas, directions = self._wisest(facts, values)
         else:
             deltas, directions = self._every_layer(facts, values)
         self.settle(facts, deltas, directions)
-        return deltas, directions
+        at = int(directions.any(axis=(1, 2)).argmax())
+        return Written(deltas.swapaxes(0, 1), directions.swapaxes(0, 1), self._prices[at])
 
     def p_of(self, direction: Array) -> Array:
         """p of an edit with directions (layer, d_m), d^T k of all facts, (m,).
@@ -156,11 +193,14 @@ class EditedLayers:
             interference.edit(facts, p, deltas[at], change)
             if change.any():
                 weight.set_change(interference.change)
-        if self._editor.direction.earlier:
+        if self._editor.direction.earlier == "weighed":
             # Read again in the edited model, as the published code does.
             for at, earlier in enumerate(self._earlier):
                 keys = self._editor.key(_EditedKeys(self, at, facts)).along
                 self._earlier[at] = np.concatenate([earlier, keys])
+        for at, metric in enumerate(self._writing):
+            if isinstance(metric, Sparing):
+                metric.add(self._editor.key(_EditedKeys(self, at, facts)).at)
 
     def limit(self, deltas: Array, directions: Array) -> Array:
         """Limit the spectrum of the whole change, of all n edits; returns their new deltas.
@@ -209,9 +249,12 @@ class EditedLayers:
         return values + self._weights[at].values(keys.bare - keys.at)
 
     def _direction(self, at: int, keys: FactKeys) -> Array:
-        earlier = self._earlier[at] if self._editor.direction.earlier else None
-        weight = self._options.weight
-        return edit_directions(self._metrics[at], keys.along, weight, at=keys.at, earlier=earlier)
+        earlier = self._earlier[at] if self._editor.direction.earlier == "weighed" else None
+        weight, plain, metric = self._options.weight, self._metrics[at], self._writing[at]
+        require_room(plain, metric, keys.at)
+        directions = edit_directions(metric, keys.along, weight, at=keys.at, earlier=earlier)
+        self._prices[at] = prices_of(plain, directions, keys)
+        return directions
 
     def keys_of(self, at: int, facts: Sequence[int]) -> Array:
         """The bare prompts' keys in the model as it is now, at the `at`-th edited layer."""

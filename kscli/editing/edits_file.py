@@ -35,6 +35,7 @@ class EditLog:
     """
 
     known: NDArray[np.bool_]
+    protected: NDArray[np.bool_]
     of_edit: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _OF_EDIT})
     of_pass: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _OF_PASS})
     kept_out: list[tuple[int, int, str, str]] = field(default_factory=list)
@@ -86,7 +87,7 @@ class EditsFile(FactsFile):
 
     def log(self) -> EditLog:
         """The run so far, to go on from."""
-        log = EditLog(self.values("known"))
+        log = EditLog(self.values("known"), self.values("protected"))
         for columns in (log.of_edit, log.of_pass):
             for name in columns:
                 columns[name] = list(self.values(name))
@@ -121,6 +122,7 @@ class EditsFile(FactsFile):
             "target_new": row["target_new"],
             "p_max_other": float(others[np.abs(others).argmax()]) if len(others) else None,
             "delta_norm": row["delta_norm"],
+            "price": row["price"],
             **{f"prob_{end}": math.exp(row[f"logprob_{end}"]) for end in _SCORED},
             **{f"rank_{end}": row[f"rank_{end}"] for end in _SCORED},
             "linear_error": row["linear_error"],
@@ -156,6 +158,7 @@ def write_edits(
         writer.layers(layers)
         writer.facts(facts)
         writer.write("known", log.known)
+        writer.write("protected", log.protected)
         for name, values in (log.of_edit | log.of_pass).items():
             writer.write(name, np.stack(values, axis=1) if name in _OF_LAYER else values)
         for column, name in enumerate(_KEPT_OUT):

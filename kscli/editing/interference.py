@@ -19,16 +19,20 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+ROUNDING = 1e-9
+
 
 class Interference:
     """The values of m facts at one layer, `keys` (m, d_m), through edits of a W of `shape`.
 
     `predicted` and `measured` are Delta, (m, d), after the last edit; `change` is W_n - W_0.
+    `longest` is the length of the longest delta that was written.
     """
 
     def __init__(self, keys: Array, shape: tuple[int, int]) -> None:
         self._keys = keys
         self.change: Array = np.zeros(shape)
+        self.longest = 0.0
         self.predicted: Array = np.zeros((len(keys), shape[0]))
         self.measured: Array = np.zeros((len(keys), shape[0]))
         # Where its own edit left an edited fact's value.
@@ -42,6 +46,7 @@ class Interference:
         """
         facts = list(facts)
         self.change += change  # equation 5
+        self.longest = max(self.longest, float(np.linalg.norm(deltas, axis=1).max()))
         self.predicted += p.T @ deltas  # equation 11; 0 at the own edit makes it equation 15
         # equation 7, less W_0 K: so equations 9 and 10, equation 10 being equation 9 by C^-1
         values = self._keys @ self.change.T
@@ -60,9 +65,11 @@ class Interference:
         """Shifts of all values since the clean model, (m, d), as Delta is counted."""
         return shifts - self._own
 
+    def largest_error(self, shifts: Array) -> float:
+        """max_j |predicted_j - shifts_j| / max_j |predicted_j| over (m, d) shifts.
 
-def largest_error(predicted: Array, measured: Array) -> float:
-    """max_j |predicted_j - measured_j| / max_j |predicted_j| over (m, d); NaN of no prediction."""
-    largest = float(np.linalg.norm(predicted, axis=1).max(initial=0))
-    worst = float(np.linalg.norm(predicted - measured, axis=1).max(initial=0))
-    return worst / largest if largest > 0 else float("nan")
+        NaN where nothing is predicted to move by more than rounding, as where all is protected.
+        """
+        largest = float(np.linalg.norm(self.predicted, axis=1).max(initial=0))
+        worst = float(np.linalg.norm(self.predicted - shifts, axis=1).max(initial=0))
+        return worst / largest if largest > ROUNDING * self.longest else float("nan")

@@ -23,12 +23,13 @@ from kscli.editing.editors import PAPERS_EDITOR, ValueSearch, find_editor
 from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
-from kscli.editing.interference import largest_error
 from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs, outputs_of_keys
+from kscli.editing.protected_facts import ProtectedFacts, Protection, say_protected
 from kscli.editing.scoring import Scoring, absent_scores
 from kscli.editing.sources import EditSources
 from kscli.editing.value import DivergedError, find_value, random_value
 from kscli.errors import NumericsError, UsageError
+from kscli.facts import Fact
 from kscli.interrupts import HeldSignals
 from kscli.models.loading import LoadedModel
 from kscli.positions import locate_keys
@@ -55,10 +56,11 @@ class EditOptions:
     `method` is the editor, an entry of `EDITORS`. Its values are found as `find` says (None: as the
     editor does), also in contexts that the model makes up: `contexts` are their (number of tokens,
     number of texts). `random_norm`: write a random value of that norm instead. `write`: how values
-    are written. `batch`: how many edits are made at once. In the protocol `single` every edit is
-    made in the clean model and taken back. All facts are asked after the first, the last and every
-    `measure_every`-th edit (single: after each); the `moved` facts of largest |p| (None: all) after
-    each. `generations`: how many texts are made up for each edited fact, at each such pass.
+    are written. `protection`: which facts no edit is to move. `batch`: how many edits are made at
+    once. In the protocol `single` every edit is made in the clean model and taken back. All facts
+    are asked after the first, the last and every `measure_every`-th edit (single: after each); the
+    `moved` facts of largest |p| (None: all) after each. `generations`: how many texts are made up
+    for each edited fact, at each such pass.
     """
 
     method: str = PAPERS_EDITOR
@@ -67,6 +69,7 @@ class EditOptions:
     contexts: tuple[tuple[int, int], ...] = ()
     random_norm: float | None = None
     write: WriteOptions = field(default_factory=WriteOptions)
+    protection: Protection | None = None
     batch: int = 1
     measure_every: int = 10
     moved: int | None = 10
@@ -88,6 +91,7 @@ class EditRun:
         edits: Sequence[Edit],
         options: EditOptions,
         reporter: Reporter,
+        protected: Sequence[Fact] = (),
     ) -> None:
         sources.check(model, reporter)
         self.model, self.sources, self.edits, self.options = model, sources, edits, options
@@ -99,6 +103,7 @@ class EditRun:
         self._layers = EditedLayers(model, sources, self._editor, options.write, self._prompts)
         self._examination = Examination(model, self._facts)
         self._held_out: HeldOutText | None = None
+        self._of_file = protected
         self._find = options.find or self._editor.value
 
     def measure_perplexity_on(self, text: HeldOutText) -> None:
@@ -113,7 +118,7 @@ class EditRun:
         Everything is `prepare`d. Returns early, after an edit, when a signal was `held`.
         """
         if log is None:
-            log = EditLog(self._known)
+            log = EditLog(self._known, self._protected)
             log.add_pass(self._clean_pass)
         self._replay(log)
         with self._reporter.task("edits", len(self.edits), "edits", log.tried) as task:
@@ -163,6 +168,7 @@ class EditRun:
                 for answer, cloze in zip(self._clean.answers, true, strict=True)
             ]
         )
+        self._protected = self._protect()
         self._moved = [self._moved_most(edit.fact) for edit in self.edits]
         self._clean_asked = self._ask_clean()
         self._own = [(edit.fact, edit.target_new) for edit in self.edits]
@@ -192,6 +198,30 @@ class EditRun:
                 f"the model does not complete {unknown} of the {len(self.edits)} edited facts with "
                 "their target, so it cannot forget these."
             )
+
+    def _protect(self) -> NDArray[np.bool_]:
+        """Protect what is to be, say at what price, and return which facts are."""
+        found: NDArray[np.bool_] = np.zeros(len(self._facts), dtype=bool)
+        protection = self.options.protection
+        if protection is None:
+            return found
+        edited = [edit.fact for edit in self.edits]
+        texts = {self._facts[fact].text for fact in edited}
+        chosen = self._of_file
+        if protection.what in ("known", "all"):
+            known = self._known | (protection.what == "all")
+            chosen = [fact for fact, one in zip(self._facts, known, strict=True) if one]
+        ends = [self._prompts[fact] for fact in edited]
+        facts = ProtectedFacts(
+            self.model,
+            [fact for fact in chosen if fact.text not in texts],
+            protection.at,
+            {prompt.token_ids[: prompt.position + 1] for prompt in ends},
+        )
+        kept, prices = self._layers.protect(facts, protection, edited)
+        say_protected(facts, kept, prices, protection, self._reporter)
+        of_kept = {fact.text for fact, one in zip(facts.facts, kept, strict=True) if one}
+        return np.array([fact.text in of_kept for fact in self._facts])
 
     def _say_what_is_absent(self) -> None:
         absent = absent_scores([self._facts[edit.fact] for edit in self.edits])
@@ -271,7 +301,7 @@ class EditRun:
         made = log.made
         previous = [self._ask_previous(number, made) for number in batch]
         edited = [self.edits[number].fact for number in batch]
-        deltas, directions = (each.swapaxes(0, 1) for each in self._layers.write(edited, values))
+        deltas, directions, prices = self._layers.write(edited, values)
         # Those of the batch that were kept out are in the log.
         last = log.tried + len(batch) == len(self.edits)
         if self._editor.afterwards.limited and (last or self.options.protocol == "single"):
@@ -282,6 +312,7 @@ class EditRun:
             record = self._record(number, previous[place], found)
             record |= {"delta": deltas[place], "direction": directions[place]}
             record["delta_norm"] = float(np.linalg.norm(deltas[place]))
+            record["price"] = float(prices[place])
             record["editor_p"] = self._layers.p_of(directions[place])
             records.append(record)
         return records, found
@@ -447,7 +478,7 @@ class EditRun:
         (only,) = moved
         found["predicted"] = np.linalg.norm(only.predicted, axis=1)
         found["difference"] = np.linalg.norm(only.predicted - only.measured, axis=1)
-        found["linear_error"] = largest_error(only.predicted, only.measured)
+        found["linear_error"] = only.largest_error(only.measured)
         layer = self.sources.layers[0]
         outputs = (
             mlp_outputs(self.model, layer, self._prompts)
@@ -456,5 +487,5 @@ class EditRun:
         )
         shifts = only.since_own_edit(outputs - self._clean_outputs)
         found["measured_live"] = np.linalg.norm(shifts, axis=1)
-        found["live_error"] = largest_error(only.predicted, shifts)
+        found["live_error"] = only.largest_error(shifts)
         return found

@@ -32,6 +32,13 @@ class Metric(Protocol):
         """Y y for (r, m) columns, as (m, d_m) rows: M k of keys that `whiten` gave."""
         ...
 
+    def unsolve(self, directions: Array) -> Array:
+        """y with Y y = d for (m, d_m) directions that `solve` gave, as (r, m) columns.
+
+        |y|^2 is d^T M^-1 d: with M = C^-1 what a change of W along d changes in all text.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -44,6 +51,10 @@ class Identity:
     def solve(self, whitened: Array) -> Array:
         """Columns as (m, d_m) rows."""
         return whitened.T
+
+    def unsolve(self, directions: Array) -> Array:
+        """The directions as (d_m, m) columns."""
+        return directions.T
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,10 @@ class NullSpace:
     def solve(self, whitened: Array) -> Array:
         """U y, as (m, d_m) rows."""
         return whitened.T @ self.basis.T
+
+    def unsolve(self, directions: Array) -> Array:
+        """U^T d, as (r, m) columns."""
+        return self.basis.T @ directions.T
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class EditPlan:
     order: Order
     options: EditOptions
     held_out: HeldOut | None = None
+    protected: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class EditRequest:
     target_source: str | None
     options: EditOptions
     held_out: HeldOut | None = None
+    protected: tuple[Fact, ...] = ()
 
     def plan(self, sources: EditSources) -> EditPlan:
         """The edits that are asked for.
@@ -84,7 +86,8 @@ class EditRequest:
         leverage = sources.pm.leverage(sources.layers[0])
         chosen = edit_order(self.order, leverage, chosen, seed)
         targets = new_targets(sources.pm, chosen, self.target_new, self.target_source)
-        return EditPlan(tuple(map(Edit, chosen, targets)), self.order, self.options, self.held_out)
+        edits = tuple(map(Edit, chosen, targets))
+        return EditPlan(edits, self.order, self.options, self.held_out, self.protected)
 
     def _check(self, sources: EditSources) -> None:
         options, layers = self.options, sources.layers
@@ -251,7 +254,7 @@ def make_edits(
     checkpoint = checkpoint_of(path)
     log = _log_so_far(checkpoint, recipe, force)
     about = _about(model, sources, plan, recipe)
-    run = EditRun(model, sources, plan.edits, plan.options, reporter)
+    run = EditRun(model, sources, plan.edits, plan.options, reporter, plan.protected)
     if plan.held_out:
         # An imported C does not say at which length its documents were cut.
         length = sources.cov.about.max_length or model.max_length

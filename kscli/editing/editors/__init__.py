@@ -34,6 +34,7 @@ EDITORS: dict[str, str] = {
     "wilke": "kscli.editing.editors.wilke",
     "memit": "kscli.editing.editors.memit",
     "memit-seq": "kscli.editing.editors.memit_seq",
+    "joint": "kscli.editing.editors.joint",
     "emmet": "kscli.editing.editors.emmet",
     "pmet": "kscli.editing.editors.pmet",
     "alphaedit": "kscli.editing.editors.alphaedit",
@@ -89,12 +90,13 @@ class Direction:
     """The direction d_i of an editor (see `kscli.editing.directions`).
 
     `weight` is its lambda by default (mom2_update_weight; EMMET: times emmet_lambda; AlphaEdit:
-    L2); None: it has none. `earlier`: the keys of earlier edits stand in the inverse.
+    L2); None: it has none. The keys of `earlier` edits are `weighed` where they stand in the
+    inverse, and `protected` where no edit moves them.
     """
 
     metric: MetricName = "second-moment"
     weight: float | None = None
-    earlier: bool = False
+    earlier: Literal["weighed", "protected"] | None = None
 
 
 Site = Literal["mlp", "hidden"]

@@ -14,5 +14,5 @@ from kscli.editing.editors.memit import EDITOR as MEMIT
 EDITOR = replace(
     MEMIT,
     title="AlphaEdit: MEMIT in a null space of C",
-    direction=Direction(metric="null-space", weight=10.0, earlier=True),
+    direction=Direction(metric="null-space", weight=10.0, earlier="weighed"),
 )

@@ -12,5 +12,5 @@ from kscli.editing.editors.memit import EDITOR as MEMIT
 EDITOR = replace(
     MEMIT,
     title="MEMIT that protects earlier edits",
-    direction=replace(MEMIT.direction, earlier=True),
+    direction=replace(MEMIT.direction, earlier="weighed"),
 )
