@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kscli.errors import FactsError
-from kscli.facts import SLOT, UNUSABLE, Fact
+from kscli.fact_forms import SLOT
+from kscli.facts import UNUSABLE, Fact
 from kscli.models.loading import LoadedModel
 
 LIKELIEST = 5  # ROME's and MEMIT's code sample texts from so many tokens

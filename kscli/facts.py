@@ -1,10 +1,10 @@
 """Facts: prompts with a subject in them, and the files that hold them.
 
 A fact is a prompt whose `{}` stands for the subject, the subject, and the target
-that completes the prompt. Files are CounterFact's JSON (Meng et al., "Locating and
-Editing Factual Associations in GPT", 2022) or plain records of `prompt`, `subject`,
-`target` and, if there are any, `relation` and `case_id`. Nothing is stripped or
-rewritten: what the file says is what the model reads.
+that completes the prompt. Files are plain records of `prompt`, `subject`, `target`
+and, if there are any, `relation` and `case_id`, or of a published form (see
+`kscli.fact_forms`). Nothing is stripped or rewritten in plain records: what the file
+says is what the model reads.
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from kscli.errors import FactsError, UsageError
 from kscli.escaping import escaped_json
+from kscli.fact_forms import (
+    QUESTION_FIELDS,
+    SLOT,
+    LeftOutError,
+    QuestionKind,
+    own_fields,
+    plain_fields,
+)
 from kscli.files import replace_file, require_ordinary, require_writable
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
@@ -28,6 +36,7 @@ from kscli.records import (
     RecordFile,
     cut,
     format_of,
+    holds_lines_of_json,
     kind_of,
     known_formats,
     quote,
@@ -35,11 +44,13 @@ from kscli.records import (
 
 DEFAULT_COUNT = 128  # the paper's m
 
-SLOT = "{}"
+NO_FIELDS: Mapping[str, str] = {}
 
 # The field of a record that shows a change of a file that kscli wrote.
 DIGEST = "digest"
 _DIGEST = re.compile(r"kscli \d{1,9}/(\d{1,9}) [0-9a-f]{32}", re.ASCII)
+
+_WHOLE = re.compile(r"(-?\d{1,19})(?:\.0)?", re.ASCII)
 
 # The characters of all of a fact's texts: more than any sentence has, and few enough for a
 # tokenizer to take no time.
@@ -55,29 +66,6 @@ COUNTERFACT = HubSource(
     splits=("train", "test"),
     revision="c01c413f856ee38f5c080c9fc5e87aff478e2ff9",
 )
-
-
-QuestionKind = Literal[
-    "paraphrase", "neighbourhood", "generation", "reference", "portability", "locality"
-]
-"""What a question about an edited fact asks for, in the field's words.
-
-paraphrase: the fact again, in other words. neighbourhood: another fact, whose answer is the fact's
-own target. generation: the beginning of a text about the subject. reference: a text
-about what the new target says, with which those are compared. portability: what follows from
-the new target. locality: what has nothing to do with it.
-"""
-
-
-QUESTION_FIELDS: dict[QuestionKind, str] = {
-    "paraphrase": "paraphrase_prompts",
-    "neighbourhood": "neighborhood_prompts",
-    "generation": "generation_prompts",
-    "reference": "reference_texts",
-    "portability": "portability",
-    "locality": "locality",
-}
-"""The fields of a record that hold them: lists of prompts, or of objects of prompt and target."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +151,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class FactSet:
-    """The facts taken from a source, under the name that the user gave it."""
+    """The facts taken from a source, under the name that the user gave it.
+
+    `left_out` says in words how many records hold no fact, and why; it is empty where all do.
+    """
 
     facts: tuple[Fact, ...]
     name: str
+    left_out: str = ""
 
     @property
     def identity(self) -> str:
@@ -197,12 +189,19 @@ def _identifying(fact: Fact) -> tuple[str | int, ...]:
     return (*values, fact.target_new) if fact.target_new else values
 
 
-def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = False) -> FactSet:
+def read_facts(
+    name: str | Path,
+    count: int | None = None,
+    *,
+    at_most: bool = False,
+    fields: Mapping[str, str] = NO_FIELDS,
+) -> FactSet:
     """The first `count` facts (None: all) of a named set, a Hub data set, or a file.
 
     `name` is `tiny`, `counterfact`, `hf:OWNER/NAME[:CONFIG[:SPLIT]]` (default split `train`), or
     the path of a file whose records have fields (see `kscli.records`). With `at_most`, a source
     of fewer than `count` facts gives all it has. Records after the first `count` are not checked.
+    `fields` names the records' own fields for prompt, subject or target.
 
     Raises:
         UsageError: a count below 1, or an `hf:` name of another form.
@@ -212,16 +211,16 @@ def read_facts(name: str | Path, count: int | None = None, *, at_most: bool = Fa
     if count is not None and count < 1:
         raise UsageError(f"A count of {count} facts was asked for; ask for 1 or more, or all.")
     name = str(name)
-    located = enumerate(islice(_records(name), count))
-    facts = tuple(_parse(where, record, index) for index, (where, record) in located)
+    taken = _Taken(fields)
+    facts = tuple(fact for _, fact, _ in islice(taken.read(_records(name)), count))
     if not facts:
-        raise FactsError(f"{name} holds no facts.")
+        raise FactsError(f"{name} holds no facts{f': {taken.left_out}' if taken.left_out else ''}.")
     if count is not None and len(facts) < count and not at_most:
         raise FactsError(
             f"{count} facts were asked for, but {name} holds {len(facts)}; "
             f"ask for at most {len(facts)}, or all."
         )
-    return FactSet(facts, name)
+    return FactSet(facts, name, taken.left_out)
 
 
 def read_records(name: str | Path) -> Iterator[tuple[str, Fact, Mapping[str, object]]]:
@@ -229,8 +228,36 @@ def read_records(name: str | Path) -> Iterator[tuple[str, Fact, Mapping[str, obj
 
     Raises FactsError as `read_facts` does.
     """
-    for index, (where, record) in enumerate(_records(str(name))):
-        yield where, _parse(where, record, index), _fields(record)
+    return _Taken({}).read(_records(str(name)))
+
+
+class _Taken:
+    """The facts that are taken from records, and the count of those left out, by the reason."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self._own = fields
+        self._records = 0
+        self._reasons: Counter[str] = Counter()
+
+    def read(self, records: Iterator[Located]) -> Iterator[tuple[str, Fact, Mapping[str, object]]]:
+        """Where each fact stands, the fact, and its record's plain fields."""
+        for index, (where, record) in enumerate(records):
+            self._records += 1
+            try:
+                fields = own_fields(record, self._own) if self._own else plain_fields(record)
+                yield where, _fact(fields, index), fields
+            except LeftOutError as reason:
+                self._reasons[str(reason)] += 1
+            except FactsError as error:
+                raise FactsError(f"{where}: {error}") from None
+
+    @property
+    def left_out(self) -> str:
+        """In words, what was left out of the records read, and why; empty where nothing was."""
+        if not self._reasons:
+            return ""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._reasons.items())
+        return f"{self._reasons.total():,} of {self._records:,} records are left out: {reasons}"
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, object]], *, force: bool) -> None:
@@ -335,12 +362,16 @@ def _file_records(path: Path) -> Iterator[Located]:
             f"or the path of a file that ends in {known_formats(fields=True)}."
         )
     require_ordinary(path, FactsError)
-    if not format_of(path) or not FORMATS[format_of(path)].fields:
-        raise FactsError(
-            f"{path} is not a facts file; its name must end in {known_formats(fields=True)}."
-        )
-    records = RecordFile(path, FactsError).records()
-    return _unchanged(path, records) if format_of(path) == ".jsonl" else records
+    kind = format_of(path)
+    if not kind or not FORMATS[kind].fields:
+        if not holds_lines_of_json(path):
+            raise FactsError(
+                f"{path} is not a facts file; its name must end in {known_formats(fields=True)}, "
+                "or it must hold one JSON object a line."
+            )
+        kind = ".jsonl"
+    records = RecordFile(path, FactsError, kind=kind).records()
+    return _unchanged(path, records) if kind == ".jsonl" else records
 
 
 def _hub_records(name: str, source: HubSource) -> Iterator[Located]:
@@ -349,45 +380,17 @@ def _hub_records(name: str, source: HubSource) -> Iterator[Located]:
         yield f"{name}, {split} record {number}", record
 
 
-def _parse(where: str, record: object, index: int) -> Fact:
-    try:
-        fields = _fields(record)
-        relation = fields.get("relation")
-        return Fact(
-            prompt=_string(fields, "prompt"),
-            subject=_string(fields, "subject"),
-            target=_string(fields, "target"),
-            relation="" if relation is None else _string(fields, "relation"),
-            case_id=_case_id(fields.get("case_id"), index),
-            target_new=field_text(fields, "target_new") or "",
-            questions=tuple(_questions(fields)),
-        )
-    except FactsError as error:
-        raise FactsError(f"{where}: {error}") from None
-
-
-def _fields(record: object) -> Mapping[str, object]:
-    """The plain fields of a record, which is plain or CounterFact's."""
-    if not isinstance(record, Mapping):
-        raise FactsError(
-            f"{kind_of(record)}, but should be an object with prompt, subject and target."
-        )
-    rewrite = record.get("requested_rewrite")
-    if rewrite is None:
-        return record
-    if not isinstance(rewrite, Mapping):
-        raise FactsError(f"requested_rewrite is {kind_of(rewrite)}, but should be an object.")
-    target = rewrite.get("target_true")
-    if not isinstance(target, Mapping) or "str" not in target:
-        raise FactsError("requested_rewrite has no target_true with a str in it; add it.")
-    asked = {name: record[name] for name in QUESTION_FIELDS.values() if name in record}
-    return {
-        **rewrite,
-        **asked,
-        "target": target["str"],
-        "relation": rewrite.get("relation_id"),
-        "case_id": record.get("case_id"),
-    }
+def _fact(fields: Mapping[str, object], index: int) -> Fact:
+    relation = fields.get("relation")
+    return Fact(
+        prompt=_string(fields, "prompt"),
+        subject=_string(fields, "subject"),
+        target=_string(fields, "target"),
+        relation="" if relation is None else _string(fields, "relation"),
+        case_id=_case_id(fields.get("case_id"), index),
+        target_new=field_text(fields, "target_new") or "",
+        questions=tuple(_questions(fields)),
+    )
 
 
 def _questions(fields: Mapping[str, object]) -> Iterator[Question]:
@@ -428,19 +431,10 @@ def _string(fields: Mapping[str, object], name: str) -> str:
 
 
 def _case_id(value: object, index: int) -> int:
-    if value is None or value == "":
-        return index
-    try:
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError
-        number = int(value)
-        if not -(2**63) <= number < 2**63:
-            raise ValueError
-    except ValueError:
-        raise FactsError(
-            f"the case_id {quote(value)} is not a whole number of 64 bits; give one, or none."
-        ) from None
-    return number
+    """The whole number of 64 bits that an id says, as 7, 7.0 or "7"; of any other, the index."""
+    match = _WHOLE.fullmatch(str(value))
+    number = int(match[1]) if match else index
+    return number if -(2**63) <= number < 2**63 else index
 
 
 def _check_text(name: str, value: str) -> None:

@@ -7,6 +7,7 @@ streams, but for `.txt` and `.json`, which are read whole.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import csv
@@ -33,17 +34,19 @@ class RecordFile:
     """A file of a known format. `error` is what is raised, naming the file and the place.
 
     With `field`, records may lack their other fields (Parquet reads one column alone). With
-    `content`, the `error` is raised where the file is not what it was when that was read.
+    `content`, the `error` is raised where the file is not what it was when that was read. `kind` is
+    the key of `FORMATS` where the name does not tell it.
     """
 
     path: Path
     error: type[KscliError]
     field: str | None = None
     content: FileContent | None = None
+    kind: str = ""
 
     def records(self) -> Iterator[Located]:
         """Stream the records in the file's order."""
-        return FORMATS[format_of(self.path)].read(self)
+        return FORMATS[self.kind or format_of(self.path)].read(self)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
@@ -88,9 +91,12 @@ def decode(data: bytes, name: str, error: type[KscliError], line: int = 1) -> st
         return data.decode("utf-8")
     except UnicodeDecodeError as bad:
         line += data.count(b"\n", 0, bad.start)
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = "UTF-16" if marked else "LATIN1"
         raise error(
             f"{name}, line {line}: not UTF-8 text (byte 0x{data[bad.start]:02x} at offset "
-            f"{bad.start}); convert it to UTF-8, for example with iconv."
+            f"{bad.start}); if it is {encoding}, convert it with `iconv -f {encoding} -t UTF-8 OLD "
+            "> NEW`."
         ) from bad
 
 
@@ -144,22 +150,35 @@ def _text(file: RecordFile) -> Iterator[Located]:
 
 
 def _jsonl(file: RecordFile) -> Iterator[Located]:
-    for number, line in enumerate(file.lines(), 1):
+    yield from _lines_of_json(file, file.lines())
+
+
+def _lines_of_json(file: RecordFile, lines: Iterable[str]) -> Iterator[Located]:
+    for number, line in enumerate(lines, 1):
         if text := line.strip():
             where = f"{file.path}, line {number}"
             yield where, parse_json(text, str(file.path), file.error, number)
 
 
 def _json(file: RecordFile) -> Iterator[Located]:
+    """One list of records, or one object a line, as many tools write under this name."""
     text = file.text()
-    records = parse_json(text, str(file.path), file.error) if text.strip() else []
-    if not isinstance(records, list):
-        raise file.error(
-            f"{file.path} holds {kind_of(records)}, but should hold a list of records; one object "
-            "a line belongs in a .jsonl file."
-        )
+    if not text.lstrip().startswith("["):
+        yield from _lines_of_json(file, text.split("\n"))
+        return
+    records = parse_json(text, str(file.path), file.error)
+    assert isinstance(records, list)
     for number, record in enumerate(records, 1):
         yield f"{file.path}, record {number}", record
+
+
+def holds_lines_of_json(path: Path) -> bool:
+    """Whether a file begins with a JSON object that stands on one line, whatever its name."""
+    try:
+        with RecordFile(path, KscliError).opened() as stream:
+            return isinstance(json.loads(stream.readline(READ_BYTES)), dict)
+    except (KscliError, ValueError, RecursionError):
+        return False
 
 
 def _csv(file: RecordFile, delimiter: str = ",") -> Iterator[Located]:
@@ -317,4 +336,13 @@ def _xz() -> tuple[Callable[[], Any], type[Exception]]:
     return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), lzma.LZMAError
 
 
-COMPRESSIONS: dict[str, Compression] = {".gz": _gzip, ".zst": _zstandard, ".xz": _xz}
+def _bzip2() -> tuple[Callable[[], Any], type[Exception]]:
+    return bz2.BZ2Decompressor, OSError
+
+
+COMPRESSIONS: dict[str, Compression] = {
+    ".gz": _gzip,
+    ".bz2": _bzip2,
+    ".zst": _zstandard,
+    ".xz": _xz,
+}

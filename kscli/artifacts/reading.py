@@ -31,7 +31,8 @@ from kscli.artifacts.sealed import SealedFile
 from kscli.artifacts.values import check_about, rules_of, wrong_values
 from kscli.cosines import cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError
-from kscli.facts import QUESTION_FIELDS, Fact, Question
+from kscli.fact_forms import QUESTION_FIELDS
+from kscli.facts import Fact, Question
 from kscli.layers import format_layers
 from kscli.models.families import whose_p
 

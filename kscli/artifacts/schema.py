@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from kscli.artifacts.sealed import Held
 from kscli.escaping import storable
-from kscli.facts import QUESTION_FIELDS
+from kscli.fact_forms import QUESTION_FIELDS
 from kscli.scores import SCORES
 
 Kind = Literal["cov", "keys", "pmatrix", "stats", "edits"]

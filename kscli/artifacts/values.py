@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kscli.artifacts.schema import HOOK, About, SchemaError
 from kscli.artifacts.threads import in_threads
-from kscli.facts import QUESTION_FIELDS
+from kscli.fact_forms import QUESTION_FIELDS
 from kscli.scores import SCORES
 
 Lengths = Mapping[str, int]

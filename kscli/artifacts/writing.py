@@ -29,7 +29,8 @@ from kscli.artifacts.schema import (
 )
 from kscli.artifacts.sealed import FORMAT_VERSION
 from kscli.artifacts.sealing import SealedWriter, open_for_writing
-from kscli.facts import QUESTION_FIELDS, Fact
+from kscli.fact_forms import QUESTION_FIELDS
+from kscli.facts import Fact
 from kscli.files import replace_file
 from kscli.secrets import command_line
 

@@ -11,6 +11,9 @@ def extract(
     model: options.Model = options.DEFAULT_MODEL,
     facts: options.Facts = None,
     count: options.Count = None,
+    prompt_field: options.PromptField = None,
+    subject_field: options.SubjectField = None,
+    target_field: options.TargetField = None,
     token: options.Token = "subject-last",
     contexts: options.Contexts = None,
     layers: options.Layers = "all",
@@ -44,6 +47,7 @@ def extract(
     from kscli.pipeline import Session
     from kscli.places import Places
 
+    own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}
     reporter = ConsoleReporter(quiet=quiet)
     session = Session(
         ModelOptions(
@@ -54,5 +58,7 @@ def extract(
     )
     path = output or Places(directory, model).path("keys")
     chosen = choose_contexts(contexts, ROME_CONTEXTS)
-    if session.extract(facts_for(model, facts, count), token, layers, path, chosen):
+    if session.extract(
+        facts_for(model, facts, count, reporter, own_names), token, layers, path, chosen
+    ):
         reporter.note(f"wrote {path}")

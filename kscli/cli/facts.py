@@ -19,6 +19,9 @@ def check(
     model: options.Model = options.DEFAULT_MODEL,
     facts: options.Facts = None,
     count: options.HowMany = "all",
+    prompt_field: options.PromptField = None,
+    subject_field: options.SubjectField = None,
+    target_field: options.TargetField = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,
@@ -51,12 +54,13 @@ def check(
     from kscli.models.locating import ModelOptions
     from kscli.places import Places
 
+    own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}
     reporter = ConsoleReporter(quiet=quiet)
     path = output or Places(directory, model).folder / FILE_NAME
     if facts:
         require_other(path, [facts])
     require_facts_path(path, force=force)
-    asked = facts_for(model, facts, count).facts
+    asked = facts_for(model, facts, count, reporter, own_names).facts
     chosen = ModelOptions(
         model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
     )

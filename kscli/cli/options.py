@@ -253,11 +253,28 @@ Facts = Annotated[
     typer.Option(
         "--facts",
         metavar="FACTS",
-        help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file of CounterFact's "
-        f"records, or of prompt (with {{}}), subject, target: {known_formats(fields=True)}.",
+        help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file of records of "
+        "CounterFact, zsRE, KnowEdit, MQuAKE or known_1000, or of prompt (with {}), subject, "
+        f"target: {known_formats(fields=True)}.",
         show_default="counterfact; tiny for the model tiny",
     ),
 ]
+
+
+def _field(name: str, what: str) -> Any:
+    return typer.Option(
+        f"--{name}-field",
+        metavar="NAME",
+        help=f"The field of the facts' records that holds {what}.",
+        show_default=name,
+    )
+
+
+PromptField = Annotated[
+    str | None, _field("prompt", "the prompt, with {} or with the subject itself")
+]
+SubjectField = Annotated[str | None, _field("subject", "the subject")]
+TargetField = Annotated[str | None, _field("target", "the target")]
 Count = Annotated[
     str | None,
     typer.Option(

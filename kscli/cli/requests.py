@@ -17,6 +17,8 @@ from kscli.errors import ArtifactError, UsageError
 from kscli.models.aliases import classify
 from kscli.places import Places
 
+NO_FIELDS: Mapping[str, str | None] = {}
+
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.corpus import Corpus
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from kscli.editing.metrics import Cut
     from kscli.editing.protected_facts import Protection
     from kscli.facts import Fact, FactSet
+    from kscli.reporter import Reporter
     from kscli.second_moment.ranks import Ranks
 
 
@@ -43,15 +46,27 @@ def corpus_for(
     return open_corpus(CorpusSpec(name, text_field, None if shuffle == "none" else int(shuffle)))
 
 
-def facts_for(model: str, facts: str | None, count: str | None) -> FactSet:
-    """The facts that the options name, or the model's default."""
+def facts_for(
+    model: str,
+    facts: str | None,
+    count: str | None,
+    reporter: Reporter,
+    fields: Mapping[str, str | None] = NO_FIELDS,
+) -> FactSet:
+    """The facts that the options name, or the model's default; says what is left out of them.
+
+    `fields` are the records' own names of prompt, subject and target, where they have others.
+    """
     from kscli.facts import DEFAULT_COUNT, read_facts
 
     embedded = classify(model) == "embedded"
     name = facts or (DEFAULT_MODEL if embedded else "counterfact")
-    if count is None:
-        return read_facts(name, DEFAULT_COUNT, at_most=True)
-    return read_facts(name, number_or_all("--count", count))
+    own = {name: field for name, field in fields.items() if field is not None}
+    number = DEFAULT_COUNT if count is None else number_or_all("--count", count)
+    found = read_facts(name, number, at_most=count is None, fields=own)
+    if found.left_out:
+        reporter.warn(f"{name}: {found.left_out}.")
+    return found
 
 
 def device_of_rank(device: str, ranks: Ranks | None) -> str:

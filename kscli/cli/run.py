@@ -25,6 +25,9 @@ def run(
     max_length: options.MaxLength = None,
     facts: options.Facts = None,
     count: options.Count = None,
+    prompt_field: options.PromptField = None,
+    subject_field: options.SubjectField = None,
+    target_field: options.TargetField = None,
     token: options.Token = "subject-last",
     contexts: options.Contexts = None,
     layers: options.Layers = "all",
@@ -66,6 +69,7 @@ def run(
     from kscli.superposition import write_pmatrix
 
     refuse_ranks()
+    own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}
     reporter = ConsoleReporter(quiet=quiet)
     existing = Existing.FORCE if force else Existing.REMAKE
     places = Places(directory, model)
@@ -76,7 +80,7 @@ def run(
         existing,
         reporter,
     )
-    chosen_facts = facts_for(model, facts, count)
+    chosen_facts = facts_for(model, facts, count, reporter, own_names)
     session.cache_cov(
         corpus_for(model, corpus, text_field, shuffle),
         CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),

@@ -39,7 +39,8 @@ from kscli.contexts import in_context
 from kscli.editing.editors import ValueSearch
 from kscli.editing.lower_layers import LowerLayers
 from kscli.errors import FactsError, ModelError, NumericsError, is_out_of_memory
-from kscli.facts import SLOT, Fact
+from kscli.fact_forms import SLOT
+from kscli.facts import Fact
 from kscli.models.down_projections import attention_output
 from kscli.models.loading import LoadedModel
 from kscli.models.prefixes import Prefixes

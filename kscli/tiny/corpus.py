@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 
 from kscli.errors import CorpusError
-from kscli.facts import SLOT, Fact, read_facts
+from kscli.fact_forms import SLOT
+from kscli.facts import Fact, read_facts
 
 SEED = 0
 ROUNDS = 30  # how often every fact is stated
