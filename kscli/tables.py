@@ -22,8 +22,8 @@ class Column:
     `meaning` what the heading does not say. `spec` formats a number as Python's `format` does; a
     column without it is text. With `interval`, the fields `KEY_low` and `KEY_high` are shown too.
     `value` gives the cell where the field itself is not what is shown. A `wide` column is on the
-    page only, a `varying` one only where not all rows have the same value; a `long` text keeps
-    some width on a narrow screen.
+    page only, a `varying` one only where not all rows have the same value, an `optional` one only
+    where a row has a value; a `long` text keeps some width on a narrow screen.
     """
 
     key: str
@@ -34,6 +34,7 @@ class Column:
     value: Callable[[Row], Any] | None = None
     wide: bool = False
     varying: bool = False
+    optional: bool = False
     long: bool = False
 
     @property
@@ -79,6 +80,7 @@ def shown(columns: Sequence[Column], rows: Sequence[Row], *, wide: bool = False)
         for column in columns
         if (wide or not column.wide)
         and not (column.varying and len({row[column.key] for row in rows}) < 2)
+        and not (column.optional and all(row[column.key] is None for row in rows))
     ]
 
 
@@ -266,6 +268,11 @@ def _kept(row: Row) -> str | None:
     return None if kept is None else f"{number(kept, '.0%')} of {row['known']}"
 
 
+def _kept_protected(row: Row) -> str | None:
+    kept = row["kept_protected"]
+    return None if kept is None else f"{number(kept, '.0%')} of {row['known_protected']}"
+
+
 def _perplexity(row: Row) -> str | None:
     before, after = row["perplexity_before"], row["perplexity_after"]
     return None if None in (before, after) else f"{before:.4g} → {after:.4g}"
@@ -375,6 +382,7 @@ OUTCOMES = (
     ),
     Column("retention", "at the end", ".0%", "The same share after the last edit."),
     Column("kept", "known facts kept", ".0%", value=_kept),
+    Column("kept_protected", "protected", ".0%", value=_kept_protected, optional=True),
     Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
     Column("weight_change", "|W_n - W_0|", ".3g"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from cli_kit import kscli, one_sentence
 from numpy.typing import NDArray
 
+from kscli.artifacts import KeysFile
 from kscli.editing.directions import edit_directions
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.metrics import Identity, Metric, NullSpace
@@ -199,10 +201,6 @@ def edited(folder: Path, path: Path, *options: Any) -> dict[str, Any]:
 
 
 def facts_file(folder: Path, path: Path, numbers: range) -> Path:
-    import json
-
-    from kscli.artifacts import KeysFile
-
     with KeysFile(folder / "keys.h5") as file:
         facts = [file.facts[number] for number in numbers]
     fields = ("prompt", "subject", "target")
@@ -278,3 +276,18 @@ def test_an_edited_fact_and_its_copy_are_not_protected(folder: Path, tmp_path: P
     run = edited(folder, tmp_path / "a.h5", "--method", "joint", "--protect", facts)
     assert np.flatnonzero(run["protected"]).tolist() == [4, 6, 7]
     assert "protecting 3 facts" in run["stderr"]
+
+
+def test_verify_and_the_report_tell_what_protection_kept(folder: Path, tmp_path: Path) -> None:
+    facts = facts_file(folder, tmp_path / "facts.json", range(12, 40))
+    path = tmp_path / "a.h5"
+    run = edited(folder, path, "--method", "joint", "--protect", facts)
+    found = kscli("verify", path, "-f", "json")
+    assert found.exit_code == 0, found.stderr
+    (row,) = json.loads(found.stdout)
+    protected = run["known"] & run["protected"]
+    kept = ~run["answer_changed"][-1][protected]
+    assert row["known_protected"] == protected.sum() > 0
+    assert row["kept_protected"] == kept.mean() == 1
+    table = kscli("verify", path).stdout
+    assert f"100% of {protected.sum()}" in table

@@ -73,6 +73,7 @@ def run_of(
         rank_new_after=np.ones(n, dtype=np.int64),
         step=np.arange(n + 1),
         known=np.ones(m, dtype=bool),
+        protected=np.zeros(m, dtype=bool),
         logprob_true=np.vstack([np.zeros(m), -measured]),
         answer_changed=np.vstack([np.zeros(m), measured > np.median(measured)]).astype(bool),
         logprob_new=np.zeros((n + 1, n)),
@@ -367,6 +368,7 @@ def test_what_a_sequence_came_to() -> None:
         logprob_new=np.full((5, 4), -3.0),
         logprob_true=np.full((5, 10), -2.0) - 2 * np.eye(5, 10, k=-3),
         known=np.array([True] * 8 + [False] * 2),
+        protected=np.isin(np.arange(10), [4, 6, 8]),
         answer_changed=changed,
         perplexity=np.array([20.0, 1, 1, 1, 30.0]),
     )
@@ -374,6 +376,7 @@ def test_what_a_sequence_came_to() -> None:
     assert (found.edits, found.efficacy, found.efficacy_likelier) == (4, 0.75, 0.5)
     assert (found.retention, found.retention_likelier) == (0.5, 0.25)
     assert (found.known, found.kept) == (4, 0.75)
+    assert (found.known_protected, found.kept_protected) == (2, 0.5)
     assert found.kept_by_pass == (1, 1, 1, 0.75, 0.75)
     assert (found.perplexity_before, found.perplexity_after) == (20, 30)
     assert found.weight_change == 4

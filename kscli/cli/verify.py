@@ -54,7 +54,7 @@ def verify(
     "at once": the share of edits right after which the first token of the new target was the
     model's first choice. "at the end": the same share after the last edit. "known facts kept": of
     the facts that the model knew and that were not edited, the share with the same answer as
-    before.
+    before. "protected": the same of those that --protect names.
 
     ES, PS, NS, S, GE, RS, "reliability", "generalisation", "locality" and "portability" are the
     scores of the field (`kscli guide edits` defines them). "says it": the share of edits whose new

@@ -55,6 +55,7 @@ class EditArrays:
     rank_new_after: Whole
     step: Whole
     known: Mask
+    protected: Mask
     logprob_true: Real
     answer_changed: Mask
     logprob_new: Real

@@ -6,6 +6,7 @@ interference grows with the number of edits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,7 +60,8 @@ class Outcomes:
     `efficacy_likelier`: whose new target was more probable than the true one. `retention...`: the
     same of all edits at the last pass, None for single edits. `kept`: known facts that no edit is
     about which still have their answer, of `known`, at each pass of `kept_by_pass`, and
-    after the last (single: on average over the edits, of the facts that each is not about). So
+    after the last (single: on average over the edits, of the facts that each is not about);
+    `kept_protected`: the same of those that were protected, `known_protected` of them. So
     with `perplexity_after` and `weight_change`, the Frobenius norm of W_n - W_0.
     """
 
@@ -71,6 +73,8 @@ class Outcomes:
     known: int
     kept: float | None
     kept_by_pass: tuple[float | None, ...]
+    known_protected: int
+    kept_protected: float | None
     perplexity_before: float | None
     perplexity_after: float | None
     weight_change: float | None
@@ -125,9 +129,12 @@ def verify(run: EditArrays, resampling: Resampling | None = None) -> Verificatio
 
 def measure_outcomes(run: EditArrays) -> Outcomes:
     """What became of the edits and of what the model knew."""
-    by_pass = tuple(
-        _share(~changed[tested])
-        for changed, tested in zip(run.answer_changed, tested_facts(run), strict=True)
+    by_pass, of_protected = (
+        tuple(
+            _share(~changed[tested])
+            for changed, tested in zip(run.answer_changed, tested_facts(run) & among, strict=True)
+        )
+        for among in (True, run.protected)
     )
     made = slice(0, int(run.step[-1]))
     retained, likelier = run.rank_new[-1, made] == 1, run.logprob_new[-1, made]
@@ -140,8 +147,10 @@ def measure_outcomes(run: EditArrays) -> Outcomes:
         retention=None if run.single else _share(retained),
         retention_likelier=None if run.single else _share(still),
         known=int((run.known if run.single else tested_facts(run)[0]).sum()),
-        kept=_mean([share for share in by_pass[after] if share is not None]),
+        kept=_mean_of_shares(by_pass[after]),
         kept_by_pass=by_pass,
+        known_protected=int((run.known & run.protected).sum()),
+        kept_protected=_mean_of_shares(of_protected[after]),
         perplexity_before=plain(float(run.perplexity[0])),
         perplexity_after=_mean(run.perplexity[after]),
         weight_change=_mean(run.weight_change if run.single else run.weight_change[-1:]),
@@ -238,6 +247,10 @@ def _worst(errors: Real) -> float | None:
 
 def _share(held: Mask) -> float | None:
     return float(held.mean()) if held.size else None
+
+
+def _mean_of_shares(shares: Sequence[float | None]) -> float | None:
+    return _mean([share for share in shares if share is not None])
 
 
 def _mean(values: Any) -> float | None:

@@ -88,6 +88,8 @@ def _outcome(run: ExaminedRun) -> list[str]:
             else f"Of the {counted(found.known, 'fact')} that the model knew and that were not "
             f"edited {share(found.kept)} have the same answer."
         )
+        if found.kept_protected is not None:
+            of_known = f"{of_known[:-1]}, and {share(found.kept_protected)} of those protected."
         sentences.append(of_known)
     before, after = found.perplexity_before, found.perplexity_after
     if before is not None and after is not None:
