@@ -83,11 +83,10 @@ def _dumped(form: str) -> Callable[[Any], bytes]:
 
 
 def text_readers(_: Artifacts) -> list[Reader]:
-    """What reads text: facts in every format, corpora, selections of layers, configurations."""
+    """What reads text: facts in every format, corpora, selections of layers."""
     from kscli.errors import CorpusError
     from kscli.facts import FORMATS, read_facts
     from kscli.layers import select_layers
-    from kscli.models.declared import require_possible
     from kscli.records import RecordFile
 
     def bytes_of(form: str) -> st.SearchStrategy[bytes]:
@@ -113,18 +112,23 @@ def text_readers(_: Artifacts) -> list[Reader]:
             layers.map(lambda text: text.encode("utf-8", "ignore")),
         )
     )
+    return found
+
+
+def config_reader(_: Artifacts) -> Reader:
+    """What compares a model's configuration with the size of its weights."""
+    from kscli.models.declared import require_possible
 
     def possible(path: Path) -> None:
         weights = path.with_name("w.bin")
         weights.write_bytes(bytes(1000))
         require_possible(path.parent, "model")
 
-    config = json.dumps({"n_layer": 4, "n_embd": 128, "text_config": {"hidden_size": 7}}).encode()
+    good = json.dumps({"n_layer": 4, "n_embd": 128, "text_config": {"hidden_size": 7}}).encode()
     configs = st.dictionaries(st.sampled_from(["n_layer", "hidden_size", "x"]), JSON).map(
         lambda held: json.dumps(held).encode()
     )
-    found.append(("config.json", possible, mutated(config) | configs))
-    return found
+    return "config.json", possible, mutated(good) | configs
 
 
 def binary_readers(artifacts: Artifacts) -> list[Reader]:
@@ -264,6 +268,11 @@ def _change(contents: Any, what: str, name: str, value: Any) -> None:
 def text(artifacts: Artifacts, count: int, _: Path) -> Iterator[Tally]:
     """Made-up inputs for every reader of text."""
     return (_one(*reader, count) for reader in text_readers(artifacts))
+
+
+def config(artifacts: Artifacts, count: int, _: Path) -> Iterator[Tally]:
+    """Made-up configurations of models."""
+    yield _one(*config_reader(artifacts), count)
 
 
 def binary(artifacts: Artifacts, count: int, _: Path) -> Iterator[Tally]:
