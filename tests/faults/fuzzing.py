@@ -14,6 +14,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ FIELDS = ("prompt", "subject", "target", "relation", "case_id", "requested_rewri
 FACT = {"prompt": "The capital of {} is", "subject": "France", "target": "Paris"}
 
 
-def mutated(good: bytes) -> st.SearchStrategy[bytes]:
-    """Sound bytes with a few places replaced, put in, or left out, or without their end."""
+def mutated(good: bytes) -> st.SearchStrategy[Callable[[], bytes]]:
+    """What makes sound bytes with a few places replaced or left out, or without their end.
+
+    hypothesis keeps all that a strategy gives, so that 10,000 copies of a file would fill memory.
+    """
     place = st.integers(0, len(good))
     edit = st.tuples(place, st.integers(0, 8), st.binary(max_size=8))
 
@@ -58,7 +62,7 @@ def mutated(good: bytes) -> st.SearchStrategy[bytes]:
             data[at : at + length] = new
         return bytes(data if end is None else data[:end])
 
-    return st.builds(change, st.lists(edit, max_size=6), st.none() | place)
+    return st.builds(partial, st.just(change), st.lists(edit, max_size=6), st.none() | place)
 
 
 RECORDS = st.lists(
@@ -89,7 +93,7 @@ def text_readers(_: Artifacts) -> list[Reader]:
     from kscli.layers import select_layers
     from kscli.records import RecordFile
 
-    def bytes_of(form: str) -> st.SearchStrategy[bytes]:
+    def bytes_of(form: str) -> st.SearchStrategy[Any]:
         good = _dumped(form)([FACT] * 3)
         texts = st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
         return RECORDS.map(_dumped(form)) | mutated(good) | texts | st.binary(max_size=100)
@@ -213,8 +217,8 @@ def _read_artifact(path: Path) -> None:
             _ = file.log(), file.objects(), read_arrays(file)
 
 
-def _sealed(path: Path) -> st.SearchStrategy[bytes]:
-    """Files with attributes and arrays that make no sense, under a seal that is right."""
+def _sealed(path: Path) -> st.SearchStrategy[Callable[[], bytes]]:
+    """What makes files whose attributes and arrays make no sense, under a seal that is right."""
     whole = path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "a.h5"
@@ -243,7 +247,7 @@ def _sealed(path: Path) -> st.SearchStrategy[bytes]:
                     _change(contents, what, name, value)
             return copy.read_bytes()
 
-    return st.lists(change, min_size=1, max_size=2).map(make)
+    return st.builds(partial, st.just(make), st.lists(change, min_size=1, max_size=2))
 
 
 def _change(contents: Any, what: str, name: str, value: Any) -> None:
@@ -318,11 +322,11 @@ def _examine(
             verbosity=Verbosity.quiet,
         )
         @given(inputs)
-        def one(data: bytes) -> None:
+        def one(made: bytes | Callable[[], bytes]) -> None:
             nonlocal tried
             # A new file: to empty one and fill it again makes ext4 wait for the disk.
             path.unlink(missing_ok=True)
-            path.write_bytes(data)
+            path.write_bytes(made() if callable(made) else made)
             try:
                 read(path)
             except KscliError as error:
