@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from kscli.errors import ModelError, UsageError
 from kscli.models.forward import Decoder
 from kscli.models.loading import load_model
 from kscli.models.locating import ModelOptions, locate_model
+from kscli.models.shape import model_shape
 from kscli.resources import MemorySplit, resolve_dtype
 from kscli.second_moment.layer_sums import LayerSums
 from kscli.tiny import MODEL_DIR
@@ -171,6 +174,23 @@ def test_a_gguf_that_is_none(tmp_path: Path) -> None:
     path.write_bytes(b"not a model")
     with pytest.raises(ModelError, match="is not a GGUF file"):
         load_model(ModelOptions(str(path)))
+
+
+@pytest.mark.parametrize("read", [load_model, lambda o: model_shape(locate_model(o), o)])
+def test_a_gguf_file_of_more_layers_than_tensors_is_refused_at_once(
+    read: Callable[[ModelOptions], object], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(10**9)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=r"block_count is 1000000000, more than its 0 tensors"):
+        read(ModelOptions(str(path), device="cpu"))
+    assert time.monotonic() - began < 20
 
 
 def test_a_gguf_file_is_parsed_once(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

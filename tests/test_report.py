@@ -141,9 +141,11 @@ def some_facts(m: int, relations: Sequence[str] = ("P1", "P2"), subject: str = "
 def a_matrix(m: int, seed: int = 0, tail: float = 3.0, shift: float = 0.0) -> Real:
     """A P whose kurtosis is larger for a smaller `tail`, about a mean of `shift`.
 
-    Its numbers are float32's, as those in a file are.
+    It is symmetric, as P of keys of one leverage is. Its numbers are float32's, as those in a
+    file are.
     """
-    draw = np.random.default_rng(seed).standard_t(tail, (m, m))
+    draw = np.triu(np.random.default_rng(seed).standard_t(tail, (m, m)), 1)
+    draw += draw.T
     P = shift + (0.3 + 0.01 * seed) * draw / np.abs(draw).max()
     np.fill_diagonal(P, 1)
     return P.astype(np.float32).astype(np.float64)
@@ -421,15 +423,17 @@ def test_what_a_token_does_follows_the_tokens(tmp_path: Path) -> None:
 
 def test_the_tightest_bond_and_whether_p_goes_beyond_1(tmp_path: Path) -> None:
     P = np.clip(a_matrix(6), -0.2, 0.2)
-    P[2, 3], P[4, 1] = 0.9, 0.8
+    P[2, 3] = P[3, 2] = 0.9
+    P[4, 1] = P[1, 4] = 0.8
     first = said(write_p(tmp_path / "a.h5", [P], tokens=[0, 1, 2, 2, 4, 5]))
     bond = first["Tightest bond"]
     assert "p = 0.90 at layer 0" in bond
     assert bond.index("[subject 2]") < bond.index("[subject 3]") < bond.index("both share")
     assert "Among other pairs the tightest is p = 0.80" in bond
     assert "No edit moves another fact further than its own" in first["Beyond 1"]
-    P[2, 3] = 1.25  # which takes a key that is longer than that of the edited fact
+    P[2, 3] = P[3, 2] = 1.25  # which takes a key that is longer than that of the edited fact
     leverage = np.array([1.0, 1, 1, 4, 1, 1])
+    P /= leverage[:, None]
     second = said(write_p(tmp_path / "b.h5", [P], leverage=leverage))
     assert "the two do not share" in second["Tightest bond"]
     assert "p is above 1 at layer 0, up to 1.25" in second["Beyond 1"]
@@ -486,6 +490,9 @@ def test_convergence_is_the_sentence_of_the_figure(tmp_path: Path, matrices: lis
 @pytest.mark.usefixtures("no_pictures")
 def test_risk_is_the_definition(tmp_path: Path, matrices: list[Real]) -> None:
     leverage = np.random.default_rng(0).random(M) + 1
+    lengths = np.sqrt(leverage)
+    matrices = [P * lengths / lengths[:, None] for P in matrices]
+    matrices = [P.astype(np.float32).astype(np.float64) for P in matrices]
     file = write_p(tmp_path / "a.h5", matrices, leverage=leverage)
     shown = page_of(file, to=tmp_path / "a.html").table("What edits of all facts would do")
     entries = [off_diagonal(P) for P in matrices]

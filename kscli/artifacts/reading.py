@@ -29,7 +29,7 @@ from kscli.artifacts.schema import (
 )
 from kscli.artifacts.sealed import SealedFile
 from kscli.artifacts.values import check_about, rules_of, wrong_values
-from kscli.cosines import cosine, whitened_cosine
+from kscli.cosines import cosine, no_cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError
 from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
@@ -304,7 +304,15 @@ class PMatrixFile(FactsFile):
                 return whitened_cosine(self.matrix("P", layer), self.leverage(layer))
             if name == "cosine":
                 return cosine(self.matrix("Q", layer))
-        return self._of_layer(name, layer).astype(np.float64)
+            values = self._of_layer(name, layer).astype(np.float64)
+            if name == "P" and not self.about.editor:
+                place = no_cosine(values, self.leverage(layer))
+                if place:
+                    raise SchemaError(
+                        f"its dataset P, layer {layer}, is {values[place]:.6g} at {place}, which "
+                        "is no inner product of two keys of the leverage that it holds"
+                    )
+            return values
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

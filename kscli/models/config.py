@@ -11,7 +11,7 @@ from typing import Any
 
 from kscli.errors import KscliError, ModelError, first_line
 from kscli.files import utf8_path
-from kscli.models.declared import require_possible
+from kscli.models.declared import require_possible, require_possible_gguf
 from kscli.models.locating import LocatedModel, ModelOptions
 from kscli.reporter import silenced
 
@@ -114,17 +114,25 @@ def model_errors(located: LocatedModel) -> Iterator[None]:
 
 @contextmanager
 def gguf_read_once(located: LocatedModel) -> Iterator[None]:
-    """Let transformers parse a GGUF file once while the block runs.
+    """Let transformers parse a GGUF file once while the block runs, and judge what it declares.
 
     It parses the file for the configuration, for the weights and for the tokenizer, and each time
-    takes many seconds where the vocabulary is large.
+    takes many seconds where the vocabulary is large. Raises ModelError, inside the block, as
+    `require_possible_gguf` does.
     """
     if located.gguf is None:
         yield
         return
     gguf: Any = import_module("gguf")
     reader = gguf.GGUFReader  # transformers takes it from the package each time
-    gguf.GGUFReader = cache(reader)
+
+    @cache
+    def read(path: Any) -> Any:
+        found = reader(path)
+        require_possible_gguf(found, located.identity.model_id)
+        return found
+
+    gguf.GGUFReader = read
     try:
         yield
     finally:

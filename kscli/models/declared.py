@@ -51,6 +51,19 @@ def require_possible(folder: Path, model_id: str) -> None:
                 )
 
 
+def require_possible_gguf(gguf: Any, model_id: str) -> None:
+    """Raise ModelError where a GGUF file, a `GGUFReader`, declares more layers than tensors."""
+    most = max(len(gguf.tensors), HARMLESS_LAYERS)
+    for name, field in gguf.fields.items():
+        if name.endswith(".block_count"):
+            number = field.contents()
+            if not (isinstance(number, int) and 0 <= number <= most):
+                raise ModelError(
+                    f"{model_id}: {name} is {number!r:.30}, more than its {len(gguf.tensors)} "
+                    "tensors can be of; fetch the model again."
+                )
+
+
 def _numbers(declared: Any, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
     """The numbers under such names, at the top and in the configurations in it."""
     if isinstance(declared, dict):

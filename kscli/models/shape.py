@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kscli.models.config import (
     default_length,
+    gguf_read_once,
     load_config,
     model_errors,
     positions_of,
@@ -36,7 +37,7 @@ def model_shape(located: LocatedModel, options: ModelOptions) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
+    with quiet_transformers(), gguf_read_once(located):
         config = load_config(located, options)
         with model_errors(located), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

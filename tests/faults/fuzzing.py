@@ -14,6 +14,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ FIELDS = ("prompt", "subject", "target", "relation", "case_id", "requested_rewri
 FACT = {"prompt": "The capital of {} is", "subject": "France", "target": "Paris"}
 
 
-def mutated(good: bytes) -> st.SearchStrategy[bytes]:
-    """Sound bytes with a few places replaced, put in, or left out, or without their end."""
+def mutated(good: bytes) -> st.SearchStrategy[Callable[[], bytes]]:
+    """What makes sound bytes with a few places replaced or left out, or without their end.
+
+    hypothesis keeps all that a strategy gives, so that 10,000 copies of a file would fill memory.
+    """
     place = st.integers(0, len(good))
     edit = st.tuples(place, st.integers(0, 8), st.binary(max_size=8))
 
@@ -58,7 +62,7 @@ def mutated(good: bytes) -> st.SearchStrategy[bytes]:
             data[at : at + length] = new
         return bytes(data if end is None else data[:end])
 
-    return st.builds(change, st.lists(edit, max_size=6), st.none() | place)
+    return st.builds(partial, st.just(change), st.lists(edit, max_size=6), st.none() | place)
 
 
 RECORDS = st.lists(
@@ -83,14 +87,13 @@ def _dumped(form: str) -> Callable[[Any], bytes]:
 
 
 def text_readers(_: Artifacts) -> list[Reader]:
-    """What reads text: facts in every format, corpora, selections of layers, configurations."""
+    """What reads text: facts in every format, corpora, selections of layers."""
     from kscli.errors import CorpusError
     from kscli.facts import FORMATS, read_facts
     from kscli.layers import select_layers
-    from kscli.models.declared import require_possible
     from kscli.records import RecordFile
 
-    def bytes_of(form: str) -> st.SearchStrategy[bytes]:
+    def bytes_of(form: str) -> st.SearchStrategy[Any]:
         good = _dumped(form)([FACT] * 3)
         texts = st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
         return RECORDS.map(_dumped(form)) | mutated(good) | texts | st.binary(max_size=100)
@@ -113,18 +116,23 @@ def text_readers(_: Artifacts) -> list[Reader]:
             layers.map(lambda text: text.encode("utf-8", "ignore")),
         )
     )
+    return found
+
+
+def config_reader(_: Artifacts) -> Reader:
+    """What compares a model's configuration with the size of its weights."""
+    from kscli.models.declared import require_possible
 
     def possible(path: Path) -> None:
         weights = path.with_name("w.bin")
         weights.write_bytes(bytes(1000))
         require_possible(path.parent, "model")
 
-    config = json.dumps({"n_layer": 4, "n_embd": 128, "text_config": {"hidden_size": 7}}).encode()
+    good = json.dumps({"n_layer": 4, "n_embd": 128, "text_config": {"hidden_size": 7}}).encode()
     configs = st.dictionaries(st.sampled_from(["n_layer", "hidden_size", "x"]), JSON).map(
         lambda held: json.dumps(held).encode()
     )
-    found.append(("config.json", possible, mutated(config) | configs))
-    return found
+    return "config.json", possible, mutated(good) | configs
 
 
 def binary_readers(artifacts: Artifacts) -> list[Reader]:
@@ -209,8 +217,8 @@ def _read_artifact(path: Path) -> None:
             _ = file.log(), file.objects(), read_arrays(file)
 
 
-def _sealed(path: Path) -> st.SearchStrategy[bytes]:
-    """Files with attributes and arrays that make no sense, under a seal that is right."""
+def _sealed(path: Path) -> st.SearchStrategy[Callable[[], bytes]]:
+    """What makes files whose attributes and arrays make no sense, under a seal that is right."""
     whole = path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "a.h5"
@@ -239,7 +247,7 @@ def _sealed(path: Path) -> st.SearchStrategy[bytes]:
                     _change(contents, what, name, value)
             return copy.read_bytes()
 
-    return st.lists(change, min_size=1, max_size=2).map(make)
+    return st.builds(partial, st.just(make), st.lists(change, min_size=1, max_size=2))
 
 
 def _change(contents: Any, what: str, name: str, value: Any) -> None:
@@ -264,6 +272,11 @@ def _change(contents: Any, what: str, name: str, value: Any) -> None:
 def text(artifacts: Artifacts, count: int, _: Path) -> Iterator[Tally]:
     """Made-up inputs for every reader of text."""
     return (_one(*reader, count) for reader in text_readers(artifacts))
+
+
+def config(artifacts: Artifacts, count: int, _: Path) -> Iterator[Tally]:
+    """Made-up configurations of models."""
+    yield _one(*config_reader(artifacts), count)
 
 
 def binary(artifacts: Artifacts, count: int, _: Path) -> Iterator[Tally]:
@@ -309,11 +322,11 @@ def _examine(
             verbosity=Verbosity.quiet,
         )
         @given(inputs)
-        def one(data: bytes) -> None:
+        def one(made: bytes | Callable[[], bytes]) -> None:
             nonlocal tried
             # A new file: to empty one and fill it again makes ext4 wait for the disk.
             path.unlink(missing_ok=True)
-            path.write_bytes(data)
+            path.write_bytes(made() if callable(made) else made)
             try:
                 read(path)
             except KscliError as error:

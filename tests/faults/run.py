@@ -30,6 +30,7 @@ SUITES: dict[str, tuple[Suite, int, int]] = {
     "structure": (damage.structure, 600, 6),
     "truncations": (damage.truncations, 100, 2),
     "text": (fuzzing.text, 100_000, 25),
+    "config": (fuzzing.config, 100_000, 25),
     "binary": (fuzzing.binary, 10_000, 8),
     "kills": (interruptions.kills, 50, 0),
     "disks": (interruptions.disks, 10, 0),
