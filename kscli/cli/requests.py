@@ -91,10 +91,11 @@ def number_or_all(option: str, value: str) -> int | None:
 
 def refuse_given(context: typer.Context, names: Sequence[str], reason: str) -> None:
     """Raise UsageError for an option, by its parameter's name, that was given without effect."""
+    written = {each.name: each.opts[0] for each in context.command.params}
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = f"--{name.replace('_', '-')}"
+            option = written[name]
             raise UsageError(f"{option} has no effect {reason}; leave it out.")
 
 

@@ -11,7 +11,15 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_head, print_line, print_rows
-from kscli.tables import FIXED_POINTS, PAIRS_ABOVE_NOISE, SCALING, STATISTICS, Row, noise_columns
+from kscli.tables import (
+    FIXED_POINTS,
+    PAIRS_ABOVE_NOISE,
+    SCALING,
+    SPECTRUM,
+    STATISTICS,
+    Row,
+    noise_columns,
+)
 
 if TYPE_CHECKING:
     from kscli.analysis.resampling import Resampling
@@ -49,6 +57,34 @@ def stats(
     above: Annotated[
         bool, typer.Option("--above", help="With --against: list the pairs above the noise.")
     ] = False,
+    spectrum: Annotated[
+        bool,
+        typer.Option(
+            "--spectrum",
+            help="Show the spectrum of C, the overlap of keys, and what cuts of AlphaEdit call "
+            "null.",
+        ),
+    ] = False,
+    null_space: Annotated[
+        float | None,
+        typer.Option(
+            "--null-space",
+            metavar="X",
+            min=0.0,
+            help="With --spectrum: the absolute cut (nullspace_threshold).",
+            show_default="0.02",
+        ),
+    ] = None,
+    relative_null_space: Annotated[
+        float | None,
+        typer.Option(
+            "--relative-null-space",
+            metavar="X",
+            min=0.0,
+            help="With --spectrum: the relative cut, X times the mean singular value of C.",
+            show_default="0.02",
+        ),
+    ] = None,
     k: options.TopPairs = 20,
     repeats: options.Repeats = 1000,
     seed: options.Seed = 0,
@@ -70,8 +106,9 @@ def stats(
     each model's pmatrix.h5. Statistics of chosen layers, or of a file that --pmatrix names, are
     written only with --output.
 
-    Several models are compared in further tables. --scaling, --fixed-points and --against print
-    such a table alone, in any format. The family and size of a model are known from its alias or
+    Several models are compared in further tables. --scaling, --fixed-points, --against and
+    --spectrum print such a table alone, in any format. --spectrum reads the cov.h5 and keys.h5
+    beside each pmatrix.h5, too. The family and size of a model are known from its alias or
     its name.
 
     Examples:
@@ -80,22 +117,25 @@ def stats(
       kscli stats -m gpt2-small -m gpt2-medium --scaling -f json | jq '.[].difference'
       kscli stats -m gpt-j --layers 0,-1 -f json | jq '.[] | {layer, kurtosis, kurtosis_low}'
       kscli stats -m gpt2-small --against other-text/pmatrix.h5
+      kscli stats -m gpt2-small --spectrum
     """
     from kscli.analysis.fixed_points import comparable
     from kscli.analysis.resampling import Resampling
     from kscli.analysis.statistics import caution
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths
+    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths, require_finite
     from kscli.errors import UsageError
     from kscli.layers import select_layers
     from kscli.places import file_name
 
     reporter = ConsoleReporter(quiet=quiet)
     paths = pmatrix_paths(model, pmatrix, directory, editor)
-    alone = sum([scaling, fixed_points, against is not None])
+    alone = sum([scaling, fixed_points, against is not None, spectrum])
     if alone > 1:
-        raise UsageError("--scaling, --fixed-points and --against each print a table; name one.")
+        raise UsageError(
+            "--scaling, --fixed-points, --against and --spectrum each print a table; name one."
+        )
     if output is not None and len(paths) > 1:
         raise UsageError("--output names one file, but several models were given.")
     if output is not None and alone:
@@ -104,6 +144,11 @@ def stats(
         raise UsageError("--above needs --against FILE, which tells the noise.")
     if against is not None and len(paths) > 1:
         raise UsageError("--against compares one model with itself on other text; name one model.")
+    cuts = {"--null-space": null_space, "--relative-null-space": relative_null_space}
+    require_finite(cuts)
+    for option, cut in cuts.items():
+        if cut is not None and not spectrum:
+            raise UsageError(f"{option} has no effect without --spectrum; leave it out.")
     resampling = Resampling(repeats, seed)
     with ExitStack() as stack:
         files = open_pmatrices(paths, stack)
@@ -111,6 +156,8 @@ def stats(
         if against is not None:
             (other,) = open_pmatrices([against], stack)
             _print_noise(*chosen[0], other, k, above, output_format, reporter)
+        elif spectrum:
+            _print_spectrum(chosen, null_space, relative_null_space, output_format, reporter)
         elif scaling:
             _print_scaling(chosen, resampling, output_format, reporter, asked=True)
         elif fixed_points:
@@ -211,6 +258,30 @@ def _print_fixed_points(
             return
         print_line("")
     print_rows(rows, FIXED_POINTS, output_format)
+
+
+def _print_spectrum(
+    chosen: Chosen,
+    absolute: float | None,
+    relative: float | None,
+    output_format: Format,
+    reporter: Reporter,
+) -> None:
+    from kscli.analysis.spectrum import PUBLISHED, RELATIVE, spectra_of
+    from kscli.editing.metrics import Cut
+
+    cuts = (
+        PUBLISHED if absolute is None else Cut(absolute),
+        RELATIVE if relative is None else Cut(relative, relative=True),
+    )
+    rows = [
+        row for file, layers in chosen for row in spectra_of(file, layers, *cuts, reporter=reporter)
+    ]
+    title = (
+        f"The spectrum of C and the overlap of keys; null: below {cuts[0].size:g}, and below "
+        f"{cuts[1].size:g} times the mean singular value"
+    )
+    print_rows(rows, SPECTRUM, output_format, title)
 
 
 def _print_noise(

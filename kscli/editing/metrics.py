@@ -87,6 +87,14 @@ class Cut:
     size: float = 0.02
     relative: bool = False
 
+    def limit(self, values: Array) -> float:
+        """The singular value, of `values` (d_m,), below which a direction is null."""
+        return self.size * (float(values.mean()) if self.relative else 1.0)
+
+    def null(self, values: Array) -> int:
+        """How many of the singular values (d_m,) of C are below the cut."""
+        return int((values < self.limit(values)).sum())
+
 
 def null_space(C: Array, cut: Cut) -> NullSpace:
     """The span of the singular vectors of C (d_m, d_m) whose singular values are below the cut.
@@ -94,8 +102,7 @@ def null_space(C: Array, cut: Cut) -> NullSpace:
     Raises NumericsError where that is nothing or everything.
     """
     values, vectors = np.linalg.eigh(C)
-    limit = cut.size * (float(values.mean()) if cut.relative else 1.0)
-    kept = int((values < limit).sum())
+    limit, kept = cut.limit(values), cut.null(values)
     option = "--relative-null-space" if cut.relative else "--null-space"
     found = f"C's singular values are {values[0]:.3g} to {values[-1]:.3g}"
     if kept == 0:
