@@ -16,6 +16,7 @@ import torch
 from kscli.errors import FactsError
 from kscli.fact_forms import SLOT
 from kscli.facts import UNUSABLE, Fact
+from kscli.files import require_ordinary
 from kscli.models.loading import LoadedModel
 
 LIKELIEST = 5  # ROME's and MEMIT's code sample texts from so many tokens
@@ -66,6 +67,7 @@ def read_contexts(path: Path) -> tuple[str, ...]:
 
     Raises FactsError, naming the line, where {} does not stand in it once.
     """
+    require_ordinary(path, FactsError)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
