@@ -160,6 +160,13 @@ ANGLES = (
     Column("raw", "activation space", ".1f"),
     Column("raw_off", "from 90\N{DEGREE SIGN}", ".1f"),
 )
+OVERLAPS = (
+    LAYER,
+    Column("overlap", spec=".4f", meaning="Mean squared cosine of two keys, activation space."),
+    Column("overlap_whitened", "whitened", ".4f", "The same in the whitening space."),
+    Column("one_over_d_m", "1/d_m", ".4f", "The overlap of keys in random directions."),
+    Column("one_over_m", "1/m", ".4f", wide=True),
+)
 SPECTRUM = (
     MODEL,
     Column("m", spec="d", varying=True),
@@ -167,10 +174,7 @@ SPECTRUM = (
     Column("d_m", spec="d", varying=True),
     Column("participation_ratio", "participation ratio", ".1f", "Of C: (tr C)^2 / tr C^2."),
     Column("effective_rank", "effective rank", ".1f", "Of C: exp of its spectrum's entropy."),
-    Column("overlap", spec=".4f", meaning="Mean squared cosine of two keys, activation space."),
-    Column("overlap_whitened", "whitened", ".4f", "The same in the whitening space."),
-    Column("one_over_d_m", "1/d_m", ".4f", "The overlap of keys in random directions."),
-    Column("one_over_m", "1/m", ".4f", wide=True),
+    *OVERLAPS[1:],
     Column("null_share", "null", ".0%", "Directions that the absolute cut calls null."),
     Column("keys_in_null", "keys there", ".1%", "The share of the keys' energy in them."),
     Column("relative_null_share", "relative null", ".0%", "The same of the relative cut."),

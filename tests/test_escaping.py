@@ -93,6 +93,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["topk"],
         ["topk", "--strongest"],
         ["stats", "--repeats", 100],
+        ["stats", "--spectrum"],
         ["relations"],
         ["risk", "--layer", "0"],
         ["show"],

@@ -375,6 +375,21 @@ def test_angles_are_those_of_the_cosines(tmp_path: Path) -> None:
     assert "60.0° (30.0° from a right angle) in the whitening space" in said(file)["Angles"]
 
 
+def test_overlaps_are_mean_squared_cosines(tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).standard_normal((2, 5, 4))
+    keys /= np.linalg.norm(keys, axis=2, keepdims=True)
+    file = write_p(tmp_path / "pmatrix.h5", [of_layer @ of_layer.T for of_layer in keys])
+    rows = examined(file).overlaps
+    assert [row["layer"] for row in rows] == [0, 1]
+    sentences = said(file)["Angles"]
+    for row, of_layer in zip(rows, keys, strict=True):
+        squares = [(a @ b) ** 2 for a, b in itertools.combinations(of_layer, 2)]
+        assert row["overlap_whitened"] == pytest.approx(np.mean(squares), rel=1e-5)
+        assert row["overlap"] == pytest.approx(np.mean(squares), rel=1e-5)
+        assert (row["one_over_d_m"], row["one_over_m"]) == (1 / 12, 1 / 5)
+        assert f"layer {row['layer']} is {row['overlap_whitened']:.4f} in the" in sentences
+
+
 # Its sentences
 
 

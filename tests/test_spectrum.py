@@ -16,9 +16,10 @@ from cli_kit import ROOT, kscli, one_sentence
 from numpy.typing import NDArray
 
 from kscli.analysis.spectrum import mean_squared_overlap, spectrum_of
-from kscli.artifacts import CovarianceFile, KeysFile
+from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
 from kscli.editing.metrics import Cut
 from kscli.errors import NumericsError
+from kscli.figures import KINDS, Source
 from kscli.superposition import write_pmatrix
 
 Array = NDArray[np.float64]
@@ -185,3 +186,33 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_figure_shows_the_rows(tmp_path: Path) -> None:
+    place = write_toy(tmp_path)
+    rows = rows_of(tmp_path)
+    with PMatrixFile(place / "pmatrix.h5") as file:
+        fig = KINDS["spectrum"].draw([Source(file, LAYERS)])
+        both = KINDS["spectrum"].draw([Source(file, LAYERS), Source(file, (1,))])
+    dimensions, overlaps, shares = fig.axes
+    for ax, fields in (
+        (dimensions, ("d_m", "effective_rank", "participation_ratio")),
+        (overlaps, ("overlap", "overlap_whitened", "one_over_m", "one_over_d_m")),
+        (
+            shares,
+            ("null_share", "keys_in_null", "relative_null_share", "keys_in_relative_null"),
+        ),
+    ):
+        for line, name in zip(ax.lines, fields, strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), LAYERS)
+            np.testing.assert_allclose(line.get_ydata(), [row[name] for row in rows])
+    assert len(both.axes) == 6
+
+
+def test_the_figure_needs_the_files_beside(tmp_path: Path) -> None:
+    place = write_toy(tmp_path)
+    (place / "cov.h5").unlink()
+    refused = kscli("plot", "spectrum", "--dir", tmp_path, "-m", "toy")
+    assert refused.exit_code == 1
+    assert "cov.h5 does not exist" in one_sentence(refused.stderr).replace("\n", " ")
+    assert not (place / "figures").exists()

@@ -114,31 +114,34 @@ def spectra_of(
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from None
             of_facts = keys.keys_of(layer)
             rows.append(
-                {"model": pmatrix.model, "layer": layer}
-                | _dimensions(spectrum, of_facts)
-                | _overlaps(pmatrix, layer)
+                {"model": pmatrix.model}
+                | overlap_row(pmatrix, layer)
+                | _dimensions(spectrum)
                 | _null_spaces(spectrum, of_facts, absolute, relative)
             )
             task.advance()
     return rows
 
 
-def _dimensions(spectrum: Spectrum, keys: Array) -> dict[str, Any]:
-    m, d_m = keys.shape
+def overlap_row(pmatrix: PMatrixFile, layer: int) -> dict[str, Any]:
+    """The mean squared overlap of keys in both spaces at one layer, beside 1/d_m and 1/m."""
+    cosines = pmatrix.matrix("cosine", layer)
+    m, d_m = len(cosines), pmatrix.about.d_m
     return {
+        "layer": layer,
         "m": m,
         "d_m": d_m,
-        "participation_ratio": spectrum.participation_ratio,
-        "effective_rank": spectrum.effective_rank,
+        "overlap": mean_squared_overlap(cosines),
+        "overlap_whitened": mean_squared_overlap(pmatrix.matrix("whitened_cosine", layer)),
         "one_over_d_m": 1 / d_m,
         "one_over_m": 1 / m,
     }
 
 
-def _overlaps(pmatrix: PMatrixFile, layer: int) -> dict[str, Any]:
+def _dimensions(spectrum: Spectrum) -> dict[str, float]:
     return {
-        "overlap": mean_squared_overlap(pmatrix.matrix("cosine", layer)),
-        "overlap_whitened": mean_squared_overlap(pmatrix.matrix("whitened_cosine", layer)),
+        "participation_ratio": spectrum.participation_ratio,
+        "effective_rank": spectrum.effective_rank,
     }
 
 

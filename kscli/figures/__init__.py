@@ -209,6 +209,12 @@ KINDS: dict[str, FigureKind] = {
             standard=False,
         ),
         FigureKind(
+            "spectrum",
+            "Dimensions of C, the overlap of keys, and what AlphaEdit's cuts call null, over the "
+            "layers.",
+            standard=False,
+        ),
+        FigureKind(
             "interference",
             "How far edits were predicted to move every fact's value, and moved it.",
             standard=False,

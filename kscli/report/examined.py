@@ -14,6 +14,7 @@ from kscli.analysis.convergence import Convergence, convergence_at
 from kscli.analysis.edit_runs import is_sequence
 from kscli.analysis.relations import Permutations, RelationStatistics, relation_statistics
 from kscli.analysis.resampling import Resampling
+from kscli.analysis.spectrum import overlap_row
 from kscli.analysis.statistics import Statistics
 from kscli.analysis.stats_file import statistics_of
 from kscli.artifacts import CovarianceFile, PMatrixFile
@@ -84,7 +85,8 @@ class Examined:
     in the activation space, NaN where there is none. `convergences` are of `ends`. `relations` is
     None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
     the cov.h5 that P was made with is not beside it. `risk_rows` are `layer_rows` of edits of all
-    facts (`kscli.editing.predicted_damage`), with what the order norm `saved`.
+    facts (`kscli.editing.predicted_damage`), with what the order norm `saved`. `overlaps` has a row
+    a layer (`overlap_row` of `kscli.analysis.spectrum`).
     """
 
     key: str
@@ -98,6 +100,7 @@ class Examined:
     corpus: Corpus | None
     risk_rows: tuple[dict[str, Any], ...] = ()
     runs: tuple[ExaminedRun, ...] = ()
+    overlaps: tuple[dict[str, Any], ...] = ()
 
     @property
     def model(self) -> str:
@@ -186,6 +189,7 @@ def examine(
         _corpus(file),
         _risk(file),
         _runs(runs, resampling, reporter),
+        tuple(overlap_row(file, layer) for layer in file.layers),
     )
 
 

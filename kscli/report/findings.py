@@ -26,7 +26,7 @@ from kscli.report.words import (
     share,
     with_interval,
 )
-from kscli.tables import sentence
+from kscli.tables import Row, sentence
 from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION
 
 # A correlation of layer and kurtosis is called a trend where it is of at least this size and
@@ -237,7 +237,18 @@ def right_angles(examined: Examined) -> list[str]:
             f"{at_layers(near, examined.layers)} in the whitening space, "
             f"{at_layers(raw_near, examined.layers)} in the activation space."
         )
-    return sentences
+    of_ends = [row for row in examined.overlaps if row["layer"] in examined.ends]
+    return [*sentences, *map(_overlap, of_ends)]
+
+
+def _overlap(row: Row) -> str:
+    """The overlap at one layer, against that of random directions."""
+    white, raw = row["overlap_whitened"], row["overlap"]
+    return (
+        f"The mean squared overlap of two keys at layer {row['layer']} is {number(white, 4)} in "
+        f"the whitening space and {number(raw, 4)} in the activation space; random directions have "
+        f"{number(row['one_over_d_m'], 4)}."
+    )
 
 
 def _angle(mode: float) -> str:

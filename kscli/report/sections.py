@@ -17,6 +17,7 @@ from kscli.report.tables import plain_table, table
 from kscli.report.words import layers_text
 from kscli.tables import (
     ANGLES,
+    OVERLAPS,
     PAIRS_OF_LAYERS,
     RELATIONS_BY_LAYER,
     SAME_TOKEN,
@@ -168,7 +169,13 @@ def right_angles(examined: Examined) -> Section:
         for layer, (white, raw) in zip(examined.layers, examined.modes, strict=True)
     ]
     caption = "The most frequent angle between two keys by layer, in degrees"
-    return Section("angles", "Angles between keys", join([figure, table(rows, ANGLES, caption)]))
+    overlaps = (
+        "The overlap of keys by layer: the mean squared cosine of two facts' keys, in the "
+        "activation and in the whitening space. Keys in random directions overlap by 1/d_m. "
+        "kscli stats --spectrum has the dimensions of C beside it"
+    )
+    body = [figure, table(rows, ANGLES, caption), table(examined.overlaps, OVERLAPS, overlaps)]
+    return Section("angles", "Angles between keys", join(body))
 
 
 def convergence(examined: Examined) -> Section:
