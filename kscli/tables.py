@@ -80,7 +80,7 @@ def shown(columns: Sequence[Column], rows: Sequence[Row], *, wide: bool = False)
         for column in columns
         if (wide or not column.wide)
         and not (column.varying and len({row[column.key] for row in rows}) < 2)
-        and not (column.optional and all(row[column.key] is None for row in rows))
+        and not (column.optional and all(row.get(column.key) is None for row in rows))
     ]
 
 
@@ -304,6 +304,7 @@ RISK_BY_LAYER = (
     Column("largest", "largest |p|", ".3f"),
     Column("pair", "moved most", value=_largest_pair, long=True),
     Column("harmful", "|p|>0.25", ".1%"),
+    Column("price", spec=".1f", meaning="To move no other fact at its subject.", optional=True),
     Column("saved", "the order saves", ".1%", wide=True),
     Column("verdict", "note", value=_verdict),
 )

@@ -24,6 +24,7 @@ from kscli.editing.predicted_damage import (
     layer_rows,
     least_layer,
     moved_rows,
+    protection_prices,
     sequence_risk,
     sequence_rows,
 )
@@ -236,8 +237,29 @@ def test_a_subject_that_is_not_there_names_near_ones(place: tuple[str, Path]) ->
 
 
 def test_layers_as_objects(place: tuple[str, Path], pm: PMatrixFile) -> None:
-    assert objects(*place, "--fact", "Bo", "--by-layer") == layer_rows(pm, LAYERS, [3])
-    assert objects(*place, "--by-layer", "--layers", "1") == layer_rows(pm, (1,), list(range(M)))
+    for edited, layers, options in (
+        ([3], LAYERS, ("--fact", "Bo")),
+        (list(range(M)), (1,), ("--layers", "1")),
+    ):
+        rows = objects(*place, *options, "--by-layer")
+        prices = [[row.pop(name) for name in ("price", "price_largest")] for row in rows]
+        assert rows == layer_rows(pm, layers, edited)
+        for found, layer in zip(prices, layers, strict=True):
+            of_edits = protection_prices(pm, layer, edited)
+            assert found == [np.median(of_edits), of_edits.max()]
+
+
+def test_the_price_of_protecting_all_others_at_their_subjects(pm: PMatrixFile) -> None:
+    """G_ee (G^-1)_ee, which is 1 / (1 - R^2) of the regression of a key on all others."""
+    once = [0, 1, 2, 3, 4, 6, 8]  # 0 and 5 are one text, and so are 2 and 7
+    for layer in LAYERS:
+        G = (pm.matrix("P", layer) * pm.leverage(layer)[:, None])[np.ix_(once, once)]
+        expected = np.diagonal(G) * np.diagonal(np.linalg.inv(G))
+        assert (expected >= 1).all()
+        assert expected.max() > 1.01
+        found = protection_prices(pm, layer, [*once, 5, 7])
+        np.testing.assert_allclose(found[:7], expected, rtol=1e-4)
+        np.testing.assert_allclose(found[7:], expected[[0, 2]], rtol=1e-4)
 
 
 def test_a_sequence_as_objects(place: tuple[str, Path], pm: PMatrixFile) -> None:

@@ -74,7 +74,9 @@ def risk(
     With --by-layer: which layer would do the least damage, by the rms of p. Read it with care. Some
     layers need a longer delta than others. A late layer has few layers after it that can carry the
     edit from the subject to the answer. The last layer has none, so an edit there works only if the
-    subject ends the prompt.
+    subject ends the prompt. "price" is what it would cost to move no other fact at its subject
+    (edit --protect all --protect-at subject): how many times as much as the plain edit such an edit
+    changes in all text, the median over the edited facts.
 
     p is that of the paper, of the bare prompts' keys. --editor takes p of another editor.
 
@@ -189,9 +191,15 @@ def print_layers(
     file: PMatrixFile, layers: Sequence[int], edited: Sequence[int], output_format: Format
 ) -> float:
     """Print what each layer would do; returns the largest damage."""
-    from kscli.editing.predicted_damage import layer_rows
+    import numpy as np
+
+    from kscli.editing.predicted_damage import layer_rows, protection_prices
 
     rows = layer_rows(file, layers, edited)
+    if not file.about.editor:
+        for row in rows:
+            prices = protection_prices(file, row["layer"], edited)
+            row |= {"price": float(np.median(prices)), "price_largest": float(prices.max())}
     whose = of_editor(file)
     title = (
         f"What an edit moves{whose}, by its layer: {sentence_of(file, edited[0])}"

@@ -28,6 +28,8 @@ HARMFUL = 0.25
 """A |p| above this counts as harm in `layer_rows`."""
 
 Real = NDArray[np.float64]
+
+ROUNDING = 1e-6
 Mask = NDArray[np.bool_]
 
 
@@ -182,6 +184,25 @@ def sequence_risk(
         sequence_interference(P, sequence),
         sequence_interference(P, norm),
     )
+
+
+def protection_prices(pm: PMatrixFile, layer: int, edited: Sequence[int]) -> Real:
+    """What it costs each edit (n,) to move no other fact of the file at its subject's last token.
+
+    The price is G_ee (G^-1)_ee over the Gram matrix G of all keys (see `kscli.editing.protection`),
+    so the diagonal of the inverse of the whitened cosines. Facts of one text count once. What is
+    below `ROUNDING`, in the spectrum of the cosines, P's storage in float32 does not tell; there a
+    price is the least that it can be.
+    """
+    first: dict[str, int] = {}
+    for index, fact in enumerate(pm.facts):
+        first.setdefault(fact.text, index)
+    once = list(first.values())
+    place = {text: number for number, text in enumerate(first)}
+    cosines = pm.matrix("whitened_cosine", layer)[np.ix_(once, once)]
+    sizes, vectors = np.linalg.eigh(cosines)
+    prices = (vectors**2) @ (1 / np.maximum(sizes, ROUNDING))
+    return np.array([prices[place[pm.facts[index].text]] for index in edited])
 
 
 def sequence_rows(
