@@ -212,17 +212,36 @@ def test_what_is_protected_stays_as_it_was_said(folder: Path, tmp_path: Path) ->
     facts = facts_file(folder, tmp_path / "facts.json", range(12, 30))
     plain = edited(folder, tmp_path / "plain.h5", "--method", "closed-form")
     for method in ("joint", "closed-form", "memit"):
-        run = edited(folder, tmp_path / f"{method}.h5", "--method", method, "--protect", facts)
+        exactly = ("--protect", facts, "--protect-ridge", 0)
+        run = edited(folder, tmp_path / f"{method}.h5", "--method", method, *exactly)
         np.testing.assert_array_equal(np.flatnonzero(run["protected"]), np.arange(12, 30))
         before, after = run["logprob_true"][[0, -1]][:, 12:30]
         np.testing.assert_allclose(after, before, atol=2e-5)
         assert (run["price"] > 1).all()
         assert run["linear_error"].max() < 1e-9
-        assert "protecting 18 facts at all tokens (" in run["stderr"]
+        assert "protected at all tokens: 18 of 18 facts, by " in run["stderr"]
     before, after = plain["logprob_true"][[0, -1]][:, 12:30]
     assert np.abs(after - before).max() > 0.01
     assert not plain["protected"].any()
     np.testing.assert_allclose(plain["price"], 1)
+
+
+def test_the_default_ridge_is_nearly_exact_and_cheaper(folder: Path, tmp_path: Path) -> None:
+    facts = facts_file(folder, tmp_path / "facts.json", range(12, 30))
+    changes, paid = [], []
+    for name, options in (
+        ("plain", ()),
+        ("default", ("--protect", facts)),
+        ("said", ("--protect", facts, "--protect-ridge", 0.1)),
+        ("exact", ("--protect", facts, "--protect-ridge", 0)),
+    ):
+        run = edited(folder, tmp_path / f"{name}.h5", "--method", "joint", *options)
+        before, after = run["logprob_true"][[0, -1]][:, 12:30]
+        changes.append(np.abs(after - before).max())
+        paid.append(np.median(run["price"]))
+    assert changes[0] > 3 * changes[1] > 10 * changes[3]
+    assert paid[3] > paid[1] > paid[0]
+    assert (changes[1], paid[1]) == (changes[2], paid[2])
 
 
 def test_at_the_subject_alone_p_is_taken_away_and_no_more(folder: Path, tmp_path: Path) -> None:
@@ -247,7 +266,7 @@ def test_the_price_can_be_limited(folder: Path, tmp_path: Path) -> None:
     run = edited(folder, tmp_path / "b.h5", *request, "--max-price", limit)
     assert 1 < run["price"].max() <= limit
     assert 0 < run["protected"].sum() < dear["protected"].sum()
-    assert "left unprotected: to protect them costs more than --max-price" in run["stderr"]
+    assert "left unprotected, since to protect them costs more than --max-price" in run["stderr"]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +275,7 @@ def test_the_price_can_be_limited(folder: Path, tmp_path: Path) -> None:
         (("--protect-ridge", 0.1), "--protect-ridge has no effect without --protect"),
         (("--max-price", 3), "--max-price has no effect without --protect"),
         (("--protect", "all", "--max-price", 0.5), "--max-price 0.5 is below 1"),
-        (("--protect", "tiny"), "protected keys span all 512 dimensions"),
+        (("--protect", "tiny", "--protect-ridge", 0), "protected keys span all 512 dimensions"),
         (("--protect", "nowhere.json"), "nowhere.json"),
         (("--protect", "all", "--protect-ridge", "inf"), "--protect-ridge inf must be a finite"),
     ],
@@ -275,13 +294,13 @@ def test_an_edited_fact_and_its_copy_are_not_protected(folder: Path, tmp_path: P
     facts = facts_file(folder, tmp_path / "facts.json", range(3, 8))
     run = edited(folder, tmp_path / "a.h5", "--method", "joint", "--protect", facts)
     assert np.flatnonzero(run["protected"]).tolist() == [4, 6, 7]
-    assert "protecting 3 facts" in run["stderr"]
+    assert "protected at all tokens: 3 of 3 facts" in run["stderr"]
 
 
 def test_verify_and_the_report_tell_what_protection_kept(folder: Path, tmp_path: Path) -> None:
     facts = facts_file(folder, tmp_path / "facts.json", range(12, 40))
     path = tmp_path / "a.h5"
-    run = edited(folder, path, "--method", "joint", "--protect", facts)
+    run = edited(folder, path, "--method", "joint", "--protect", facts, "--protect-ridge", 0)
     found = kscli("verify", path, "-f", "json")
     assert found.exit_code == 0, found.stderr
     (row,) = json.loads(found.stdout)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kscli.cli import options
-from kscli.cli.options import PROTECT_RIDGE
 from kscli.cli.output import Format, print_rows
 from kscli.editing.editors import DEFAULT_EDITOR, editors_where, find_editor
 from kscli.tables import EDITS
@@ -193,7 +192,7 @@ def edit(
     ] = None,
     protect: options.Protect = None,
     protect_at: options.ProtectAt = "tokens",
-    protect_ridge: options.ProtectRidge = PROTECT_RIDGE,
+    protect_ridge: options.ProtectRidge = None,
     max_price: options.MaxPrice = None,
     batch: Annotated[
         int,

@@ -398,8 +398,6 @@ Weight = Annotated[
         show_default="by editor and model, see `kscli editors`",
     ),
 ]
-PROTECT_RIDGE = 0.0
-"""The default of --protect-ridge."""
 Protect = Annotated[
     str | None,
     typer.Option(
@@ -418,13 +416,14 @@ ProtectAt = Annotated[
     ),
 ]
 ProtectRidge = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--protect-ridge",
         metavar="X",
         min=0.0,
         help="Protect less exactly, at a lower price: X times the protected keys' median k^T C^-1 "
-        "k is added to each.",
+        "k is added to each. 0 is exact.",
+        show_default="0.1; 0 with --protect-at subject",
     ),
 ]
 MaxPrice = Annotated[

@@ -126,16 +126,21 @@ def null_space_cut(absolute: float | None, relative: float | None) -> Cut:
 
 
 def protected_facts(
-    protect: str | None, at: Literal["tokens", "subject"], ridge: float, max_price: float | None
+    protect: str | None,
+    at: Literal["tokens", "subject"],
+    ridge: float | None,
+    max_price: float | None,
 ) -> tuple[Protection | None, tuple[Fact, ...]]:
     """What --protect and its options ask for, and the facts where they are a file's."""
-    from kscli.editing.protected_facts import Protection
+    from kscli.editing.protected_facts import DEFAULT_RIDGE, Protection
     from kscli.facts import read_facts
 
     if protect is None:
         return None, ()
     if max_price is not None and max_price < 1:
         raise UsageError(f"--max-price {max_price:g} is below 1, the price of a plain edit.")
+    if ridge is None:
+        ridge = DEFAULT_RIDGE[at]
     if protect in ("known", "all"):
         return Protection(protect, at, ridge, max_price), ()
     of_file = read_facts(protect, None)

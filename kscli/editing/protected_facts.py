@@ -26,6 +26,8 @@ Array = NDArray[np.float64]
 Tokens = tuple[int, ...]
 
 DROPPED_AT_ONCE = 20
+DEFAULT_RIDGE = {"tokens": 0.1, "subject": 0.0}
+"""By what is protected: at all tokens 0.1 keeps nearly as much, at a third of the price."""
 NAMED = 10
 
 
@@ -153,20 +155,23 @@ def say_protected(
     reporter: Reporter,
 ) -> None:
     """Say what is protected, and at what price, and name the facts that are not."""
-    shared = len(facts.facts) - int(kept.sum())
+    left = len(facts.facts) - int(kept.sum())
     at = "the subjects' last tokens" if protection.at == "subject" else "all tokens"
+    keys = len(facts.chosen(kept))
+    times = f"{prices.min():.2f} to {prices.max():.2f} times (median {np.median(prices):.2f})"
+    if len(prices) == 1:
+        times = f"{prices[0]:.2f} times"
     reporter.note(
-        f"protecting {int(kept.sum()):,} facts at {at} ({len(facts.chosen(kept)):,} keys): at the "
-        f"first edited layer, an edit changes {prices.min():.2f} to {prices.max():.2f} times as "
-        f"much in all text as a plain one (median {np.median(prices):.2f})."
+        f"protected at {at}: {int(kept.sum()):,} of {len(kept):,} facts, by {keys:,} keys. At the "
+        f"first edited layer an edit changes all text {times} as much as a plain one."
     )
-    if shared:
+    if left:
         names = [fact.subject for fact, one in zip(facts.facts, kept, strict=True) if not one]
-        more = f" and {shared - NAMED} more" if shared > NAMED else ""
+        more = f" and {left - NAMED} more" if left > NAMED else ""
         limit = protection.max_price
         dear = f"to protect them costs more than --max-price {limit:g}, or " if limit else ""
         reporter.warn(
-            f"{shared} facts are left unprotected: {dear}all their keys are an edited fact's too: "
+            f"left unprotected, since {dear}all their keys are an edited fact's too: "
             f"{', '.join(names[:NAMED])}{more}."
         )
 
