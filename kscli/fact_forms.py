@@ -18,6 +18,8 @@ from kscli.records import cut, kind_of
 Fields = Mapping[str, object]
 
 SLOT = "{}"
+PLAIN = ("prompt", "subject", "target")
+"""The fields of a plain record, which is one whatever else it holds."""
 NQ = "nq question: "  # MEND's mark of questions that are not zsRE's
 
 
@@ -71,6 +73,8 @@ def plain_fields(record: object) -> Fields:
         raise FactsError(
             f"{kind_of(record)}, but should be an object with prompt, subject and target."
         )
+    if all(name in record for name in PLAIN):
+        return record
     for form in FORMS:
         if all(record.get(name) is not None for name in form.known_by):
             return form.read(record)

@@ -222,6 +222,24 @@ def test_counterfact_in_the_hubs_two_forms(tmp_path: Path) -> None:
     assert read_facts(tmp_path / "train.parquet").facts == (nested,)
 
 
+def test_a_plain_record_is_plain_whatever_else_it_holds(tmp_path: Path) -> None:
+    questions_of_a_plain_record = {
+        "paraphrase_prompts": ["France's capital is"],
+        "portability": [{"prompt": "Its mayor is", "target": "Anne"}],
+        "locality": ["The moon is"],
+    }
+    plain = {"prompt": "The capital of {} is", "subject": "France", "target": "Paris"}
+    for other in ({}, {"rephrase_prompt": "x"}, {"attribute": "x"}, {"src": "x", "answers": ["y"]}):
+        record = {**plain, "target_new": "Rome", **questions_of_a_plain_record, **other}
+        (fact,) = taken(tmp_path, [record]).facts
+        assert fact == Fact("The capital of {} is", "France", "Paris", target_new="Rome")
+        assert questions(fact) == [
+            ("paraphrase", "France's capital is", ""),
+            ("portability", "Its mayor is", "Anne"),
+            ("locality", "The moon is", ""),
+        ]
+
+
 def test_a_count_is_of_facts(tmp_path: Path) -> None:
     """Records that are left out do not count, and what follows is not read."""
     records = [ZSRE[3], ZSRE[2], ZSRE[0], {"broken": 1}]
