@@ -111,17 +111,14 @@ class EditedLayers:
         Returns which of the facts are, and the price of each edit, at the first edited layer.
         Raises NumericsError where they leave no direction to write in.
         """
-        keys = [facts.keys_at(layer) for layer in self._sources.layers]
+        first, *others = (facts.keys_at(layer) for layer in self._sources.layers)
         own = self._editor.key(_EditedKeys(self, 0, edited))
-        kept, of_edits = facts.affordable(
-            self._metrics[0], keys[0], (own.along, own.at), protection
-        )
-        self._protecting = [
-            facts.metric(metric, of_layer, kept, protection.ridge)
-            for metric, of_layer in zip(self._metrics, keys, strict=True)
-        ]
+        found = facts.affordable(self._metrics[0], first, (own.along, own.at), protection)
+        self._protecting = [found.metric]
+        for metric, keys in zip(self._metrics[1:], others, strict=True):
+            self._protecting.append(facts.metric(metric, keys, found.kept, protection.ridge))
         self.clean()
-        return kept, of_edits
+        return found.kept, found.prices
 
     def _clean_keys(self, layer: int, reporter: Reporter) -> Array:
         """The facts' keys at a layer of the clean model, in the dtype that it is edited in."""

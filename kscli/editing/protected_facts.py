@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,14 @@ class Protection:
     at: Literal["tokens", "subject"] = "tokens"
     ridge: float = 0.0
     max_price: float | None = None
+
+
+class Affordable(NamedTuple):
+    """Which facts (m,) are protected, the price of each edit, and the metric in which they are."""
+
+    kept: NDArray[np.bool_]
+    prices: Array
+    metric: Metric
 
 
 class ProtectedFacts:
@@ -106,27 +114,25 @@ class ProtectedFacts:
         keys: Array,
         edited: tuple[Array, Array],
         protection: Protection,
-    ) -> tuple[NDArray[np.bool_], Array]:
-        """Which facts can be protected at the price asked for, and each edit's price then.
+    ) -> Affordable:
+        """Which facts can be protected at the price asked for, in `metric` and its `keys`.
 
         `edited` are the keys along and at which each edit is written. As long as an edit costs
         more, those facts go that share most with the dearest one's key: a part of those left.
         """
-        kept = np.array([bool(own) for own in self._of_fact])
+        kept = np.array([bool(own) for own in self._of_fact], dtype=bool)
         limit = protection.max_price
         shared = self._shares(metric, keys, edited[0]) if limit else None
         while True:
-            of_edits = np.ones(len(edited[0]))
-            if chosen := self.chosen(kept):
-                try:
-                    protected = protect(metric, keys[chosen], protection.ridge)
-                    of_edits = prices(metric, protected, *edited)
-                except NoRoomError:
-                    if limit is None:
-                        raise
-                    of_edits[:] = np.inf
+            try:
+                protected = self.metric(metric, keys, kept, protection.ridge)
+                of_edits = prices(metric, protected, *edited)
+            except NoRoomError:
+                if limit is None:
+                    raise
+                of_edits = np.full(len(edited[0]), np.inf)
             if limit is None or shared is None or of_edits.max() <= limit:
-                return kept, of_edits
+                return Affordable(kept, of_edits, protected)
             share = np.where(kept, shared[of_edits == of_edits.max()].max(axis=0), -1.0)
             kept[np.argsort(-share)[: max(1, int(kept.sum()) // DROPPED_AT_ONCE)]] = False
 
