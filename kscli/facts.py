@@ -172,6 +172,16 @@ class FactSet:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
+def paraphrases_of(fact: Fact) -> list[Fact]:
+    """The paraphrases of a fact in which its subject stands, as facts; where it stands last."""
+    found = []
+    for question in fact.questions:
+        before, subject, after = question.prompt.rpartition(fact.subject)
+        if question.kind == "paraphrase" and subject and SLOT not in before + after:
+            found.append(Fact(f"{before}{SLOT}{after}", subject, fact.target))
+    return found
+
+
 def facts_identity(facts: Sequence[Fact]) -> str:
     """SHA-256 (hex) over every field of the facts but their questions, in order.
 

@@ -45,7 +45,8 @@ class Superposition:
     token. `whitening_residual` is the largest |L^-1 C L^-T x - x| / |x| over 8 random x,
     `solve_residual` the largest |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic
     did what Appendix B proves. `storage_error` estimates how far p is moved because C was stored
-    in float32 (`Whitening.storage_error`).
+    in float32 (`Whitening.storage_error`). `paraphrase_p` (m,) is the mean p from each fact to its
+    own paraphrases; NaN for a fact without any, None where there are none.
     """
 
     P: NDArray[np.float64]
@@ -56,6 +57,7 @@ class Superposition:
     whitening_residual: float
     solve_residual: float
     storage_error: float
+    paraphrase_p: NDArray[np.float64] | None = None
 
     @property
     def whitened_cosine(self) -> NDArray[np.float64]:
@@ -83,8 +85,14 @@ def superposition(
     return superposition_in(whitening(C, count, ridge), keys)
 
 
-def superposition_in(white: Whitening, keys: NDArray[np.float64]) -> Superposition:
+def superposition_in(
+    white: Whitening,
+    keys: NDArray[np.float64],
+    paraphrases: NDArray[np.float64] | None = None,
+) -> Superposition:
     """The matrices of (m, d_m) keys under a second moment that is whitened.
+
+    `paraphrases` (m, d_m) are the mean keys of each fact's paraphrases, NaN for a fact without.
 
     Raises NumericsError for a key that is 0, not finite, or not 0 where C is.
     """
@@ -102,7 +110,28 @@ def superposition_in(white: Whitening, keys: NDArray[np.float64]) -> Superpositi
         whitening_residual=white.identity_residual(),
         solve_residual=white.solve_residual(keys, whitened),
         storage_error=white.storage_error(whitened),
+        paraphrase_p=None
+        if paraphrases is None
+        else _p_to_own(white, whitened, leverage, paraphrases),
     )
+
+
+def _p_to_own(
+    white: Whitening,
+    whitened: NDArray[np.float64],
+    leverage: NDArray[np.float64],
+    others: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """p from each fact to a key of its own in `others` (m, d_m).
+
+    That is k_i^T C^-1 k'_i / k_i^T C^-1 k_i; NaN where the key is, and where it is not 0 in a
+    coordinate that was 0 on every token.
+    """
+    found = np.full(len(others), np.nan)
+    defined = np.isfinite(others).all(axis=1) & ~(others[:, white.dead] != 0).any(axis=1)
+    products = whitened[:, defined] * white.whiten(others[defined])
+    found[defined] = products.sum(axis=0) / leverage[defined]
+    return found
 
 
 class KeyOfFactError(NumericsError):
@@ -172,12 +201,13 @@ def write_pmatrix(
         for index, layer in enumerate(layers):
             try:
                 white = whitening(cov.second_moment(layer), count, ridge)
-                result = superposition_in(white, keys.keys_of(layer))
+                paraphrases = keys.paraphrase_keys_of(layer)
+                result = superposition_in(white, keys.keys_of(layer), paraphrases)
                 found = dict(vars(result))
                 if editor:
                     # It no longer follows from P.
                     found["whitened_cosine"] = result.whitened_cosine
-                    found["P"] = editor.p(cov, keys, layer, white)
+                    found["P"], found["paraphrase_p"] = editor.p(cov, keys, layer, white)
             except KeyOfFactError as error:
                 text = quote(keys.facts[error.index].text)
                 raise NumericsError(
@@ -186,7 +216,8 @@ def write_pmatrix(
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
             for name, values in found.items():
-                writer.put(name, index, values)
+                if values is not None:
+                    writer.put(name, index, values)
             errors[layer] = result.storage_error
             task.advance()
     _warn_of_storage(errors, reporter)

@@ -404,7 +404,23 @@ OUTCOMES = (
     Column("retention", "at the end", ".0%", "The same share after the last edit."),
     Column("kept", "known facts kept", ".0%", value=_kept),
     Column("kept_protected", "protected", ".0%", value=_kept_protected, optional=True),
+    Column("kept_paraphrased", "paraphrased", ".0%", "The same after paraphrases.", optional=True),
+    Column(
+        "kept_protected_paraphrased",
+        "protected, paraphrased",
+        ".0%",
+        "The same of protected facts after paraphrases.",
+        optional=True,
+    ),
     Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
+    Column(
+        "kl",
+        "KL",
+        ".3g",
+        "Of the next token of held-out text, from the clean model.",
+        optional=True,
+    ),
+    Column("text_change", "all text", ".1%", "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ)."),
     Column("weight_change", "|W_n - W_0|", ".3g"),
 )
 SCORED = (

@@ -79,6 +79,11 @@ def run_of(
         logprob_new=np.zeros((n + 1, n)),
         rank_new=np.ones((n + 1, n), dtype=np.int64),
         perplexity=np.full(n + 1, np.nan),
+        kl=np.full(n + 1, np.nan),
+        text_change=np.linspace(0, 0.1, n + 1),
+        paraphrase_fact=np.arange(m),
+        paraphrase_known=np.arange(m) % 2 == 0,
+        paraphrase_changed=np.zeros((n + 1, m), dtype=bool),
         scores={name: np.full((n + 1, n), np.nan) for name in SCORES},
     )
 
@@ -371,12 +376,20 @@ def test_what_a_sequence_came_to() -> None:
         protected=np.isin(np.arange(10), [4, 6, 8]),
         answer_changed=changed,
         perplexity=np.array([20.0, 1, 1, 1, 30.0]),
+        kl=np.array([0.0, 1, 1, 1, 0.5]),
+        # Of facts 0 (edited), 4 (protected), 5 and 9 (not known).
+        paraphrase_fact=np.array([0, 4, 4, 5, 9]),
+        paraphrase_known=np.array([True, True, True, True, True]),
+        paraphrase_changed=np.array([[False] * 5] * 4 + [[True, False, True, False, True]]),
     )
     found = measure_outcomes(run)
     assert (found.edits, found.efficacy, found.efficacy_likelier) == (4, 0.75, 0.5)
     assert (found.retention, found.retention_likelier) == (0.5, 0.25)
     assert (found.known, found.kept) == (4, 0.75)
     assert (found.known_protected, found.kept_protected) == (2, 0.5)
+    assert found.kept_paraphrased == pytest.approx(2 / 3)
+    assert found.kept_protected_paraphrased == 0.5
+    assert (found.kl, found.text_change) == (0.5, pytest.approx(0.1))
     assert found.kept_by_pass == (1, 1, 1, 0.75, 0.75)
     assert (found.perplexity_before, found.perplexity_after) == (20, 30)
     assert found.weight_change == 4
@@ -410,12 +423,15 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
         "logprob_new": -np.arange(20.0).reshape(4, 5),
         "kept_out/number": np.array([1]),
         **{f"scores/{name}": np.arange(20.0).reshape(4, 5) for name in SCORES},
+        "paraphrase/known": np.array([True, False]),
+        "paraphrase/changed": np.zeros((4, 2), dtype=bool),
     }
     file: Any = SimpleNamespace(
         values=values.__getitem__,
         about=SimpleNamespace(protocol="single", batch=2),
         facts=[Fact("{} is in", subject, "x") for subject in ("A", "B", "C", "D", "A")],
         token_id=np.array([7, 8, 8, 7, 7]),
+        paraphrase_fact=np.array([0, 3]),
     )
     found = read_arrays(file)
     assert found.single

@@ -245,6 +245,12 @@ class FactsFile(Artifact):
         return found
 
     @cached_property
+    def paraphrase_fact(self) -> NDArray[np.int64]:
+        """The index of the fact that each paraphrase is of, (q,); empty where there is none."""
+        name = "paraphrase/fact"
+        return self._values(name) if name in self._file.arrays else np.empty(0, dtype=np.int64)
+
+    @cached_property
     def token_id(self) -> NDArray[np.int64]:
         """The id of the token at which each key was read, (m,)."""
         return self._values("token_id")
@@ -282,6 +288,15 @@ class KeysFile(FactsFile):
             )
         return self._of_layer("context_keys", layer).astype(np.float64)
 
+    def paraphrase_keys_of(self, layer: int) -> NDArray[np.float64] | None:
+        """The mean of the keys of each fact's paraphrases at one layer, (m, d_m); NaN without.
+
+        None where no fact has any.
+        """
+        if "paraphrase_keys" not in self._file.arrays:
+            return None
+        return self._of_layer("paraphrase_keys", layer).astype(np.float64)
+
 
 class PMatrixFile(FactsFile):
     """pmatrix.h5: P and Q of every layer, and the cosines of keys.
@@ -313,6 +328,12 @@ class PMatrixFile(FactsFile):
                         "is no inner product of two keys of the leverage that it holds"
                     )
             return values
+
+    def paraphrase_p(self, layer: int) -> NDArray[np.float64]:
+        """The mean p from each fact to its own paraphrases, (m,); NaN where it has none."""
+        if "paraphrase_p" not in self._file.arrays:
+            return np.full(len(self.facts), np.nan)
+        return self._of_layer("paraphrase_p", layer)
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

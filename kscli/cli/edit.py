@@ -94,11 +94,12 @@ def edit(
         ),
     ] = "sequential",
     value: Annotated[
-        Literal["optimised", "random"],
+        str,
         typer.Option(
             "--value",
+            metavar="optimised|random|FILE",
             help="optimised: write a value with which the model says the new target. random: write "
-            "a random vector.",
+            "a random vector. A file of `kscli edit`: write the values that this run found.",
         ),
     ] = "optimised",
     value_norm: Annotated[
@@ -328,7 +329,7 @@ def edit(
     for idle, names, reason in (
         (fact, ("edits",), "with --fact"),
         (value != "random", ("value_norm",), "without --value random"),
-        (value == "random", of_values, "with --value random"),
+        (value != "optimised", of_values, f"with --value {value}"),
         *without_effect(editor),
         (editor.afterwards.keep is None, ("keep",), f"without --method {_KEEPING}"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
@@ -414,6 +415,7 @@ def edit(
         if held_out
         else None,
         protected=of_file,
+        values_of=other_run(value),
     )
     session = Session(
         ModelOptions(
@@ -448,6 +450,20 @@ def edit(
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
+
+
+def other_run(value: str) -> Path | None:
+    """The file whose run found the values, where --value names one."""
+    from kscli.errors import UsageError
+
+    if value in ("optimised", "random"):
+        return None
+    if not Path(value).exists():
+        raise UsageError(
+            f"--value {value} is neither optimised nor random, nor a file that is there; name a "
+            "file of `kscli edit`."
+        )
+    return Path(value)
 
 
 def own_fact(

@@ -54,7 +54,10 @@ def verify(
     "at once": the share of edits right after which the first token of the new target was the
     model's first choice. "at the end": the same share after the last edit. "known facts kept": of
     the facts that the model knew and that were not edited, the share with the same answer as
-    before. "protected": the same of those that --protect names.
+    before. "protected": the same of those that --protect names. "paraphrased": the same of the
+    paraphrases of such facts that the model completed before. "KL": the divergence of the next
+    token of held-out text from what the clean model says, in nats. "all text": the mean square of
+    what the edits add to the values of the corpus, as a share of that of the values themselves.
 
     ES, PS, NS, S, GE, RS, "reliability", "generalisation", "locality" and "portability" are the
     scores of the field (`kscli guide edits` defines them). "says it": the share of edits whose new
