@@ -367,6 +367,22 @@ EDITS = (
     Column("moved", "moved most", value=_moved_most),
     Column("linear_error", "error", ".0e", "Of the predicted shifts, by the largest one."),
 )
+
+
+def _traced(row: Row) -> str:
+    if row["edited"]:
+        return "edited"
+    return "" if row["bound_to"] is None else f"bound to {row['subject_bound_to']}"
+
+
+TRACED = (
+    LAYER,
+    RANK,
+    Column("share", spec=".3f"),
+    Column("p_value", "p-value", ".1e"),
+    Column("fact", value=_moved_fact, long=True),
+    Column("edited", "verdict", value=_traced),
+)
 EDITORS = (
     Column("method"),
     Column("title", "what it is", long=True),

@@ -23,6 +23,7 @@ COMMANDS = (
     "edit",
     "verify",
     "risk",
+    "trace",
     "editors",
     "models",
     "show",
