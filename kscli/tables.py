@@ -268,11 +268,17 @@ def _largest_pair(row: Row) -> str | None:
 def _verdict(row: Row) -> str:
     if not row["reaches"]:
         return "cannot reach the answer"
+    if row["chosen"]:
+        return "least of all, chosen" if row["least"] else "chosen"
     return "least" if row["least"] else ""
 
 
 def _edited_fact(row: Row) -> str:
     return written(row["prompt"], row["subject"], row["target_true"])
+
+
+def _moved_fact(row: Row) -> str:
+    return written(row["prompt"], row["subject"], row["target"])
 
 
 def _moved_most(row: Row) -> str:
@@ -298,12 +304,25 @@ def _perplexity(row: Row) -> str | None:
     return None if None in (before, after) else f"{before:.4g} → {after:.4g}"
 
 
+PRICES = (
+    replace(LAYER, varying=True),
+    RANK,
+    Column("price", spec=".2f", meaning="To move no other fact at its subject."),
+    Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus: 1 / √kᵀC⁻¹k."),
+    Column("rms", "rms p", ".3f"),
+    Column("paraphrase_p", "p to paraphrases", ".2f", optional=True),
+    Column("fact", spec="d"),
+    Column("subject", "edited", value=_moved_fact, long=True),
+)
 RISK_BY_LAYER = (
     LAYER,
     Column("rms", "rms p", ".4f"),
     Column("largest", "largest |p|", ".3f"),
     Column("pair", "moved most", value=_largest_pair, long=True),
     Column("harmful", "|p|>0.25", ".1%"),
+    Column("paraphrase_p", "p to paraphrases", ".2f", "The median.", optional=True),
+    Column("ratio", "by that", ".3f", "rms p by p to paraphrases.", optional=True),
+    Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus.", optional=True),
     Column("price", spec=".1f", meaning="To move no other fact at its subject.", optional=True),
     Column("saved", "the order saves", ".1%", wide=True),
     Column("verdict", "note", value=_verdict),
@@ -316,10 +335,6 @@ FACTS_MOVED = (
     Column("j", "fact", "d"),
     *FACTS_OF_PAIR[1:],
 )
-
-
-def _moved_fact(row: Row) -> str:
-    return written(row["prompt"], row["subject"], row["target"])
 
 
 def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
@@ -490,6 +505,17 @@ PREDICTOR_NAMES = {
     "hidden_cosine": "cosine of hidden states",
     "permuted_p": "p of permuted facts",
 }
+WHERE = (
+    Column("edits", spec="d"),
+    Column("paraphrase_p", "p to paraphrases", ".2f", "The median over the edited facts."),
+    Column("PS", spec=".0%"),
+    Column("spearman_PS", "foretells PS", ".2f", "Rank correlation.", interval=True),
+    Column("rms_p", "rms p", ".3f", "To the other facts, the median over the edited facts."),
+    Column("NS", spec=".0%"),
+    Column("spearman_NS", "foretells NS", ".2f", interval=True),
+    Column("flipped", spec=".1%", meaning="Known facts whose answer an edit changes."),
+    Column("spearman_flipped", "foretells flips", ".2f", interval=True),
+)
 PREDICTORS = (
     Column("predictor", value=lambda row: PREDICTOR_NAMES[row["predictor"]]),
     Column("spearman", "Spearman", ".2f", interval=True),

@@ -47,6 +47,7 @@ class EditArrays:
     gradient_cosine: Real
     hidden_cosine: Real
     editor_p: Real
+    paraphrase_p: Real
     measured: Real
     linear_error: Real
     live_error: Real
