@@ -189,8 +189,9 @@ Corpus = Annotated[
     typer.Option(
         "--corpus",
         metavar="CORPUS",
-        help="wikipedia, wikipedia-20220301, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], a file or "
-        f"folder of {known_formats()}, or - for stdin.",
+        help="wikipedia, wikipedia-20220301, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], - for stdin, or "
+        f"a file, folder or quoted pattern of {known_formats()}, or of JSON Lines or "
+        "WikiExtractor's documents under any name.",
         show_default="wikipedia; tiny for the model tiny",
     ),
 ]
@@ -199,7 +200,7 @@ TextField = Annotated[
     typer.Option(
         "--text-field",
         metavar="FIELD",
-        help="The field of a document that holds its text.",
+        help="The field of a document that holds its text; text.en is the field en inside text.",
         show_default="text",
     ),
 ]
