@@ -284,6 +284,13 @@ def test_python_files_only_when_remote_code_is_trusted(local_hub: LocalHub) -> N
     assert files(fetch("owner/plain", code=True)) == sorted([*PLAIN, "modeling.py"])
 
 
+def test_a_tokenizer_alone(local_hub: LocalHub) -> None:
+    """What is fetched of a model is not taken for all of it afterwards."""
+    model = fetch_model(ModelOptions("owner/sharded", "main", weights=False))
+    assert files(model) == ["config.json", "merges.txt", "vocab.json"] == local_hub.fetched()
+    assert "model-1-of-2.safetensors" in files(fetch("owner/sharded"))
+
+
 def test_an_adapter_only_when_it_is_merged(local_hub: LocalHub) -> None:
     """Beside its base model, and alone; what was fetched is found again without the network."""
     adapter = ["adapter_config.json", "adapter_model.safetensors"]

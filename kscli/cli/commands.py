@@ -30,6 +30,7 @@ COMMANDS = (
     "export-cov",
     "import-cov",
     "facts",
+    "corpus",
     "guide",
 )
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
