@@ -373,7 +373,7 @@ def test_progress_is_reported_in_bytes_and_nothing_is_printed(
 def test_received_and_written_bytes_are_not_counted_twice() -> None:
     reporter = RecordingReporter()
     with reporter.task("") as task:
-        bar = hub._bar_class(task)
+        bar = hub.bar_class(task)
         received, written, count = bar(unit="B", name="x"), bar(unit="B"), bar(total=3)
         received.update(6)
         written.update(4)

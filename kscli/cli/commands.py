@@ -29,6 +29,8 @@ COMMANDS = (
     "merge-cov",
     "export-cov",
     "import-cov",
+    "push",
+    "pull",
     "facts",
     "corpus",
     "guide",
