@@ -35,8 +35,8 @@ from kscli.records import (
     Located,
     RecordFile,
     cut,
+    format_inside,
     format_of,
-    holds_lines_of_json,
     kind_of,
     known_formats,
     quote,
@@ -374,12 +374,12 @@ def _file_records(path: Path) -> Iterator[Located]:
     require_ordinary(path, FactsError)
     kind = format_of(path)
     if not kind or not FORMATS[kind].fields:
-        if not holds_lines_of_json(path):
+        kind = format_inside(path, FactsError)
+        if not kind or not FORMATS[kind].fields:
             raise FactsError(
                 f"{path} is not a facts file; its name must end in {known_formats(fields=True)}, "
                 "or it must hold one JSON object a line."
             )
-        kind = ".jsonl"
     records = RecordFile(path, FactsError, kind=kind).records()
     return _unchanged(path, records) if kind == ".jsonl" else records
 

@@ -98,6 +98,13 @@ def sentence(row: Row, which: str) -> str:
 MODEL = Column("model", varying=True)
 LAYER = Column("layer", spec="d")
 RANK = Column("rank", spec="d")
+PEEKED = (
+    Column("document", spec=",d"),
+    Column("characters", spec=",d"),
+    Column("tokens", spec=",d"),
+    Column("cut"),
+    Column("begin", "begins with", long=True),
+)
 _DIFFERENT = "different last token"
 _PAIRS_LEFT_OUT = "Without the pairs of facts whose keys were read at the same token."
 

@@ -130,6 +130,11 @@ class Artifact:
                 found[name] |= {"least": ends[0], "largest": ends[1]}
         return found
 
+    def check(self) -> None:
+        """Compare all of the file with its seal; raises ArtifactError where it was changed."""
+        for name in self._file.arrays:
+            self._file.check(name)
+
     def require_layers(self, layers: Sequence[int]) -> None:
         """Raise ArtifactError naming the first of `layers` that the file lacks."""
         for layer in layers:
@@ -207,6 +212,12 @@ class CovarianceFile(Artifact):
     def stored_second_moment(self, layer: int) -> NDArray[np.float32]:
         """C of one layer as it is stored, a new (d_m, d_m) float32 array."""
         return self._of_layer("second_moment", layer)
+
+    @property
+    def settling(self) -> dict[str, NDArray[Any]]:
+        """How far p had settled while C was measured, by the names of the datasets; or nothing."""
+        names = (name for name in self._declared if name.startswith("settling/"))
+        return {name: self._values(name) for name in names if name in self._file.arrays}
 
     def read_rows(self, layer: int, start: int, out: NDArray[np.float32 | np.float64]) -> None:
         """Read rows of a layer's C, from `start` on, into `out`; only whole layers are checked."""

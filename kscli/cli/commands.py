@@ -30,7 +30,10 @@ COMMANDS = (
     "merge-cov",
     "export-cov",
     "import-cov",
+    "push",
+    "pull",
     "facts",
+    "corpus",
     "guide",
 )
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}

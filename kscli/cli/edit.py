@@ -290,6 +290,7 @@ def edit(
     from kscli.artifacts import CovarianceFile, Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import (
+        named_corpus,
         null_space_cut,
         number_or_all,
         protected_facts,
@@ -299,7 +300,6 @@ def edit(
         without_effect,
     )
     from kscli.contexts import choose_contexts
-    from kscli.corpus import CorpusSpec, open_corpus
     from kscli.editing.edited_layers import WriteOptions
     from kscli.editing.loop import EditOptions
     from kscli.editing.own_fact import own_files
@@ -411,7 +411,7 @@ def edit(
         target_new=target_new,
         target_source=facts,
         options=edit_options,
-        held_out=HeldOut(open_corpus(CorpusSpec(held_out, text_field)), held_out_tokens)
+        held_out=HeldOut(named_corpus(held_out, text_field, reporter), held_out_tokens)
         if held_out
         else None,
         protected=of_file,

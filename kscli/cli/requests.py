@@ -32,18 +32,35 @@ if TYPE_CHECKING:
 
 
 def corpus_for(
-    model: str, corpus: str | None, text_field: str | None, shuffle: str | None
+    model: str,
+    corpus: str | None,
+    text_field: str | None,
+    shuffle: str | None,
+    reporter: Reporter,
 ) -> Corpus:
-    """The corpus that the options name, or the model's default."""
-    from kscli.corpus import CorpusSpec, open_corpus
-
+    """The corpus that the options name, or the model's default; says what is left out of it."""
     embedded = classify(model) == "embedded"
     name = corpus or (DEFAULT_MODEL if embedded else "wikipedia")
     if shuffle is None:
-        return open_corpus(CorpusSpec(name, text_field))
+        return named_corpus(name, text_field, reporter)
     if shuffle != "none" and not (shuffle.isascii() and shuffle.isdecimal()):
         raise UsageError(f"--shuffle {shuffle} is not understood; give a seed, 0 or more, or none.")
-    return open_corpus(CorpusSpec(name, text_field, None if shuffle == "none" else int(shuffle)))
+    return named_corpus(name, text_field, reporter, None if shuffle == "none" else int(shuffle))
+
+
+def named_corpus(
+    name: str,
+    text_field: str | None,
+    reporter: Reporter,
+    shuffle: int | Literal["default"] | None = "default",
+) -> Corpus:
+    """The corpus of that name; says what is left out of it."""
+    from kscli.corpus import CorpusSpec, open_corpus
+
+    found = open_corpus(CorpusSpec(name, text_field, shuffle))
+    for note in found.notes:
+        reporter.note(note)
+    return found
 
 
 def facts_for(

@@ -82,7 +82,7 @@ def run(
     )
     chosen_facts = facts_for(model, facts, count, reporter, own_names)
     session.cache_cov(
-        corpus_for(model, corpus, text_field, shuffle),
+        corpus_for(model, corpus, text_field, shuffle, reporter),
         CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),
         places.path("cov"),
     )

@@ -59,7 +59,8 @@ def model_files(
     """The files to read among `names`; `read` gives the text of one.
 
     Weights are safetensors; pickled ones only where `options` allow them and there are no others.
-    Python files count only where `options` trust them.
+    Python files count only where `options` trust them. Where `options` want no weights there are
+    none.
 
     The adapter's files count only where `options` merge it.
 
@@ -80,7 +81,7 @@ def model_files(
     return ModelFiles(
         config=[CONFIG, *code],
         tokenizer=sorted(filter(_is_tokenizer_file, names)),
-        weights=_weight_files(names, read, where, options.allow_pickle),
+        weights=_weight_files(names, read, where, options.allow_pickle) if options.weights else [],
         adapter=adapter,
     )
 

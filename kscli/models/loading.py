@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kscli.errors import FactsError, ModelError
@@ -177,6 +177,19 @@ def load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
     tokenizer.model_max_length = int(1e30)
     tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def read_tokenizer(options: ModelOptions, reporter: Reporter = SILENT) -> tuple[Any, int]:
+    """A model's tokenizer and the default length of a document, without the model's weights.
+
+    Raises ModelError as `load_model` does, as far as these two are concerned.
+    """
+    options = replace(options, weights=False)
+    located = locate_model(options, reporter)
+    with quiet_transformers(), gguf_read_once(located):
+        config = load_config(located, options)
+        tokenizer = load_tokenizer(located, options)
+    return tokenizer, default_length(positions_of(config.get_text_config()))
 
 
 def _device_arguments(device: str, spread: MemorySplit | None) -> dict[str, Any]:
