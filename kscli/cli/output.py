@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from kscli.errors import KscliError
@@ -82,6 +83,15 @@ def print_json(value: Any) -> None:
 def print_line(text: str) -> None:
     """Print one line of results."""
     _write(escaped(text) + "\n")
+
+
+def print_paths(paths: Iterable[Path], output: Format) -> None:
+    """Print the paths of files that were written: a line each, or records for machines."""
+    if output is Format.table:
+        for path in paths:
+            print_line(str(path))
+    else:
+        print_rows([{"path": str(path)} for path in paths], [Column("path")], output)
 
 
 def _write_all(texts: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kscli.cli import options
+from kscli.cli.output import Format, print_paths
 from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, flag, takers
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def plot(
     directory: options.Dir = Path("artifacts"),
     output: options.FigureOutput = None,
     force: options.Force = False,
+    quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
 ) -> None:
     """Draw a figure of P or of edits; prints the path of the file, or files, that it writes.
 
@@ -99,7 +102,6 @@ def plot(
       kscli plot angles -m llama3-8b -m llama3.1-8b
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
-    from kscli.cli.output import print_line
     from kscli.cli.requests import open_runs, pmatrix_paths, run_paths
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
@@ -131,8 +133,7 @@ def plot(
             require_other(page, [file.path for file in files])
             check_target(page, force)
         written = save_pages(figure_kind.pages(sources, figure_options), path, force)
-    for page in written:
-        print_line(str(page))
+    print_paths(written, output_format)
 
 
 def refuse_others(kind: str, given: dict[str, object]) -> None:
@@ -176,10 +177,10 @@ def folder_of(file: Artifact) -> Path:
 
 def find_kind(name: str) -> FigureKind:
     """The kind of figure of that name. Raises UsageError naming the kinds there are."""
-    from kscli.errors import UsageError
+    from kscli.errors import no_such
 
     if name not in KINDS:
-        raise UsageError(f"there is no figure {name!r}; there are {', '.join(KINDS)}.")
+        raise no_such("figure", name, KINDS)
     return KINDS[name]
 
 

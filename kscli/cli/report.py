@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kscli.cli import options
+from kscli.cli.output import Format, print_paths
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -23,6 +24,7 @@ def report(
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
 ) -> None:
     """Write one HTML page about a model's P, and print the path of the page.
 
@@ -37,7 +39,6 @@ def report(
       kscli report --pmatrix other-text/pmatrix.h5 -o other-text.html
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.output import print_line
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.report.page import ModelFiles, write_report
     from kscli.secrets import command_line
@@ -56,7 +57,7 @@ def report(
             force=force,
             reporter=reporter,
         )
-    print_line(str(path))
+    print_paths([path], output_format)
 
 
 def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> list[EditsFile]:

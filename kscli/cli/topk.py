@@ -35,6 +35,7 @@ def topk(
     editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
+    quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
     """List the pairs of facts that are bound most tightly: i is edited, j is moved.
