@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from artifact_kit import changed, write_cov, write_keys, write_toy
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from typer.testing import Result
 
 FORBIDDEN = ("torch", "transformers", "datasets", "matplotlib")
 
@@ -223,6 +224,7 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
         (["pmatrix", "-m", "absent"], 1, "`kscli cache-cov --model absent` makes it"),
         (["verify", "-m", "absent"], 1, "`kscli edit --model absent` makes one"),
         (["topk", "-m", "gpt2-smal"], 1, "did you mean gpt2-small?"),
+        (["run", "-m", "gpt2-smal"], 2, "did you mean gpt2-small?"),
         (["show", "tooy"], 1, "did you mean toy?"),
         (["topk", "-m", "toy", "--editor", "Romme"], 2, "did you mean rome?"),
         (["plot", "heatmp", "-m", "toy"], 2, "did you mean heatmap?"),
@@ -496,10 +498,42 @@ def test_show_as_csv_is_one_table(toy: Path) -> None:
     assert len({row["path"] for row in rows}) == 3
 
 
+@pytest.mark.parametrize("name", ["f.png", "f.svg", "f.pdf", "report.html"])
+def test_a_figure_or_page_is_made_again_where_its_inputs_changed(name: str, toy: Path) -> None:
+    path, command = toy / name, "report" if name == "report.html" else "plot heatmap"
+
+    def make(*more: str) -> Result:
+        return kscli(*command.split(), "-m", "toy", "--dir", toy, "-o", path, *more)
+
+    assert make().stdout.strip() == str(path)
+    before = path.read_bytes()
+    again = make()
+    assert again.stdout.strip() == str(path)
+    assert f"{path} is up to date." in again.stderr
+    assert path.read_bytes() == before
+    write_keys(toy / "toy" / "keys.h5", np.random.default_rng(5).random((3, 6, 12), np.float32))
+    assert kscli("pmatrix", "-m", "toy", "--dir", toy, "--force").exit_code == 0
+    assert "made again: its inputs changed" in make().stderr
+    assert path.read_bytes() != before
+    for other in (["--seed", "1"] if command == "report" else ["--layers", "2"], ["--force"]):
+        changed_request = make(*other)
+        assert changed_request.exit_code == (0 if other == ["--force"] else 1)
+        assert ("--force" in changed_request.stderr) == (changed_request.exit_code == 1)
+    path.write_text("mine")
+    assert "--force" in one_sentence(make().stderr)
+    assert path.read_text() == "mine"
+
+
+def test_a_grid_is_made_again_as_a_whole(toy: Path) -> None:
+    arguments = ("plot", "heatmap", "-m", "toy", "--dir", toy, "--grid", "-o", toy / "g.png")
+    assert kscli(*arguments).exit_code == 0
+    assert "up to date" in kscli(*arguments).stderr
+    assert "up to date" not in kscli(*arguments[:-3], "--grid", "-o", toy / "h.png").stderr
+
+
 def test_a_figure_of_a_named_file_lies_beside_it(toy: Path) -> None:
     result = kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5")
     assert result.stdout.strip() == str(toy / "toy" / "figures" / "kurtosis.png")
-    assert kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5").exit_code == 1
 
 
 @pytest.mark.parametrize("seed", [-1, 10**30])

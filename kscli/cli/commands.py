@@ -65,9 +65,10 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; says which model it is about, and how to make what is missing."""
-        from kscli.cli.requests import note_default_model
+        from kscli.cli.requests import note_default_model, refuse_mistyped_alias
 
         note_default_model(ctx)
+        refuse_mistyped_alias(ctx)
         try:
             return super().invoke(ctx)
         except MissingError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, fla
 
 if TYPE_CHECKING:
     from kscli.artifacts import Artifact
+    from kscli.origin import Origin
 
 PLAIN = FigureOptions()
 KIND_SOURCES = {"pmatrix": "pmatrix.h5", "edits": "runs of edits (--edits)"}
@@ -91,7 +93,8 @@ def plot(
 ) -> None:
     """Draw a figure of P or of edits; prints the path of the file, or files, that it writes.
 
-    Several models are drawn in one figure, the smallest first.
+    Several models are drawn in one figure, the smallest first. A figure that is up to date is kept,
+    and one whose inputs have changed is drawn again; --force replaces any other file.
 
     Examples:
       kscli plot heatmap -m gpt2-small -m gpt2-large -m gpt-j --layer 0 -o heatmap.pdf
@@ -102,11 +105,14 @@ def plot(
       kscli plot angles -m llama3-8b -m llama3.1-8b
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
+    from kscli.artifacts import Existing
+    from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_runs, pmatrix_paths, run_paths
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
     from kscli.files import require_other
 
+    reporter = ConsoleReporter(quiet=quiet)
     figure_kind = find_kind(kind)
     figure_options = FigureOptions(grid, mark_same_token, counts_of(facts_counts), seed)
     figure_kind.check_options(figure_options)
@@ -129,11 +135,16 @@ def plot(
             models = [file.about.model for file in files]
             name = default_name(kind, models, layers, figure_options, editor)
         path = output or folder / "figures" / name
-        for page in page_paths(path, len(paged(sources, figure_options))):
+        origin = origin_of(figure_kind, files, layers, figure_options)
+        pages = page_paths(path, len(paged(sources, figure_options)))
+        for page in pages:
             require_other(page, [file.path for file in files])
-            check_target(page, force)
-        written = save_pages(figure_kind.pages(sources, figure_options), path, force)
-    print_paths(written, output_format)
+            check_target(page, force=True)
+        existing = Existing.FORCE if force else Existing.REFUSE
+        if [page for page in pages if origin.must_make(page, existing, reporter)]:
+            drawn = figure_kind.pages(sources, figure_options)
+            save_pages(drawn, path, force=True, source=origin.line)
+    print_paths(pages, output_format)
 
 
 def refuse_others(kind: str, given: dict[str, object]) -> None:
@@ -168,6 +179,17 @@ def open_matrices(
         for file in opened
     ]
     return sources, opened
+
+
+def origin_of(
+    kind: FigureKind, files: Sequence[Artifact], layers: str | None, chosen: FigureOptions = PLAIN
+) -> Origin:
+    """What a figure of these files is made from."""
+    from kscli.origin import Origin
+
+    models = [file.model for file in files] if kind.source == "pmatrix" else []
+    request = (kind.name, layers or kind.layers, asdict(chosen), models)
+    return Origin(request, [file.fingerprint for file in files])
 
 
 def folder_of(file: Artifact) -> Path:

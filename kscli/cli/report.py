@@ -31,7 +31,8 @@ def report(
     The page has findings in sentences, every figure, tables that can be sorted, and where the
     numbers come from. It is one file and loads nothing from elsewhere. Several models are compared
     at its beginning. The command reads pmatrix.h5 and, from the same folder, stats.h5, cov.h5 and
-    the runs of edits if they belong to it. It loads no model.
+    the runs of edits if they belong to it. It loads no model. A page that is up to date is kept,
+    and one whose inputs have changed is made again; --force replaces any other file.
 
     Examples:
       kscli report -m gpt2-small

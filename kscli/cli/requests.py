@@ -15,7 +15,7 @@ from kscli.cli.options import DEFAULT_MODEL, NULL_SPACE, WEIGHTED
 from kscli.cli.remedies import command_for, listed, measured_models
 from kscli.editing.editors import find_editor
 from kscli.errors import ArtifactError, UsageError
-from kscli.models.aliases import classify
+from kscli.models.aliases import classify, close_aliases, find_alias
 from kscli.places import Places
 
 # The parameters of files that are read instead of a model's.
@@ -202,6 +202,21 @@ def models_of(context: typer.Context) -> list[str]:
     named = [models] if isinstance(models, str) else [*models]
     named += map(str, context.params.get("what") or [])
     return named or [DEFAULT_MODEL]
+
+
+def refuse_mistyped_alias(context: typer.Context) -> None:
+    """Raise UsageError where a model is to be loaded whose name is nearly that of an alias.
+
+    A Hub id has an owner before its name, but for a few of the Hub's first models.
+    """
+    model = str(context.params.get("model"))
+    if "device" not in context.params or classify(model) != "hub" or "/" in model:
+        return
+    if find_alias(model) is None and (near := close_aliases(model)):
+        raise UsageError(
+            f"there is no model {model!r}; did you mean {near[0]}? `kscli models` lists the "
+            "aliases; a Hub id is OWNER/NAME."
+        )
 
 
 def note_default_model(context: typer.Context) -> None:

@@ -11,7 +11,7 @@ from kscli.cli.topk import print_pairs
 from kscli.tables import STATISTICS
 
 if TYPE_CHECKING:
-    from kscli.artifacts import PMatrixFile
+    from kscli.artifacts import Existing, PMatrixFile
     from kscli.reporter import Reporter
 
 
@@ -101,7 +101,7 @@ def run(
         )
     with PMatrixFile(path) as pm:
         described = statistics_of(pm, pm.layers, places.path("stats"), None, reporter, existing)
-        figures = draw_figures(pm, places.figures, force, reporter)
+        figures = draw_figures(pm, places.figures, existing, reporter)
         if said := caution(described, pm.facts):
             reporter.warn(said)
         statistics = described.rows()
@@ -137,11 +137,13 @@ def refuse_ranks() -> None:
         )
 
 
-def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter) -> list[Path]:
+def draw_figures(
+    pm: PMatrixFile, folder: Path, existing: Existing, reporter: Reporter
+) -> list[Path]:
     """Draw every kind of figure that does not show `pm` already; returns all their paths."""
-    from kscli import __version__
+    from kscli.cli.plot import origin_of
     from kscli.figures import KINDS, Source
-    from kscli.figures.saving import save_figure, source_of_png
+    from kscli.figures.saving import save_figure
     from kscli.layers import select_layers
 
     paths = []
@@ -149,10 +151,8 @@ def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter)
         path = folder / f"{kind.name}.png"
         paths.append(path)
         layers = select_layers(kind.layers, pm.layers, str(pm.path))
-        shows = f"kscli {__version__} {pm.fingerprint}"
-        if not force and source_of_png(path) == shows:
-            reporter.note(f"{path} is up to date.")
-            continue
-        drawn = kind.draw([Source(pm, layers, pm.about.n_layers)])
-        save_figure(drawn, path, force=True, source=shows)
+        origin = origin_of(kind, [pm], None)
+        if origin.must_make(path, existing, reporter):
+            drawn = kind.draw([Source(pm, layers, pm.about.n_layers)])
+            save_figure(drawn, path, force=True, source=origin.line)
     return paths
