@@ -52,7 +52,7 @@ class Origin:
                 "name another file with --output."
             )
         reporter.note(
-            f"{path} is made again: {'its inputs changed' if same else 'it was another'}."
+            f"{path} is made again: {'its inputs changed' if same else 'it showed something else'}."
         )
         return True
 

@@ -106,7 +106,11 @@ _PAIRS_LEFT_OUT = "Without the pairs of facts whose keys were read at the same t
 FACTS_OF_PAIR = (
     Column("edited", "edited (i)", value=partial(sentence, which="i"), long=True),
     Column("moved", "moved (j)", value=partial(sentence, which="j"), long=True),
-    Column("same_last_token", "same last token"),
+    Column(
+        "same_last_token",
+        "same last token",
+        meaning="Whether the two subjects end in the same token, which alone makes keys similar.",
+    ),
 )
 PAIRS = (MODEL, replace(LAYER, varying=True), RANK, Column("p", spec=".2f"), *FACTS_OF_PAIR)
 PAIRS_OF_LAYERS = (MODEL, LAYER, *PAIRS[2:])
@@ -128,13 +132,23 @@ STATISTICS = (
     MODEL,
     Column("m", spec="d", varying=True),
     LAYER,
-    Column("mean", spec=".3f", interval=True),
-    Column("std", spec=".3f", spare=3),
+    Column(
+        "mean",
+        spec=".3f",
+        meaning="Of p over all pairs of facts. In brackets: 95 % intervals from resampled facts.",
+        interval=True,
+    ),
+    Column("std", spec=".3f", meaning="The standard deviation of p.", spare=3),
     Column("skewness", spec=".1f", wide=True),
-    Column("kurtosis", spec=".1f", interval=True),
+    Column(
+        "kurtosis",
+        spec=".1f",
+        meaning="Excess kurtosis of p: high where most pairs are free and a few are bound.",
+        interval=True,
+    ),
     Column("kurtosis_distinct", _DIFFERENT, ".1f", f"Kurtosis. {_PAIRS_LEFT_OUT}", interval=True),
     Column("tail_0_10", "|p|>0.1", ".1%", wide=True),
-    Column("tail_0_25", "|p|>0.25", ".1%", spare=1),
+    Column("tail_0_25", "|p|>0.25", ".1%", "The share of pairs that are bound so much.", spare=1),
     Column("tail_0_50", "|p|>0.5", ".2%", wide=True),
     Column("min", "least p", ".2f", wide=True),
     Column("max", "largest p", ".2f", wide=True),

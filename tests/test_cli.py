@@ -268,12 +268,30 @@ def test_the_command_that_makes_a_file_has_the_folder_that_was_named(toy: Path) 
 
 def test_without_a_model_the_one_that_is_used_is_said(toy: Path) -> None:
     (toy / "toy").rename(toy / "tiny")
-    assert kscli("topk", "--dir", toy).stderr == ""
+    assert "This is about" not in kscli("topk", "--dir", toy).stderr
     write_toy(toy)
     said = f"This is about tiny, as no --model is named; {toy} has toy too."
     assert said in kscli("topk", "--dir", toy).stderr
     for arguments in (("-q",), ("-m", "tiny"), ("--pmatrix", toy / "toy" / "pmatrix.h5")):
-        assert kscli("topk", "--dir", toy, *arguments).stderr == ""
+        assert "This is about" not in kscli("topk", "--dir", toy, *arguments).stderr
+
+
+def test_a_table_is_explained_unless_quiet_or_for_machines(toy: Path) -> None:
+    place = ("-m", "toy", "--dir", toy)
+    for command in ("topk", "stats"):
+        told = kscli(command, *place).stderr
+        assert "p(i, j): how much of what an edit writes into fact i reaches fact j" in told
+        assert f"`kscli report --model toy --dir {toy}`" in told
+        assert "p(i, j)" not in kscli(command, *place, "-q").stderr
+        assert "p(i, j)" not in kscli(command, *place, "-f", "csv").stderr
+    with h5py.File(toy / "toy" / "pmatrix.h5") as file:
+        P = np.abs(file["P"][0])
+    share = np.mean(P[~np.eye(6, dtype=bool)] > 0.25)
+    assert (
+        f"Of all pairs at layer 0, {share:.1%} have |p| above 0.25" in kscli("topk", *place).stderr
+    )
+    rows = json.loads(kscli("stats", *place, "-f", "json").stdout)
+    assert f"{max(row['kurtosis'] for row in rows):.1f} at layer" in kscli("stats", *place).stderr
 
 
 def test_help_is_that_of_the_command() -> None:
