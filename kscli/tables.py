@@ -22,8 +22,9 @@ class Column:
     `meaning` what the heading does not say. `spec` formats a number as Python's `format` does; a
     column without it is text. With `interval`, the fields `KEY_low` and `KEY_high` are shown too.
     `value` gives the cell where the field itself is not what is shown. A `wide` column is on the
-    page only, a `varying` one only where not all rows have the same value, an `optional` one only
-    where a row has a value; a `long` text keeps some width on a narrow screen.
+    page and on wide terminals only; of the `spare` ones the largest go first where a terminal is
+    narrow. A `varying` one is there only where not all rows have the same value, an `optional` one
+    only where a row has a value; a `long` text keeps some width on a narrow screen.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Column:
     varying: bool = False
     optional: bool = False
     long: bool = False
+    spare: int = 0
 
     @property
     def title(self) -> str:
@@ -78,7 +80,7 @@ def shown(columns: Sequence[Column], rows: Sequence[Row], *, wide: bool = False)
     return [
         column
         for column in columns
-        if (wide or not column.wide)
+        if (not column.wide or (wide and all(column.value or column.key in row for row in rows)))
         and not (column.varying and len({row[column.key] for row in rows}) < 2)
         and not (column.optional and all(row.get(column.key) is None for row in rows))
     ]
@@ -111,7 +113,11 @@ _PAIRS_LEFT_OUT = "Without the pairs of facts whose keys were read at the same t
 FACTS_OF_PAIR = (
     Column("edited", "edited (i)", value=partial(sentence, which="i"), long=True),
     Column("moved", "moved (j)", value=partial(sentence, which="j"), long=True),
-    Column("same_last_token", "same last token"),
+    Column(
+        "same_last_token",
+        "same last token",
+        meaning="Whether the two subjects end in the same token, which alone makes keys similar.",
+    ),
 )
 PAIRS = (MODEL, replace(LAYER, varying=True), RANK, Column("p", spec=".2f"), *FACTS_OF_PAIR)
 PAIRS_OF_LAYERS = (MODEL, LAYER, *PAIRS[2:])
@@ -133,13 +139,23 @@ STATISTICS = (
     MODEL,
     Column("m", spec="d", varying=True),
     LAYER,
-    Column("mean", spec=".3f", interval=True),
-    Column("std", spec=".3f"),
+    Column(
+        "mean",
+        spec=".3f",
+        meaning="Of p over all pairs of facts. In brackets: 95 % intervals from resampled facts.",
+        interval=True,
+    ),
+    Column("std", spec=".3f", meaning="The standard deviation of p.", spare=3),
     Column("skewness", spec=".1f", wide=True),
-    Column("kurtosis", spec=".1f", interval=True),
+    Column(
+        "kurtosis",
+        spec=".1f",
+        meaning="Excess kurtosis of p: high where most pairs are free and a few are bound.",
+        interval=True,
+    ),
     Column("kurtosis_distinct", _DIFFERENT, ".1f", f"Kurtosis. {_PAIRS_LEFT_OUT}", interval=True),
     Column("tail_0_10", "|p|>0.1", ".1%", wide=True),
-    Column("tail_0_25", "|p|>0.25", ".1%"),
+    Column("tail_0_25", "|p|>0.25", ".1%", "The share of pairs that are bound so much.", spare=1),
     Column("tail_0_50", "|p|>0.5", ".2%", wide=True),
     Column("min", "least p", ".2f", wide=True),
     Column("max", "largest p", ".2f", wide=True),
@@ -149,6 +165,7 @@ STATISTICS = (
         "carry half",
         ".0f",
         "The least number of pairs of facts that carry half of the fourth moment of P.",
+        spare=2,
     ),
 )
 SAME_TOKEN = (
@@ -361,8 +378,8 @@ def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
         Column("p_i", "p", spec=".2f"),
         *(
             [
-                Column("edit_norm", "edit, by norm", spec="d"),
-                Column("expected_norm", "expected", spec=".3f"),
+                Column("edit_norm", "edit, by norm", spec="d", spare=1),
+                Column("expected_norm", "expected by norm", spec=".3f", spare=1),
             ]
             if edited and not by_norm
             else []
@@ -372,7 +389,8 @@ def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
 
 def _cost_of_a_search(row: Row) -> str:
     """Passes of the model and the texts in each, of a search at one layer or at each of several."""
-    return f"{row['passes']} × {row['texts']}" + (", each layer" if row["each_layer"] else "")
+    cost = f"{row['passes']} × {row['texts']}".replace(" ", "\N{NO-BREAK SPACE}")
+    return cost + (", each layer" if row["each_layer"] else "")
 
 
 EDITS = (
@@ -412,7 +430,7 @@ EDITORS = (
     Column("facts_at_once", "facts at once"),
     Column("needs"),
     Column("cost", value=_cost_of_a_search),
-    Column("presets", value=lambda row: " ".join(row["presets"]) or None, long=True),
+    Column("presets", value=lambda row: " ".join(row["presets"]) or None, long=True, spare=1),
 )
 SETTINGS = (
     Column("model", value=lambda row: row["model"] or "(others)"),
@@ -423,7 +441,7 @@ SETTINGS = (
     Column("kl_weight", "KL weight", "g"),
     Column("norm_limit", "norm limit", "g"),
     Column("weight", "λ", "g"),
-    Column("source", long=True),
+    Column("source", long=True, spare=1),
 )
 RUN = (
     MODEL,

@@ -295,10 +295,10 @@ def test_a_subject_stands_for_all_its_facts_and_goes_before_an_index(
 
 def test_a_subject_that_is_not_there_names_near_ones(place: tuple[str, Path]) -> None:
     failed = kscli("risk", *place, "--fact", "Cy, the third")
-    assert failed.exit_code == 1
+    assert failed.exit_code == 2
     assert "'Cy, the second'" in one_sentence(failed.stderr)
     failed = kscli("risk", *place, "--fact", "99")
-    assert failed.exit_code == 1
+    assert failed.exit_code == 2
     assert "0 to 8" in one_sentence(failed.stderr)
 
 
@@ -420,7 +420,7 @@ def test_wrong_requests(place: tuple[str, Path], tmp_path: Path) -> None:
     for arguments, code, said in (
         (("--by-layer", "--sequence"), 2, "ask for one"),
         (("--price", "--sequence"), 2, "ask for one"),
-        (("--edits", "10"), 1, "holds 9 facts"),
+        (("--edits", "10"), 2, "holds 9 facts"),
         (("--edits", "0"), 2, "positive number"),
         (("-k", "some"), 2, "positive number"),
         (("--layer", "7"), 2, "7"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from kscli.artifacts.schema import (
 from kscli.artifacts.sealed import SealedFile
 from kscli.artifacts.values import check_about, rules_of, wrong_values
 from kscli.cosines import cosine, no_cosine, whitened_cosine
-from kscli.errors import ArtifactError, FactsError, KscliError
+from kscli.errors import ArtifactError, FactsError, KscliError, MissingError
 from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
 from kscli.layers import format_layers
@@ -40,16 +40,6 @@ MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 
 IDENTITY = ("weights", "tokenizer", "hook", "d_m")
 EXPECTED_EQUAL = ("dtype", "special_tokens")
-
-
-# What makes a file that is missing.
-_MADE_BY: Mapping[Kind | None, str] = {
-    "cov": "; `kscli cache-cov --model MODEL` makes it",
-    "keys": "; `kscli extract --model MODEL` makes it",
-    "pmatrix": "; `kscli run --model MODEL` makes it, as do cache-cov, extract and pmatrix one "
-    "after the other",
-    "edits": "; `kscli edit --model MODEL` makes it",
-}
 
 
 class Artifact:
@@ -67,7 +57,7 @@ class Artifact:
     def __init__(self, path: Path, kind: Kind | None = None) -> None:
         self.path = path
         if not path.exists():
-            raise ArtifactError(f"{path} does not exist{_MADE_BY.get(kind or self.of_kind, '')}.")
+            raise MissingError(path, kind or self.of_kind or "")
         self._file = SealedFile(path)
         try:
             with self._reading():

@@ -344,6 +344,7 @@ Layers = Annotated[
     str,
     typer.Option(
         "--layers",
+        "--layer",
         metavar="LAYERS",
         help="all, 0, 0,3,5-8 or -1 (the last).",
         autocompletion=complete_layers,
