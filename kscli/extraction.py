@@ -86,7 +86,8 @@ def extract_keys(
     Raises FactsError for a prompt longer than the model's positions, and NumericsError,
     naming layer and fact, when a key is not finite.
     """
-    chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
+    model.decoder.require_dense("extract")
+    chosen = select_layers(layers, model.decoder.layers, model.identity.model_id)
     prompts = locate_keys(model.tokenizer, facts.facts, token)
     blank = sum(map(has_blank_end, facts.facts))
     if blank:

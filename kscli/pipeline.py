@@ -167,7 +167,7 @@ class Session:
         from kscli.resources import measure_resources, resolve_device
         from kscli.second_moment.plan import plan_memory
 
-        layers = select_layers(options.layers, range(self.shape.n_layers), self.options.model)
+        layers = select_layers(options.layers, self.shape.layers, self.options.model)
         return plan_memory(
             self.shape,
             layers,

@@ -110,7 +110,7 @@ def save_model(model_type: str, settings: dict[str, Any], folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(0, 1.0 if "emb" in name or "wte" in name else 0.6)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)

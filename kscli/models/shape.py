@@ -18,7 +18,7 @@ from kscli.models.locating import LocatedModel, ModelOptions
 
 @dataclass(frozen=True)
 class ModelShape:
-    """How large a decoder is.
+    """How large a decoder is; `layers` are those that are measured.
 
     `parameters` counts all, tied ones once; `layer_parameters` those of the decoder layers, by
     which every token is multiplied.
@@ -30,6 +30,7 @@ class ModelShape:
     parameters: int
     layer_parameters: int
     max_length: int
+    layers: tuple[int, ...]
 
 
 def model_shape(located: LocatedModel, options: ModelOptions) -> ModelShape:
@@ -45,13 +46,15 @@ def model_shape(located: LocatedModel, options: ModelOptions) -> ModelShape:
             )
     text = config.get_text_config()
     projections = find_down_projections(model, text.hidden_size, text.num_hidden_layers)
-    layers = projections[0].name.partition(".0.")[0]
+    layer, first = next(iter(projections.items()))
+    layers = first.name.partition(f".{layer}.")[0]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return ModelShape(
-        n_layers=len(projections),
-        d_m=projections[0].d_m,
+        n_layers=text.num_hidden_layers,
+        d_m=first.d_m,
         hidden_size=text.hidden_size,
         parameters=sum(sizes.values()),
         layer_parameters=sum(n for name, n in sizes.items() if name.startswith(f"{layers}.")),
         max_length=default_length(positions_of(text)),
+        layers=tuple(projections),
     )

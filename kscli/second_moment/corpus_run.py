@@ -86,6 +86,7 @@ class CovarianceRun:
         ranks: Ranks | None = None,
     ) -> None:
         options.check(corpus, ranks)
+        model.decoder.require_dense("cache-cov")
         if model.positions and (options.max_length or 0) > model.positions:
             raise UsageError(
                 f"--max-length {options.max_length:,} is beyond the {model.positions:,} positions "

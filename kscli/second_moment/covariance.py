@@ -77,7 +77,7 @@ def checkpoint_recipe(recipe: Recipe, batch_tokens: int | None, rank: Shard) -> 
 
 def one_pass(model: LoadedModel, layers: str = "all", batch_tokens: int = BATCH_TOKENS) -> RunPlan:
     """A plan for those who have the memory: one pass, the sums on the model's own device."""
-    chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
+    chosen = select_layers(layers, model.decoder.layers, model.identity.model_id)
     return RunPlan((chosen,), "device" if model.device.startswith("cuda") else "host", batch_tokens)
 
 
