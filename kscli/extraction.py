@@ -21,7 +21,7 @@ from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.contexts import ContextChoice, in_context
 from kscli.errors import NumericsError
 from kscli.facts import Fact, FactSet
-from kscli.layers import select_layers
+from kscli.layers import format_layers
 from kscli.models.loading import LoadedModel
 from kscli.models.locating import ModelIdentity
 from kscli.positions import KeyToken, LocatedPrompt, has_blank_end, locate_keys
@@ -86,8 +86,8 @@ def extract_keys(
     Raises FactsError for a prompt longer than the model's positions, and NumericsError,
     naming layer and fact, when a key is not finite.
     """
-    model.decoder.require_dense("extract")
-    chosen = select_layers(layers, model.decoder.layers, model.identity.model_id)
+    model = model.of_layers(layers, reporter)
+    chosen = model.decoder.layers
     prompts = locate_keys(model.tokenizer, facts.facts, token)
     blank = sum(map(has_blank_end, facts.facts))
     if blank:
@@ -192,7 +192,7 @@ def write_keys(
 ) -> None:
     """Write the keys of `facts` at `token` to keys.h5 at `path`, replacing what is there."""
     about = KeysAbout(
-        **model.provenance(),
+        **model.of_layers(format_layers(keys.layers)).provenance(),
         facts_name=facts.name,
         facts_identity=facts.identity,
         token=token,

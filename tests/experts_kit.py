@@ -16,6 +16,7 @@ from families import GROUPED, save_model
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import silu
+from transformers import AutoModelForCausalLM
 
 Array = NDArray[np.float64]
 Router = Callable[[Any, Tensor], Tensor]
@@ -121,9 +122,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Router, str]] = {
 
 
 def save_experts(family: str, folder: Path, **changes: Any) -> None:
-    """Save a random mixture of experts of a family."""
+    """Save a random mixture of experts of a family.
+
+    Larger weights would make routers so sharp that gates magnify float32's rounding.
+    """
     model_type, settings, *_ = FAMILIES[family]
-    save_model(model_type, settings | changes, folder)
+    save_model(model_type, settings | changes, folder, scale=0.2)
+
+
+def in_float64(folder: Path) -> Any:
+    """The saved model, with its own forward pass of experts."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float64", experts_implementation="eager"
+    ).eval()
 
 
 def stacked_keys(family: str, model: Any, token_ids: Sequence[int], layer: int) -> list[Array]:

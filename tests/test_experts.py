@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experts_kit import EXPERTS, FAMILIES, LIKE_MIXTRAL, save_experts, stacked_keys
+from experts_kit import (
+    EXPERTS,
+    FAMILIES,
+    LIKE_MIXTRAL,
+    in_float64,
+    save_experts,
+    stacked_keys,
+)
 from families import GROUPED, LAYERS, save_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from kscli.errors import ModelError
 from kscli.models.experts import RoutedKeys
@@ -21,12 +27,6 @@ from kscli.models.locating import ModelOptions
 
 def load(folder: Path, dtype: str = "float32") -> LoadedModel:
     return load_model(ModelOptions(str(folder), dtype=dtype))
-
-
-def in_float64(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype="float64", experts_implementation="eager"
-    ).eval()
 
 
 def stacked(keys: RoutedKeys, tokens: int) -> list[np.ndarray[Any, Any]]:

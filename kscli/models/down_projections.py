@@ -9,15 +9,15 @@ starts from the most features; no table of model names is needed. A layer of exp
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kscli.errors import ModelError
+from kscli.errors import ModelError, UsageError
+from kscli.layers import format_layers, select_layers
 from kscli.models.experts import ExpertLayer, Stack, find_stack
 
 # Parts of a layer that mix tokens; what is left is the MLP.
@@ -51,41 +51,51 @@ Projection = DownProjection | ExpertLayer
 def find_down_projections(
     model: nn.Module, hidden_size: int, n_layers: int
 ) -> dict[int, Projection]:
-    """The down-projection of the model's decoder layers, by the layer's number.
+    """The down-projections of the model's `n_layers` decoder layers, by the layer's number.
 
-    Where layers differ in their sizes, those that most layers share are found, and no others.
-    Raises ModelError for layers without a feed-forward down-projection, and for experts whose keys
-    cannot be read.
-    """
-    found = _projections_of_layers(model, hidden_size, n_layers)
-    ((sizes, _),) = Counter(projection.sizes for projection in found).most_common(1)
-    return {
-        layer: projection for layer, projection in enumerate(found) if projection.sizes == sizes
-    }
-
-
-def _projections_of_layers(
-    model: nn.Module, hidden_size: int, n_layers: int
-) -> tuple[Projection, ...]:
-    """The projections of the first list of `n_layers` layers that has one in each.
-
-    Of a model that sees or hears, too, only the language model is looked at.
+    They are those of the list of modules in which the most layers have one. Of a model that sees or
+    hears, too, only the language model is looked at. Raises ModelError where no layer has one, and
+    for experts whose keys cannot be read.
     """
     language = getattr(model, "get_decoder", lambda: None)() or model
     prefix = next((name for name, module in model.named_modules() if module is language), "")
+    most: dict[int, Projection] = {}
     for name, module in language.named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            found = [
-                _projection(f"{name}.{index}", layer, hidden_size)
+            found = {
+                index: projection
                 for index, layer in enumerate(module)
-            ]
-            if all(found):
-                return tuple(projection for projection in found if projection)
-    raise ModelError(
-        f"{type(model).__name__} has no list of {n_layers} layers with a linear map from an MLP "
-        f"to the hidden size {hidden_size} in each; kscli measures decoders with a feed-forward "
-        "MLP in every layer."
-    )
+                if (projection := _projection(f"{name}.{index}", layer, hidden_size))
+            }
+            most = max(most, found, key=len)
+    if not most:
+        raise ModelError(
+            f"{type(model).__name__} has no list of {n_layers} layers with a linear map from an "
+            f"MLP to the hidden size {hidden_size}; kscli measures decoders with a feed-forward "
+            "MLP."
+        )
+    return most
+
+
+def select_alike(
+    projections: Mapping[int, Projection], spec: str, what: str
+) -> dict[int, Projection]:
+    """The projections of the layers that `spec` names, which must be of one size.
+
+    `all` are those of the size that most layers have. Raises UsageError for layers that differ,
+    and as `select_layers` does.
+    """
+    layers_of: dict[tuple[int, ...], list[int]] = {}
+    for layer in select_layers(spec, tuple(projections), what):
+        layers_of.setdefault(projections[layer].sizes, []).append(layer)
+    if len(layers_of) > 1 and spec.strip() != "all":
+        groups = " and ".join(map(format_layers, layers_of.values()))
+        raise UsageError(
+            f"--layers {spec}: a file holds layers of one size, and layers {groups} of {what} "
+            "differ; name one group at a time, each with an --output of its own."
+        )
+    chosen = max(layers_of.values(), key=len)
+    return {layer: projections[layer] for layer in chosen}
 
 
 def _projection(name: str, layer: nn.Module, hidden_size: int) -> Projection | None:

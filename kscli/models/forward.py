@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kscli.errors import ModelError, first_line, is_out_of_memory
-from kscli.models.down_projections import find_down_projections
+from kscli.models.down_projections import find_down_projections, select_alike
 from kscli.models.experts import PROBE, ExpertLayer, RoutedKeys, use_experts
 
 # Keys are a tensor (batch, length, d_m), of a layer of experts RoutedKeys.
@@ -33,44 +34,50 @@ class _EndOfPassError(Exception):
 
 
 class Decoder:
-    """A causal decoder and its down-projections, one a layer: of those that are of one size.
+    """A causal decoder and its down-projections, one a layer.
 
-    `n_experts` is 0 where there are none. Raises ModelError as `find_down_projections` does, for
+    Raises ModelError as `find_down_projections` does, for
     experts that do not add up, and for a model whose tokens see what follows them.
     """
 
     def __init__(self, model: nn.Module, hidden_size: int, n_layers: int) -> None:
         self.model = model.eval()
         self.projections = find_down_projections(model, hidden_size, n_layers)
-        first = next(iter(self.projections.values()))
-        self.d_m = first.d_m
-        self.n_experts = first.n_experts if isinstance(first, ExpertLayer) else 0
         self.n_layers = n_layers
         self.device = _entrance(model)
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         self.vocabulary = int(embeddings.weight.shape[0])
-        if self.n_experts:
+        if any(isinstance(each, ExpertLayer) for each in self.projections.values()):
             self._check_experts()
         self._check_causal()
 
+    def of_layers(self, spec: str, what: str) -> Decoder:
+        """The decoder as one of some layers of one size; UsageError as `select_alike` raises it."""
+        narrowed = copy(self)
+        narrowed.projections = select_alike(self.projections, spec, what)
+        return narrowed
+
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are measured: of one size, in ascending order."""
+        """The layers that have a down-projection, in ascending order."""
         return tuple(self.projections)
+
+    @property
+    def d_m(self) -> int:
+        """The length of a key at the first layer, and at all where they are of one size."""
+        return self.projections[self.layers[0]].d_m
+
+    @property
+    def n_experts(self) -> int:
+        """How many experts a layer has; 0 where it is dense."""
+        first = self.projections[self.layers[0]]
+        return first.n_experts if isinstance(first, ExpertLayer) else 0
 
     @property
     def hook(self) -> str:
         """The projections' dotted path with `{}` for the layer: `transformer.h.{}.mlp.c_proj`."""
         layer, projection = next(iter(self.projections.items()))
         return projection.name.replace(f".{layer}.", ".{}.", 1)
-
-    def require_dense(self, what: str) -> None:
-        """Raise ModelError, naming `what` does not work with them, for a mixture of experts."""
-        if self.n_experts:
-            raise ModelError(
-                f"this model has {self.n_experts} experts a layer, and {what} does not work with "
-                "mixtures of experts yet."
-            )
 
     def layer(self, number: int) -> nn.Module:
         """The module of a whole decoder layer."""
@@ -168,7 +175,7 @@ class Decoder:
         def take(layer: int, keys: Tensor | RoutedKeys) -> None:
             seen.append(layer)
             if isinstance(keys, Tensor):
-                keys = keys.reshape(*input_ids.shape, self.d_m)
+                keys = keys.reshape(*input_ids.shape, -1)
             try:
                 on_keys(layer, keys)
             except Exception as error:
