@@ -314,6 +314,18 @@ class KeysFile(FactsFile):
         self.require_dense()
         return self._of_layer("keys", layer).astype(np.float64)
 
+    def experts_of(self, layer: int) -> NDArray[np.int64]:
+        """The experts that each fact is routed to at one layer, (m, slot); -1: no more."""
+        return self._of_layer("experts", layer)
+
+    def expert_keys_of(self, layer: int) -> NDArray[np.float64]:
+        """g k of each fact and expert of `experts_of`, (m, slot, d_m), in float64."""
+        return self._of_layer("keys", layer).astype(np.float64)
+
+    def shared_keys_of(self, layer: int) -> NDArray[np.float64]:
+        """g k of the experts that all tokens have, (m, d_shared), in float64."""
+        return self._of_layer("shared_keys", layer).astype(np.float64)
+
     @cached_property
     def contexts(self) -> tuple[str, ...]:
         """The context templates, the bare prompt not among them."""
@@ -362,6 +374,10 @@ class PMatrixFile(FactsFile):
                         "is no inner product of two keys of the leverage that it holds"
                     )
             return values
+
+    def experts_of(self, layer: int) -> NDArray[np.int64] | None:
+        """The experts that each fact is routed to, (m, slot), -1: no more; None where dense."""
+        return self._of_layer("experts", layer) if self.about.n_experts else None
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

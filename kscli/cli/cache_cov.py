@@ -84,6 +84,8 @@ def cache_cov(
                 trust_remote_code,
                 allow_pickle,
                 merge_adapter,
+                # An adapter's base model is found by its weights.
+                without_weights=dry_run and not merge_adapter,
             ),
             Existing.FORCE if force else Existing.REFUSE,
             reporter,

@@ -58,8 +58,9 @@ def model_files(
 ) -> ModelFiles:
     """The files to read among `names`; `read` gives the text of one.
 
-    Weights are safetensors; pickled ones only where `options` allow them and there are no others.
-    Python files count only where `options` trust them.
+    There are no weights among them where `options` do without. Weights are safetensors; pickled
+    ones only where `options` allow them and there are no others. Python files count only where
+    `options` trust them.
 
     The adapter's files count only where `options` merge it.
 
@@ -80,7 +81,9 @@ def model_files(
     return ModelFiles(
         config=[CONFIG, *code],
         tokenizer=sorted(filter(_is_tokenizer_file, names)),
-        weights=_weight_files(names, read, where, options.allow_pickle),
+        weights=[]
+        if options.without_weights
+        else _weight_files(names, read, where, options.allow_pickle),
         adapter=adapter,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kscli.artifacts import ArtifactWriter, CovarianceAbout, Recipe, write_artifact
@@ -17,7 +18,7 @@ from kscli.models.locating import ModelIdentity
 from kscli.reporter import SILENT, Reporter
 from kscli.second_moment.checkpoints import Position
 from kscli.second_moment.corpus_run import CovarianceRun
-from kscli.second_moment.expert_moments import Moment, new_moment
+from kscli.second_moment.expert_moments import ExpertMoments, Moment, new_moment
 from kscli.second_moment.options import WHOLE, CovarianceOptions, Shard
 from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import Ranks
@@ -202,4 +203,18 @@ def _write(
         for index, moment in enumerate(sums):
             for name, array in moment.arrays().items():
                 writer.put(name, index, array)
+            if isinstance(moment, ExpertMoments):
+                _name_starved(layers[index], moment, run.model.decoder.d_m, run.reporter)
             task.advance()
+
+
+def _name_starved(layer: int, moment: ExpertMoments, d_m: int, reporter: Reporter) -> None:
+    """Say which experts of a layer saw fewer tokens than their keys have dimensions."""
+    starved = np.flatnonzero(moment.routed < d_m).tolist()
+    if starved:
+        named = ", ".join(f"{expert} ({moment.routed[expert]:,})" for expert in starved[:8])
+        more = f" and {len(starved) - 8} more" if len(starved) > 8 else ""
+        reporter.warn(
+            f"experts of layer {layer} saw fewer tokens than their {d_m:,} dimensions: "
+            f"{named}{more}. p of a fact that is routed to one needs more text, or a --ridge."
+        )
