@@ -112,7 +112,7 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
     G, Q, variance = np.zeros((m, m)), np.zeros((m, m)), np.zeros((m, m))
     condition = whitening_residual = solve_residual = 0.0
     dead = 0
-    for block in blocks:
+    for block in map(_without_zeros, blocks):
         white, keys = block.white, block.keys
         _check_keys(block)
         whitened = white.whiten(keys)
@@ -292,6 +292,12 @@ def _warn_of_few_tokens(cov: CovarianceFile, layers: tuple[int, ...], reporter: 
             f"{cov.path} saw {cov.count:,} tokens, {cov.count / d_m:.1f} a dimension; under "
             f"{FEWEST_TOKENS_PER_DIMENSION} a dimension p is noisy. More text settles it."
         )
+
+
+def _without_zeros(block: Block) -> Block:
+    """The block less the keys that are 0 in it, which add nothing."""
+    there = (block.keys != 0).any(axis=1)
+    return block if there.all() else Block(block.white, block.keys[there], block.rows[there])
 
 
 def _check_keys(block: Block) -> None:
