@@ -112,7 +112,7 @@ def extract_keys(
     for name in ("keys", "shared_keys"):
         if name in found:
             _check_finite(found[name], chosen, facts)
-    texts = () if of_experts else _contexts_of(model, contexts, reporter)
+    texts = _contexts_of(model, contexts, reporter)
     context_keys = None
     if texts:
         context_keys = _read_in_contexts(model, facts.facts, texts, token, chosen, reporter)
@@ -131,7 +131,12 @@ def extract_keys(
 def _contexts_of(
     model: LoadedModel, contexts: ContextChoice, reporter: Reporter
 ) -> tuple[str, ...]:
-    """The context templates; none where a model without an LM head would have to make them up."""
+    """The context templates; none where a model without an LM head would have to make them up.
+
+    Nor are there any of a mixture of experts: no editor writes to it yet.
+    """
+    if model.decoder.n_experts:
+        return ()
     if contexts.generated and not model.has_head:
         reporter.warn(
             f"{model.identity.model_id} has no LM head and can make up no contexts, so keys.h5 "

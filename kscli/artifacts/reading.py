@@ -135,7 +135,7 @@ class Artifact:
         if self.about.n_experts:
             raise ArtifactError(
                 f"{self.path} is of a mixture of {self.about.n_experts} experts, which this "
-                "command does not take yet; pmatrix, and what reads pmatrix.h5, does."
+                "command does not take yet; pmatrix, and what reads pmatrix.h5, do."
             )
 
     def require_layers(self, layers: Sequence[int]) -> None:

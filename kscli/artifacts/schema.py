@@ -378,7 +378,9 @@ def described(kind: str) -> dict[str, str]:
         for cls in (Stamp, schema.about)
         for name, hint in get_type_hints(cls, include_extras=True).items()
     }
-    datasets = dict(schema.datasets) | ({"STATISTIC": STATISTIC} if kind == "stats" else {})
+    datasets = {**_EXPERTS.get(kind, {}), **schema.datasets} | (
+        {"STATISTIC": STATISTIC} if kind == "stats" else {}
+    )
     return attributes | {name: dataset.meaning for name, dataset in datasets.items()}
 
 

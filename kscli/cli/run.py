@@ -142,13 +142,13 @@ def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter)
     from kscli import __version__
     from kscli.figures import KINDS, Source
     from kscli.figures.saving import save_figure, source_of_png
-    from kscli.layers import select_layers
+    from kscli.layers import default_layers
 
     paths = []
     for kind in (kind for kind in KINDS.values() if kind.standard):
         path = folder / f"{kind.name}.png"
         paths.append(path)
-        layers = select_layers(kind.layers, pm.layers, str(pm.path))
+        layers = default_layers(kind.layers, pm.layers)
         shows = f"kscli {__version__} {pm.fingerprint}"
         if not force and source_of_png(path) == shows:
             reporter.note(f"{path} is up to date.")

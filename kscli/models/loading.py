@@ -68,9 +68,9 @@ class LoadedModel:
         others = sorted({*self.decoder.layers} - {*decoder.layers})
         if others and spec.strip() == "all":
             reporter.note(
-                f"{layers_text(others)} of {self.identity.model_id} are of another size than most, "
-                f"and left out; --layers {format_layers(others)} measures them, with an --output "
-                "of their own."
+                f"of another size than most, and left out: {layers_text(others)} of "
+                f"{self.identity.model_id} (--layers {format_layers(others)} measures what is left "
+                "out; give it an --output of its own)."
             )
         return replace(self, decoder=decoder)
 
