@@ -8,9 +8,12 @@ means.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,8 @@ from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.contexts import ContextChoice, in_context
 from kscli.errors import NumericsError
 from kscli.facts import Fact, FactSet, paraphrases_of
-from kscli.layers import select_layers
+from kscli.layers import format_layers
+from kscli.models.experts import RoutedKeys
 from kscli.models.loading import LoadedModel
 from kscli.models.locating import ModelIdentity
 from kscli.positions import KeyToken, LocatedPrompt, has_blank_end, locate_keys
@@ -41,7 +45,10 @@ class Keys:
 
     `context_keys` (layer, m, d_m) are the means of a fact's keys over the `contexts`, the bare
     prompt not among them; None where there are no contexts. `paraphrase_keys` (layer, m, d_m) are
-    those over a fact's paraphrases, NaN for a fact without; None where no fact has any.
+    those over a fact's paraphrases, NaN for a fact without; None where no fact has any. Of layers
+    of experts `keys` are (layer, m, slot, d_m), multiplied by the gates, of the `experts` (layer,
+    m, slot) that a fact is routed to, -1 being none, and `shared_keys` (layer, m, d_shared) those
+    of shared experts; there are no means.
     """
 
     facts: tuple[Fact, ...]
@@ -52,6 +59,8 @@ class Keys:
     contexts: tuple[str, ...] = ()
     context_keys: NDArray[np.float32] | None = None
     paraphrase_keys: NDArray[np.float32] | None = None
+    experts: NDArray[np.int64] | None = None
+    shared_keys: NDArray[np.float32] | None = None
 
 
 def extraction_recipe(
@@ -89,7 +98,8 @@ def extract_keys(
     Raises FactsError for a prompt longer than the model's positions, and NumericsError,
     naming layer and fact, when a key is not finite.
     """
-    chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
+    model = model.of_layers(layers, reporter)
+    chosen = model.decoder.layers
     prompts = locate_keys(model.tokenizer, facts.facts, token)
     blank = sum(map(has_blank_end, facts.facts))
     if blank:
@@ -99,9 +109,13 @@ def extract_keys(
         )
     for fact, prompt in zip(facts.facts, prompts, strict=True):
         model.require_positions(fact.text, len(prompt.token_ids))
+    of_experts = model.decoder.n_experts > 0
+    read = _read_routed if of_experts else _read
     with reporter.task("keys", len(prompts), unit="facts") as task:
-        keys = _read(model, prompts, chosen, task.advance)
-    _check_finite(keys, chosen, facts)
+        found = read(model, prompts, chosen, task.advance)
+    for name in ("keys", "shared_keys"):
+        if name in found:
+            _check_finite(found[name], chosen, facts)
     texts = _contexts_of(model, contexts, reporter)
     context_keys = None
     if texts:
@@ -110,13 +124,13 @@ def extract_keys(
         _check_finite(context_keys, chosen, facts)
     paraphrased = [paraphrases_of(fact) for fact in facts.facts]
     paraphrase_keys = None
-    if any(paraphrased):
+    if any(paraphrased) and not of_experts:
         named = "keys of paraphrases"
         paraphrase_keys = _mean_keys(model, paraphrased, token, chosen, named, reporter)
     return Keys(
         facts=facts.facts,
         layers=chosen,
-        keys=keys,
+        **found,
         token_id=np.array([p.token_id for p in prompts], dtype=np.int64),
         position=np.array([p.position for p in prompts], dtype=np.int64),
         contexts=texts,
@@ -128,7 +142,12 @@ def extract_keys(
 def _contexts_of(
     model: LoadedModel, contexts: ContextChoice, reporter: Reporter
 ) -> tuple[str, ...]:
-    """The context templates; none where a model without an LM head would have to make them up."""
+    """The context templates; none where a model without an LM head would have to make them up.
+
+    Nor are there any of a mixture of experts: no editor writes to it yet.
+    """
+    if model.decoder.n_experts:
+        return ()
     if contexts.generated and not model.has_head:
         reporter.warn(
             f"{model.identity.model_id} has no LM head and can make up no contexts, so keys.h5 "
@@ -155,7 +174,7 @@ def _mean_keys(
             prompts = [_up_to_key(prompt) for prompt in locate_keys(model.tokenizer, flat, token)]
             for fact, prompt in zip(flat, prompts, strict=True):
                 model.require_positions(fact.text, len(prompt.token_ids))
-            found = _read(model, prompts, layers, task.advance)
+            found = _read(model, prompts, layers, task.advance)["keys"]
             of_facts = np.split(found, np.cumsum([*map(len, some)])[:-1], axis=1)
             for number, keys in enumerate(of_facts, start):
                 if keys.shape[1]:
@@ -173,28 +192,79 @@ def _read(
     prompts: Sequence[LocatedPrompt],
     layers: Sequence[int],
     advance: Callable[[int], None],
-) -> NDArray[np.float32]:
-    """The keys of prompts at their tokens, (layer, prompts, d_m)."""
+) -> dict[str, Any]:
+    """`keys` of prompts at their tokens, (layer, prompts, d_m)."""
     row_of = {layer: row for row, layer in enumerate(layers)}
     keys = np.empty((len(layers), len(prompts), model.decoder.d_m), dtype=np.float32)
+
+    def take(layer: int, hidden: Tensor, indexes: list[int], tokens: Tensor) -> None:
+        at = hidden.reshape(-1, hidden.shape[-1])[tokens.to(hidden.device)]
+        keys[row_of[layer], indexes] = at.float().cpu().numpy()
+
+    _run(model, prompts, layers, take, advance)
+    return {"keys": keys}
+
+
+def _read_routed(
+    model: LoadedModel,
+    prompts: Sequence[LocatedPrompt],
+    layers: Sequence[int],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """`keys`, `experts` and, where there are, `shared_keys` of prompts at their tokens, as `Keys`.
+
+    As many slots are kept as the most experts of one prompt.
+    """
+    rows: list[tuple[int, int, int, NDArray[np.float32]]] = []
+    shared: dict[tuple[int, int], NDArray[np.float32]] = {}
+
+    def take(layer: int, keys: RoutedKeys, indexes: list[int], tokens: Tensor) -> None:
+        index_of = dict(zip(tokens.tolist(), indexes, strict=True))
+        own = keys.of_tokens(tokens)
+        gated = own.gated.cpu().numpy()
+        for token, expert, key in zip(own.token.tolist(), own.expert.tolist(), gated, strict=True):
+            rows.append((layer, index_of[token], expert, key))
+        if own.shared is not None:
+            for index, key in zip(indexes, own.shared.cpu().numpy(), strict=True):
+                shared[layer, index] = key
+
+    _run(model, prompts, layers, take, advance)
+    places = Counter((layer, index) for layer, index, *_ in rows)
+    shape = len(layers), len(prompts), max(places.values(), default=1)
+    found: dict[str, Any] = {
+        "keys": np.zeros((*shape, model.decoder.d_m), dtype=np.float32),
+        "experts": np.full(shape, -1, dtype=np.int64),
+    }
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    for layer, index, expert, key in rows:
+        places[layer, index] -= 1
+        place = row_of[layer], index, places[layer, index]
+        found["keys"][place], found["experts"][place] = key, expert
+    if shared:
+        found["shared_keys"] = np.array(
+            [[shared[layer, index] for index in range(len(prompts))] for layer in layers]
+        )
+    return found
+
+
+def _run(
+    model: LoadedModel,
+    prompts: Sequence[LocatedPrompt],
+    layers: Sequence[int],
+    take: Callable[..., None],
+    advance: Callable[[int], None],
+) -> None:
+    """Run prompts: `take` is given a layer, its keys, and which of whose tokens are wanted.
+
+    These are the prompts' indexes, and those of their tokens among a batch's.
+    """
     sequences = (TokenSequence(i, p.token_ids) for i, p in enumerate(prompts))
     for batch in make_batches(sequences, BATCH_TOKENS, model.boundary):
         indexes = [sequence.index for sequence in batch.sequences]
         positions = torch.tensor([prompts[index].position for index in indexes])
-
-        def take(
-            layer: int,
-            hidden: Tensor,
-            indexes: list[int] = indexes,
-            positions: Tensor = positions,
-        ) -> None:
-            rows = torch.arange(len(indexes), device=hidden.device)
-            at = hidden[rows, positions.to(hidden.device)]
-            keys[row_of[layer], indexes] = at.float().cpu().numpy()
-
-        model.decoder.run(batch.input_ids, layers, take)
+        tokens = torch.arange(len(indexes)) * batch.input_ids.shape[1] + positions
+        model.decoder.run(batch.input_ids, layers, partial(take, indexes=indexes, tokens=tokens))
         advance(len(indexes))
-    return keys
 
 
 def write_keys(
@@ -202,7 +272,7 @@ def write_keys(
 ) -> None:
     """Write the keys of `facts` at `token` to keys.h5 at `path`, replacing what is there."""
     about = KeysAbout(
-        **model.provenance(),
+        **model.of_layers(format_layers(keys.layers)).provenance(),
         facts_name=facts.name,
         facts_identity=facts.identity,
         token=token,
@@ -211,7 +281,9 @@ def write_keys(
     with write_artifact(path, "keys", about, force=True) as writer:
         writer.layers(keys.layers)
         writer.facts(keys)
-        writer.write("keys", keys.keys)
+        for name in ("keys", "experts", "shared_keys"):
+            if getattr(keys, name) is not None:
+                writer.write(name, getattr(keys, name))
         writer.write("contexts", keys.contexts)
         for name in ("context_keys", "paraphrase_keys"):
             if getattr(keys, name) is not None:
@@ -219,7 +291,7 @@ def write_keys(
 
 
 def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: FactSet) -> None:
-    bad = np.argwhere(~np.isfinite(keys).all(axis=2))
+    bad = np.argwhere(~np.isfinite(keys).all(axis=tuple(range(2, keys.ndim))))
     if len(bad):
         row, fact = bad[0]
         raise NumericsError(

@@ -40,6 +40,12 @@ def select_layers(spec: str, available: Sequence[int], what: str) -> tuple[int, 
     return tuple(sorted(chosen))
 
 
+def default_layers(spec: str, available: Sequence[int]) -> tuple[int, ...]:
+    """The layers that are shown where the user names none: `0` is the first that there is."""
+    places = select_layers(spec, range(len(available)), "the file")
+    return tuple(sorted(available)[place] for place in places)
+
+
 def format_layers(layers: Sequence[int]) -> str:
     """Layers as a selection: (0, 1, 2, 5) gives `0-2,5`."""
     runs: list[list[int]] = []

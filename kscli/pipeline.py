@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from kscli.artifacts import Existing, Kind, Recipe, is_imported, must_make
 from kscli.errors import UsageError
 from kscli.files import require_other, require_writable
-from kscli.layers import select_layers
 from kscli.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ class Session:
         self.existing = existing
         self.reporter = reporter
         self._spread: MemorySplit | None = None
+        self._shapes: dict[str, ModelShape] = {}
 
     @cached_property
     def located(self) -> LocatedModel:
@@ -57,12 +57,13 @@ class Session:
         with self.reporter.task(f"loading {self.options.model}"):
             return load_model(self.options, self.reporter, self.located, spread=self._spread)
 
-    @cached_property
-    def shape(self) -> ModelShape:
-        """The model's sizes, for which it need not be loaded."""
+    def shape(self, layers: str) -> ModelShape:
+        """The model's sizes, for which it need not be loaded, as one of some layers."""
         from kscli.models.shape import model_shape
 
-        return model_shape(self.located, self.options)
+        if layers not in self._shapes:
+            self._shapes[layers] = model_shape(self.located, self.options, layers)
+        return self._shapes[layers]
 
     @cached_property
     def dtype(self) -> str:
@@ -167,10 +168,10 @@ class Session:
         from kscli.resources import measure_resources, resolve_device
         from kscli.second_moment.plan import plan_memory
 
-        layers = select_layers(options.layers, range(self.shape.n_layers), self.options.model)
+        shape = self.shape(options.layers)
         return plan_memory(
-            self.shape,
-            layers,
+            shape,
+            shape.layers,
             self.dtype,
             measure_resources(resolve_device(self.options.device)),
             batch_tokens=execution.batch_tokens,
@@ -194,10 +195,11 @@ class Session:
         from kscli.second_moment.token_stream import expected_tokens
 
         tokenizer = load_tokenizer(self.located, self.options)
-        share = options.own_share(self.shape.max_length, ranks)
+        shape = self.shape(options.layers)
+        share = options.own_share(shape.max_length, ranks)
         expected = expected_tokens(tokenizer, corpus, share)
         rate = matmul_rate(plan.device, self.dtype)
-        each = seconds_a_token(plan, self.shape, expected.length, rate)
+        each = seconds_a_token(plan, shape, expected.length, rate)
         tokens = expected.tokens
         seconds = None if tokens is None else tokens * each
         return RunTime(tokens, seconds, 1 / each, expected.at_most)

@@ -7,7 +7,8 @@ fact that is edited, column j the fact that is moved. On request P is instead p 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,9 @@ class Superposition:
     token. `whitening_residual` is the largest |L^-1 C L^-T x - x| / |x| over 8 random x,
     `solve_residual` the largest |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic
     did what Appendix B proves. `storage_error` estimates how far p is moved because C was stored
-    in float32 (`Whitening.storage_error`). `paraphrase_p` (m,) is the mean p from each fact to its
+    in float32 (the standard error, `Whitening.storage_variance`, of the pair that is moved most).
+    Of a layer of experts `condition` and the residuals are the largest of its blocks', and
+    `dead_coordinates` are counted over all. `paraphrase_p` (m,) is the mean p from each fact to its
     own paraphrases; NaN for a fact without any, None where there are none.
     """
 
@@ -96,41 +99,74 @@ def superposition_in(
 
     Raises NumericsError for a key that is 0, not finite, or not 0 where C is.
     """
-    _check_keys(keys, white)
-    whitened = white.whiten(keys)
-    P = whitened.T @ whitened
-    leverage = np.diagonal(P).copy()
-    P /= leverage[:, None]  # equation 16, and for all pairs equation 18
+    found = superposition_of_blocks([Block(white, keys, np.arange(len(keys)))], len(keys))
+    if paraphrases is None:
+        return found
+    own = _p_to_own(white, keys, found.leverage, paraphrases)
+    return replace(found, paraphrase_p=own)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of C, whitened, and the part `keys` (n, d_m) in it of the keys of facts `rows`."""
+
+    white: Whitening
+    keys: NDArray[np.float64]
+    rows: NDArray[np.intp]
+
+
+def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
+    """The matrices of m keys of which C is taken block by block; one block is held at a time.
+
+    k_i^T C^-1 k_j is then a sum over the blocks in which both keys are not 0: over the experts that
+    both facts are routed to. Raises NumericsError as `superposition_in` does.
+    """
+    G, Q, variance = np.zeros((m, m)), np.zeros((m, m)), np.zeros((m, m))
+    condition = whitening_residual = solve_residual = 0.0
+    dead = 0
+    for block in map(_without_zeros, blocks):
+        white, keys = block.white, block.keys
+        _check_keys(block)
+        whitened = white.whiten(keys)
+        both = np.ix_(block.rows, block.rows)
+        G[both] += whitened.T @ whitened
+        Q[both] += keys @ keys.T
+        variance[both] += white.storage_variance(whitened)
+        condition = max(condition, white.condition)
+        dead += len(white.dead)
+        whitening_residual = max(whitening_residual, white.identity_residual())
+        solve_residual = max(solve_residual, white.solve_residual(keys, whitened))
+    leverage = np.diagonal(G).copy()
+    zero = np.flatnonzero(leverage == 0)
+    if len(zero):
+        raise KeyOfFactError(int(zero[0]), "is 0, so p is not defined")
     return Superposition(
-        P=P,
-        Q=keys @ keys.T,
+        P=G / leverage[:, None],  # equation 16, and for all pairs equation 18
+        Q=Q,
         leverage=leverage,
-        condition=white.condition,
-        dead_coordinates=len(white.dead),
-        whitening_residual=white.identity_residual(),
-        solve_residual=white.solve_residual(keys, whitened),
-        storage_error=white.storage_error(whitened),
-        paraphrase_p=None
-        if paraphrases is None
-        else _p_to_own(white, whitened, leverage, paraphrases),
+        condition=condition,
+        dead_coordinates=dead,
+        whitening_residual=whitening_residual,
+        solve_residual=solve_residual,
+        storage_error=float((np.sqrt(variance) / leverage[:, None]).max()),
     )
 
 
 def _p_to_own(
     white: Whitening,
-    whitened: NDArray[np.float64],
+    keys: NDArray[np.float64],
     leverage: NDArray[np.float64],
     others: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """p from each fact to a key of its own in `others` (m, d_m).
+    """p from each fact, by its key (m, d_m), to a key of its own in `others` (m, d_m).
 
     That is k_i^T C^-1 k'_i / k_i^T C^-1 k_i; NaN where the key is, and where it is not 0 in a
     coordinate that was 0 on every token.
     """
     found = np.full(len(others), np.nan)
     defined = np.isfinite(others).all(axis=1) & ~(others[:, white.dead] != 0).any(axis=1)
-    products = whitened[:, defined] * white.whiten(others[defined])
-    found[defined] = products.sum(axis=0) / leverage[defined]
+    products = keys[defined] * white.solve(white.whiten(others[defined]))
+    found[defined] = products.sum(axis=1) / leverage[defined]
     return found
 
 
@@ -174,6 +210,8 @@ def write_pmatrix(
     require_writable(path, force=True)
     if not 0 <= ridge < float("inf"):
         raise UsageError(f"--ridge {ridge} must be 0 or more.")
+    if editor:
+        cov.require_dense()
     for warning in require_same_identity(cov, keys):
         reporter.warn(warning)
     keys.require_layers(layers)
@@ -190,7 +228,7 @@ def write_pmatrix(
         recipe=recipe,
     )
     count = cov.count
-    _warn_of_few_tokens(cov, count, reporter)
+    _warn_of_few_tokens(cov, layers, reporter)
     errors = {}
     with (
         write_artifact(path, "pmatrix", about, force=True) as writer,
@@ -200,10 +238,14 @@ def write_pmatrix(
         writer.facts(keys)
         for index, layer in enumerate(layers):
             try:
-                white = whitening(cov.second_moment(layer), count, ridge)
-                paraphrases = keys.paraphrase_keys_of(layer)
-                result = superposition_in(white, keys.keys_of(layer), paraphrases)
-                found = dict(vars(result))
+                if cov.about.n_experts:
+                    result = superposition_of_experts(cov, keys, layer, ridge)
+                    found = vars(result) | {"experts": keys.experts_of(layer)}
+                else:
+                    white = whitening(cov.second_moment(layer), count, ridge)
+                    paraphrases = keys.paraphrase_keys_of(layer)
+                    result = superposition_in(white, keys.keys_of(layer), paraphrases)
+                    found = dict(vars(result))
                 if editor:
                     # It no longer follows from P.
                     found["whitened_cosine"] = result.whitened_cosine
@@ -237,26 +279,67 @@ def _warn_of_storage(errors: dict[int, float], reporter: Reporter) -> None:
     )
 
 
-def _warn_of_few_tokens(cov: CovarianceFile, count: int, reporter: Reporter) -> None:
-    d_m = cov.about.d_m
-    if count < FEWEST_TOKENS_PER_DIMENSION * d_m:
+def superposition_of_experts(
+    cov: CovarianceFile, keys: KeysFile, layer: int, ridge: float = 0.0
+) -> Superposition:
+    """The matrices of a layer of experts, of which C is taken expert by expert.
+
+    Raises NumericsError, naming an expert and a fact that is routed to it, where it saw too few
+    tokens.
+    """
+    return superposition_of_blocks(_blocks(cov, keys, layer, ridge), len(keys.facts))
+
+
+def _blocks(cov: CovarianceFile, keys: KeysFile, layer: int, ridge: float) -> Iterator[Block]:
+    """The experts to which facts are routed, and the shared ones."""
+    experts, parts, routed = keys.experts_of(layer), keys.expert_keys_of(layer), cov.routed(layer)
+    for expert in np.unique(experts[experts >= 0]).tolist():
+        rows, slots = np.nonzero(experts == expert)
+        try:
+            white = whitening(cov.second_moment_of(layer, expert), int(routed[expert]), ridge)
+        except NumericsError as error:
+            text = quote(keys.facts[rows[0]].text)
+            raise NumericsError(f"expert {expert}, to which {text} is routed: {error}") from error
+        yield Block(white, parts[rows, slots], rows)
+    shared = cov.shared_second_moment(layer)
+    if shared is not None:
+        of_facts = keys.shared_keys_of(layer)
+        yield Block(whitening(shared, cov.count, ridge), of_facts, np.arange(len(of_facts)))
+
+
+def _warn_of_few_tokens(cov: CovarianceFile, layers: tuple[int, ...], reporter: Reporter) -> None:
+    d_m, enough = cov.about.d_m, FEWEST_TOKENS_PER_DIMENSION * cov.about.d_m
+    if cov.about.n_experts:
+        routed = np.concatenate([cov.routed(layer) for layer in layers])
+        few = int((routed < enough).sum())
+        if few:
+            reporter.warn(
+                f"{few:,} of the {len(routed):,} experts of {cov.path} saw under "
+                f"{FEWEST_TOKENS_PER_DIMENSION} tokens a dimension, the least-used one "
+                f"{routed.min():,}; p of a fact that is routed to one of them is noisy. More text "
+                "settles it."
+            )
+    elif cov.count < enough:
         reporter.warn(
-            f"{cov.path} saw {count:,} tokens, {count / d_m:.1f} a dimension; under "
+            f"{cov.path} saw {cov.count:,} tokens, {cov.count / d_m:.1f} a dimension; under "
             f"{FEWEST_TOKENS_PER_DIMENSION} a dimension p is noisy. More text settles it."
         )
 
 
-def _check_keys(keys: NDArray[np.float64], white: Whitening) -> None:
-    bad = np.flatnonzero(~np.isfinite(keys).all(axis=1))
+def _without_zeros(block: Block) -> Block:
+    """The block less the keys that are 0 in it, which add nothing."""
+    there = (block.keys != 0).any(axis=1)
+    return block if there.all() else Block(block.white, block.keys[there], block.rows[there])
+
+
+def _check_keys(block: Block) -> None:
+    bad = np.flatnonzero(~np.isfinite(block.keys).all(axis=1))
     if len(bad):
-        raise KeyOfFactError(int(bad[0]), "is NaN or infinite")
-    deviant = np.flatnonzero((keys[:, white.dead] != 0).any(axis=1))
+        raise KeyOfFactError(int(block.rows[bad[0]]), "is NaN or infinite")
+    deviant = np.flatnonzero((block.keys[:, block.white.dead] != 0).any(axis=1))
     if len(deviant):
         raise KeyOfFactError(
-            int(deviant[0]),
-            f"is not 0 in one of {len(white.dead):,} coordinates that were 0 on every token of "
-            "the corpus; measure C on more text, or add --ridge 1e-3",
+            int(block.rows[deviant[0]]),
+            f"is not 0 in one of {len(block.white.dead):,} coordinates that were 0 on every token "
+            "of the corpus; measure C on more text, or add --ridge 1e-3",
         )
-    zero = np.flatnonzero((keys == 0).all(axis=1))
-    if len(zero):
-        raise KeyOfFactError(int(zero[0]), "is 0, so p is not defined")

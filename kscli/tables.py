@@ -168,6 +168,17 @@ STATISTICS = (
         spare=2,
     ),
 )
+# Of a mixture of experts.
+ROUTING = (
+    MODEL,
+    LAYER,
+    Column("no_common_expert", "no common expert", ".1%", "Of all pairs of facts."),
+    Column("common_experts", "in common", ".2f", "Mean number of experts of both facts of a pair."),
+    Column("std", "std of p", ".3f"),
+    Column("std_common", "with a common expert", ".3f", "The standard deviation of p, such pairs."),
+    Column("kurtosis", spec=".1f"),
+    Column("kurtosis_common", "with a common expert", ".1f", "Kurtosis of p, such pairs."),
+)
 SAME_TOKEN = (
     LAYER,
     Column("same_token", "of all pairs", ".2%"),

@@ -85,18 +85,17 @@ class Whitening:
         residual /= np.where(self.scale > 0, self.scale, 1)
         return float((_lengths(residual.T) / _lengths(keys.T)).max())
 
-    def storage_error(self, whitened: NDArray[np.float64]) -> float:
-        """How far C's storage in float32 moves p: the standard error of the pair it moves most.
+    def storage_variance(self, whitened: NDArray[np.float64]) -> NDArray[np.float64]:
+        """By how much C's storage in float32 moves k_i^T C^-1 k_j: the variance, (m, m).
 
         Every entry of C was rounded by an error e_ab of standard deviation `ROUNDING` |C_ab|, one
         independent of the other. To first order k_i^T C^-1 k_j moves by x_i^T e x_j, x = C^-1 k,
-        of which the variance is the sum of x_ia^2 (`ROUNDING` C_ab)^2 x_jb^2, and p by that over
-        k_i^T C^-1 k_i. `whitened` (d_m, m) are the keys, as `whiten` gives them.
+        of which the variance is the sum of x_ia^2 (`ROUNDING` C_ab)^2 x_jb^2. `whitened` (d_m, m)
+        are the keys, as `whiten` gives them.
         """
         squares = self._back(whitened) ** 2
-        moved = squares.T @ self._times_squared(squares)
-        leverage = (whitened**2).sum(axis=0)
-        return ROUNDING * float((np.sqrt(moved) / leverage[:, None]).max())
+        variance: NDArray[np.float64] = ROUNDING**2 * (squares.T @ self._times_squared(squares))
+        return variance
 
     def _times_squared(self, columns: NDArray[np.float64]) -> NDArray[np.float64]:
         """The scaled C, its entries squared, times (d_m, n) columns."""

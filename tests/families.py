@@ -103,15 +103,18 @@ def save_family(family: str, folder: Path, **changes: Any) -> str:
     return hook
 
 
-def save_model(model_type: str, settings: dict[str, Any], folder: Path) -> None:
-    """Save a random model of a configuration class, with tiny's tokenizer."""
+def save_model(model_type: str, settings: dict[str, Any], folder: Path, scale: float = 0.6) -> None:
+    """Save a random model of a configuration class, with tiny's tokenizer.
+
+    The matrices are Gaussian of standard deviation `scale`.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **settings)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 1.0 if "emb" in name or "wte" in name else 0.6)
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 1.0 if "emb" in name or "wte" in name else scale)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
     model.save_pretrained(folder)

@@ -94,23 +94,6 @@ def test_no_value_depends_on_what_else_is_in_the_batch(family: str, tmp_path: Pa
     np.testing.assert_allclose(scores.logprob, one_by_one, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "olmoe"])
-def test_a_mixture_of_experts_is_refused(model_type: str, tmp_path: Path) -> None:
-    save_model(
-        model_type,
-        {
-            "hidden_size": HIDDEN,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "intermediate_size": 48,
-        },
-        tmp_path,
-    )
-    with pytest.raises(ModelError, match="mixture of experts"):
-        load_model(ModelOptions(str(tmp_path)))
-
-
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_an_encoder_is_refused_even_under_a_causal_head(model_type: str, tmp_path: Path) -> None:
     save_model(

@@ -223,17 +223,6 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path) -> None:
         loaded.decoder.run(torch.tensor([[1, 2999]]), [0], lambda *_: None)
 
 
-def test_a_model_whose_layers_differ_in_size_is_refused(tmp_path: Path) -> None:
-    from kscli.models.down_projections import find_down_projections
-
-    layers = torch.nn.ModuleList(
-        torch.nn.ModuleDict({"up": torch.nn.Linear(8, n), "down": torch.nn.Linear(n, 8)})
-        for n in (16, 24)
-    )
-    with pytest.raises(ModelError, match=r"different intermediate sizes \[16, 24\]"):
-        find_down_projections(torch.nn.ModuleDict({"layers": layers}), 8, 2)
-
-
 @pytest.mark.parametrize(
     "options",
     [

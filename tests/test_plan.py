@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from transformers import AutoConfig
 
 from kscli.errors import ModelError
-from kscli.models.shape import ModelShape
+from kscli.models.locating import ModelOptions, locate_model
+from kscli.models.shape import ModelShape, model_shape
 from kscli.resources import Resources
 from kscli.second_moment.moments import lower_entries
 from kscli.second_moment.plan import (
@@ -14,10 +19,10 @@ from kscli.second_moment.plan import (
 )
 
 GIB = 2**30
-GPT_J = ModelShape(28, 16384, 4096, 6_050_000_000, 5_640_000_000, 2048)
-LLAMA2_13B = ModelShape(40, 13824, 5120, 13_000_000_000, 12_690_000_000, 2048)
-LLAMA31_8B = ModelShape(32, 14336, 4096, 8_030_000_000, 6_980_000_000, 2048)
-SMALL = ModelShape(30, 1536, 576, 134_515_008, 106_200_000, 2048)
+GPT_J = ModelShape(28, 16384, 4096, 6_050_000_000, 5_640_000_000, 2048, tuple(range(28)))
+LLAMA2_13B = ModelShape(40, 13824, 5120, 13_000_000_000, 12_690_000_000, 2048, tuple(range(40)))
+LLAMA31_8B = ModelShape(32, 14336, 4096, 8_030_000_000, 6_980_000_000, 2048, tuple(range(32)))
+SMALL = ModelShape(30, 1536, 576, 134_515_008, 106_200_000, 2048, tuple(range(30)))
 SHAPES = [GPT_J, LLAMA2_13B, LLAMA31_8B, SMALL]
 
 
@@ -172,3 +177,56 @@ def test_the_plan_in_words_and_for_programs() -> None:
     assert "2 passes, over layers 0-13, 14-27" in two.sentences()[0]
     assert two.as_dict()["passes"] == 2
     assert two.as_dict()["groups"][1] == list(range(14, 28))
+
+
+# By their own config.json on the Hub.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {  # Qwen3-30B-A3B
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "gpt_oss": {  # gpt-oss-20b
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 2880,
+    },
+}
+
+
+def shape_of(model_type: str, folder: Path) -> ModelShape:
+    """The shape of a model of which there is nothing but a configuration."""
+    AutoConfig.for_model(model_type, **MIXTURES[model_type]).save_pretrained(folder)
+    options = ModelOptions(str(folder), weights=False)
+    return model_shape(locate_model(options), options)
+
+
+def test_qwen3_30b_a3b_on_one_card_from_its_configuration_alone(tmp_path: Path) -> None:
+    shape = shape_of("qwen3_moe", tmp_path)
+    assert shape.parameters == pytest.approx(30.5e9, rel=0.01)
+    # Of 3.3 billion active parameters, 0.6 are the embeddings and the head.
+    assert shape.active_parameters == pytest.approx(2.7e9, rel=0.03)
+    found = plan(shape, card(78))
+    assert found.output == 48 * 128 * 4 * 768**2
+    assert (found.placement, found.passes) == ("split", 1)
+    assert found.device_sums == 4 * 48 * 128 * lower_entries(768)
+
+
+def test_gpt_oss_20b_on_one_card_from_its_configuration_alone(tmp_path: Path) -> None:
+    shape = shape_of("gpt_oss", tmp_path)
+    assert shape.parameters == pytest.approx(20.9e9, rel=0.01)
+    found = plan(shape, card(78))
+    assert found.output == 24 * 32 * 4 * 2880**2
+    assert (found.placement, found.passes) == ("device", 1)

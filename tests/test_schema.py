@@ -203,7 +203,7 @@ def test_the_statistics_that_the_recipe_names_are_declared(
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_all_that_is_written_is_declared(kind: str, files: dict[str, Path]) -> None:
     with READERS[kind](files[kind]) as file:
-        declared = datasets_of(kind, file.about.recipe)
+        declared = datasets_of(kind, file.about)
         assert set(file.datasets()) <= set(declared)
         assert {n for n, d in declared.items() if not d.optional} <= set(file.datasets())
         known = {each.name for cls in (Stamp, type(file.about)) for each in fields(cls)}
@@ -215,7 +215,7 @@ def test_all_that_is_written_is_declared(kind: str, files: dict[str, Path]) -> N
 def rewritten(kind: str, path: Path, to: Path, changed: str) -> str:
     """The fingerprint of a copy that is written anew, with another value in one dataset."""
     with READERS[kind](path) as file, h5py.File(path) as held:
-        declared = datasets_of(kind, file.about.recipe)
+        declared = datasets_of(kind, file.about)
         with write_artifact(to, file.kind, file.about, force=True) as writer:  # type: ignore[arg-type]
             writer.layers(file.layers)
             for name in declared:

@@ -41,3 +41,12 @@ def different_last_token(token_id: NDArray[np.int64]) -> NDArray[np.bool_]:
     parallel, layer 0's MLP sees that token's embedding alone and p is 1.
     """
     return np.asarray(token_id[:, None] != token_id)
+
+
+def common_experts(experts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many experts both facts of a pair are routed to, (m, m), of `experts` (m, slot)."""
+    routed = np.zeros((len(experts), int(experts.max(initial=0)) + 1), dtype=np.int64)
+    fact, slot = np.nonzero(experts >= 0)
+    routed[fact, experts[fact, slot]] = 1
+    common: NDArray[np.int64] = routed @ routed.T
+    return common

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.analysis.matrices import TokenMatrices, different_last_token
+from kscli.analysis.matrices import TokenMatrices, common_experts, different_last_token
 from kscli.analysis.resampling import (
     ROUNDING,
     Counts,
@@ -65,7 +65,7 @@ class Sample:
         return deviations
 
 
-DISTINCT = "_distinct"
+DISTINCT, COMMON = "_distinct", "_common"
 LAYERS_AT_ONCE = 2  # NumPy's work on one leaves the interpreter to another
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
@@ -115,14 +115,18 @@ def layer_statistics(P: NDArray[np.float64]) -> dict[str, float]:
 
 
 def describe(
-    P: NDArray[np.float64], token_id: NDArray[np.int64], counts: Counts
+    P: NDArray[np.float64],
+    token_id: NDArray[np.int64],
+    counts: Counts,
+    experts: NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
     """All that is said of one layer's P (m, m), by field; NaN where undefined.
 
     Every registered statistic, the ends of 95 % intervals for mean, kurtosis and tails, the Hill
     index with its error, and who carries the variance; all of it again without the pairs that
     share a token of `token_id` (m,); and what share of all pairs and of the tails those are.
-    `counts` (repeats, m) are the facts' multiplicities for the intervals.
+    `counts` (repeats, m) are the facts' multiplicities for the intervals. Where facts are routed to
+    `experts` (m, slot), all is said of the pairs that have one in common (`_COMMON`), too.
     """
     every = off_diagonal_pairs(len(P))
     distinct = every & different_last_token(token_id)
@@ -135,12 +139,26 @@ def describe(
         **_described(P, distinct, counts, DISTINCT),
         "same_token": share_within(every, ~distinct),
         **same,
+        **({} if experts is None else _of_routing(P, every, counts, experts)),
     }
 
 
-def field_names() -> list[str]:
-    """The fields of `describe`, in its order."""
-    return list(describe(np.ones((1, 1)), np.zeros(1, np.int64), resample_counts(1, 1)))
+def _of_routing(
+    P: NDArray[np.float64], every: PairMask, counts: Counts, experts: NDArray[np.int64]
+) -> dict[str, float]:
+    """What share of pairs have no expert in common, how many a pair has, and p of the others."""
+    common = common_experts(experts)
+    return {
+        "no_common_expert": share_within(every, common == 0),
+        "common_experts": float(common[every].mean()) if every.any() else float("nan"),
+        **_described(P, every & (common > 0), counts, COMMON),
+    }
+
+
+def field_names(*, routed: bool = False) -> list[str]:
+    """The fields of `describe`, in its order; `routed`: of a mixture of experts."""
+    experts = np.zeros((1, 1), np.int64) if routed else None
+    return list(describe(np.ones((1, 1)), np.zeros(1, np.int64), resample_counts(1, 1), experts))
 
 
 def _described(
@@ -194,7 +212,9 @@ class Statistics:
 
 
 def _plain(name: str, value: float) -> float | int:
-    whole = name.removesuffix(DISTINCT) in WHOLE_NUMBERS and not math.isnan(value)
+    whole = name.removesuffix(DISTINCT).removesuffix(COMMON) in WHOLE_NUMBERS and not math.isnan(
+        value
+    )
     return int(value) if whole else value
 
 
@@ -203,8 +223,12 @@ def compute_statistics(
     layers: Sequence[int] | None = None,
     resampling: Resampling | None = None,
     reporter: Reporter = SILENT,
+    experts_of: Callable[[int], NDArray[np.int64] | None] = lambda layer: None,
 ) -> Statistics:
-    """`describe` P at `layers` (default: all there are), two layers in memory at a time."""
+    """`describe` P at `layers` (default: all there are), two layers in memory at a time.
+
+    `experts_of` gives the experts that each fact is routed to at a layer, (m, slot), of a mixture.
+    """
     chosen = tuple(pm.layers if layers is None else layers)
     m = len(pm.token_id)
     counts = (resampling or Resampling()).counts(m)
@@ -215,7 +239,8 @@ def compute_statistics(
         ThreadPoolExecutor(LAYERS_AT_ONCE) as threads,
     ):
         for found in threads.map(
-            lambda layer: describe(pm.matrix("P", layer), token_id, counts), chosen
+            lambda layer: describe(pm.matrix("P", layer), token_id, counts, experts_of(layer)),
+            chosen,
         ):
             per_layer.append(found)
             task.advance()

@@ -53,7 +53,7 @@ def statistics_of(
     recipe = {
         "pmatrix": pm.fingerprint,
         "layers": format_layers(layers),
-        "statistics": field_names(),
+        "statistics": field_names(routed=bool(pm.about.n_experts)),
         "repeats": resampling.repeats,
         "seed": resampling.seed,
     }
@@ -66,7 +66,7 @@ def statistics_of(
                     "make it again with --force."
                 )
             return file.statistics()
-    found = compute_statistics(pm, layers, resampling, reporter)
+    found = compute_statistics(pm, layers, resampling, reporter, pm.experts_of)
     if path and made:
         about = pm.about.derive(
             StatisticsAbout,

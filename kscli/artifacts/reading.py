@@ -66,8 +66,8 @@ class Artifact:
                 self.stamp: Stamp = from_attributes(Stamp, self.attributes)
                 self.about = from_attributes(SCHEMAS[self.kind].about, self.attributes)
                 check_about(self.about)
-                self._declared = datasets_of(self.kind, self.about.recipe)
-                self._lengths = check_datasets(self._file.arrays, self._declared, self.about.d_m)
+                self._declared = datasets_of(self.kind, self.about)
+                self._lengths = check_datasets(self._file.arrays, self._declared, self.about)
                 if isinstance(self.about, StatisticsAbout):
                     self._lengths["m"] = self.about.m
                 self.layers: tuple[int, ...] = tuple(self._values("layer").tolist())
@@ -125,6 +125,14 @@ class Artifact:
         for name in self._file.arrays:
             self._file.check(name)
 
+    def require_dense(self) -> None:
+        """Raise ArtifactError where the file is of a mixture of experts."""
+        if self.about.n_experts:
+            raise ArtifactError(
+                f"{self.path} is of a mixture of {self.about.n_experts} experts, which this "
+                "command does not take yet; pmatrix, and what reads pmatrix.h5, do."
+            )
+
     def require_layers(self, layers: Sequence[int]) -> None:
         """Raise ArtifactError naming the first of `layers` that the file lacks."""
         for layer in layers:
@@ -147,11 +155,11 @@ class Artifact:
             return self._checked(name, out, layer)
 
     def _read_rows(self, name: str, layer: int, start: int, out: NDArray[Any]) -> None:
-        """Read rows of a layer, from `start` on, into `out`."""
+        """Read rows of a layer, from `start` on, into `out`; a row is what the last axis holds."""
         self.require_layers([layer])
         with self._reading():
             shape = self._file.arrays[name].shape
-            first = self.layers.index(layer) * math.prod(shape[1:]) + start * math.prod(shape[2:])
+            first = self.layers.index(layer) * math.prod(shape[1:]) + start * shape[-1]
             self._file.read_into(name, first, out)
 
     def _checked(self, name: str, values: NDArray[Any], layer: int | None = None) -> NDArray[Any]:
@@ -197,10 +205,12 @@ class CovarianceFile(Artifact):
 
     def second_moment(self, layer: int) -> NDArray[np.float64]:
         """C of one layer as a new (d_m, d_m) float64 array, read without a float32 copy."""
+        self.require_dense()
         return self._of_layer("second_moment", layer, np.dtype(np.float64))
 
     def stored_second_moment(self, layer: int) -> NDArray[np.float32]:
         """C of one layer as it is stored, a new (d_m, d_m) float32 array."""
+        self.require_dense()
         return self._of_layer("second_moment", layer)
 
     @property
@@ -209,9 +219,47 @@ class CovarianceFile(Artifact):
         names = (name for name in self._declared if name.startswith("settling/"))
         return {name: self._values(name) for name in names if name in self._file.arrays}
 
-    def read_rows(self, layer: int, start: int, out: NDArray[np.float32 | np.float64]) -> None:
-        """Read rows of a layer's C, from `start` on, into `out`; only whole layers are checked."""
-        self._read_rows("second_moment", layer, start, out)
+    def second_moment_of(self, layer: int, expert: int) -> NDArray[np.float64]:
+        """C of one expert of a layer, (d_m, d_m) float64."""
+        C = np.empty((self.about.d_m, self.about.d_m))
+        self._read_rows("second_moment", layer, expert * len(C), C)
+        with self._reading():
+            return self._checked("second_moment", C, layer)
+
+    def shared_second_moment(self, layer: int) -> NDArray[np.float64] | None:
+        """C of the experts of a layer that all tokens have, in float64; None without any."""
+        if "shared_second_moment" not in self._file.arrays:
+            return None
+        return self._of_layer("shared_second_moment", layer, np.dtype(np.float64))
+
+    def routed(self, layer: int) -> NDArray[np.int64]:
+        """How many tokens were routed to each expert of a layer, (E,)."""
+        return self._of_layer("routed", layer)
+
+    def second_moments(self) -> list[tuple[str, int, int]]:
+        """The matrices of every layer: their dataset, how many of them it holds, and their width.
+
+        Of a dense layer it is one, of experts one each, and one of shared experts where there are.
+        """
+        d_m, n_experts = self.about.d_m, self.about.n_experts or 1
+        found = [("second_moment", n_experts, d_m)]
+        if "shared_second_moment" in self._file.arrays:
+            width = self._file.arrays["shared_second_moment"].shape[-1]
+            found.append(("shared_second_moment", 1, width))
+        return found
+
+    def read_rows(
+        self,
+        layer: int,
+        start: int,
+        out: NDArray[np.float32 | np.float64],
+        name: str = "second_moment",
+    ) -> None:
+        """Read rows of a layer's C, from `start` on, into `out`; only whole layers are checked.
+
+        The rows of expert e begin at e d_m.
+        """
+        self._read_rows(name, layer, start, out)
 
 
 class FactsFile(Artifact):
@@ -270,7 +318,20 @@ class KeysFile(FactsFile):
 
     def keys_of(self, layer: int) -> NDArray[np.float64]:
         """The keys of one layer, (m, d_m), in float64."""
+        self.require_dense()
         return self._of_layer("keys", layer).astype(np.float64)
+
+    def experts_of(self, layer: int) -> NDArray[np.int64]:
+        """The experts that each fact is routed to at one layer, (m, slot); -1: no more."""
+        return self._of_layer("experts", layer)
+
+    def expert_keys_of(self, layer: int) -> NDArray[np.float64]:
+        """g k of each fact and expert of `experts_of`, (m, slot, d_m), in float64."""
+        return self._of_layer("keys", layer).astype(np.float64)
+
+    def shared_keys_of(self, layer: int) -> NDArray[np.float64]:
+        """g k of the experts that all tokens have, (m, d_shared), in float64."""
+        return self._of_layer("shared_keys", layer).astype(np.float64)
 
     @cached_property
     def contexts(self) -> tuple[str, ...]:
@@ -335,6 +396,10 @@ class PMatrixFile(FactsFile):
         if "paraphrase_p" not in self._file.arrays:
             return np.full(len(self.facts), np.nan)
         return self._of_layer("paraphrase_p", layer)
+
+    def experts_of(self, layer: int) -> NDArray[np.int64] | None:
+        """The experts that each fact is routed to, (m, slot), -1: no more; None where dense."""
+        return self._of_layer("experts", layer) if self.about.n_experts else None
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

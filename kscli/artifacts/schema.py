@@ -67,6 +67,7 @@ class About:
     hook: Annotated[str, "the module whose input is the key, with {} for the layer"]
     d_m: Annotated[int, "the length of a key"]
     n_layers: Annotated[int, "how many layers the model has"]
+    n_experts: Annotated[int | None, "how many experts a layer has; absent: it is dense"] = None
     dtype: Annotated[str | None, "the type of number in which the model was run"]
     device: Annotated[str | None, "the device on which the model was run"]
     special_tokens: Annotated[str | None, "the tokens that the tokenizer puts around a text"]
@@ -241,6 +242,25 @@ _KEYS = _table("keys  float32  layer m d_m  the key of every fact") | _table(
     """,
     optional=True,
 )
+# What files of a mixture of experts hold beside the others', or with an axis more.
+_SHARED = "shared_second_moment  float32  layer d_shared d_shared  C of the experts that all have"
+_EXPERTS: dict[str, dict[str, Dataset]] = {
+    "cov": _table("""
+        second_moment  float32  layer expert d_m d_m  C_e = E[g^2 k k^T], over all tokens
+        routed         int64    layer expert          how many tokens were routed to the expert
+    """)
+    | _table(_SHARED, optional=True),
+    "keys": _table("""
+        keys     float32  layer m slot d_m  g k of every fact, of each expert that it is routed to
+        experts  int64    layer m slot      the numbers of these experts; -1: there is no more
+    """)
+    | _table(
+        "shared_keys  float32  layer m d_shared  g k of the experts that all have", optional=True
+    ),
+    "pmatrix": _table(
+        "experts  int64  layer m slot  the experts that a fact is routed to; -1: there is no more"
+    ),
+}
 _PMATRIX = (
     _table("""
     P         float32  layer m m  p[i, j]: fact i is edited, fact j is moved
@@ -344,14 +364,16 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
-def datasets_of(kind: str, recipe: Recipe) -> dict[str, Dataset]:
-    """Every dataset that a file of `kind` made by `recipe` may hold, by name.
+def datasets_of(kind: str, about: About) -> dict[str, Dataset]:
+    """Every dataset that a file of `kind` with these attributes may hold, by name.
 
     stats.h5 holds the statistics that its recipe names. Raises SchemaError where it names none.
     """
     declared = dict(SCHEMAS[kind].datasets)
+    if about.n_experts:
+        declared |= _EXPERTS.get(kind, {})
     if kind == "stats":
-        names = recipe.get("statistics")
+        names = about.recipe.get("statistics")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise SchemaError("its attribute recipe names no statistics")
         declared |= dict.fromkeys(names, STATISTIC)
@@ -366,7 +388,9 @@ def described(kind: str) -> dict[str, str]:
         for cls in (Stamp, schema.about)
         for name, hint in get_type_hints(cls, include_extras=True).items()
     }
-    datasets = dict(schema.datasets) | ({"STATISTIC": STATISTIC} if kind == "stats" else {})
+    datasets = {**_EXPERTS.get(kind, {}), **schema.datasets} | (
+        {"STATISTIC": STATISTIC} if kind == "stats" else {}
+    )
     return attributes | {name: dataset.meaning for name, dataset in datasets.items()}
 
 
@@ -430,13 +454,13 @@ def _value(name: str, held: Any, hint: Any) -> Any:
 
 
 def check_datasets(
-    arrays: Mapping[str, Held], declared: Mapping[str, Dataset], d_m: int
+    arrays: Mapping[str, Held], declared: Mapping[str, Dataset], about: About
 ) -> dict[str, int]:
     """Raise SchemaError, naming the dataset, unless there are the datasets as declared.
 
     Returns the length of every axis.
     """
-    lengths = {"d_m": d_m}
+    lengths = {"d_m": about.d_m} | ({"expert": about.n_experts} if about.n_experts else {})
     for name, wanted in declared.items():
         if name not in arrays:
             if wanted.optional:

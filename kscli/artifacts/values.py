@@ -110,6 +110,8 @@ LOG_PROBABILITY = Rule("0 or less", lambda values, _: values > ROUNDING)
 SHARE = Rule("0 to 1", lambda values, _: (values < 0) | (values > 1 + ROUNDING))
 FINITE_COUNT = Rule("0 or more", lambda values, _: (values < 0) | np.isinf(values))
 
+_EXPERT = _at_least(-1)
+
 _Rules = dict[str, tuple[Rule, ...]]
 _LAYER: _Rules = {"layer": (ASCENDING,)}
 _FACTS: _Rules = {
@@ -121,15 +123,18 @@ VALUES: dict[str, _Rules] = {
     "cov": _LAYER
     | {
         "count": (_at_least(1),),
-        "second_moment": (FINITE, DIAGONAL_NOT_NEGATIVE, SYMMETRIC),
+        **dict.fromkeys(
+            ("second_moment", "shared_second_moment"), (FINITE, DIAGONAL_NOT_NEGATIVE, SYMMETRIC)
+        ),
+        "routed": (_at_least(0),),
         "settling/layer": (ASCENDING,),
         "settling/tokens": (_at_least(0),),
         "settling/rms": (NOT_NEGATIVE,),
     },
     "keys": _LAYER
     | _FACTS
-    | dict.fromkeys(("keys", "context_keys"), (FINITE,))
-    | {"paraphrase_keys": (NOT_INFINITE,)},
+    | dict.fromkeys(("keys", "context_keys", "shared_keys"), (FINITE,))
+    | {"paraphrase_keys": (NOT_INFINITE,), "experts": (_EXPERT,)},
     "pmatrix": _LAYER
     | _FACTS
     | {
@@ -138,6 +143,7 @@ VALUES: dict[str, _Rules] = {
         "Q": (FINITE, DIAGONAL_NOT_NEGATIVE),
         "leverage": (POSITIVE,),
         "paraphrase_p": (NOT_INFINITE,),
+        "experts": (_EXPERT,),
         "dead_coordinates": (_at_least(0),),
         **dict.fromkeys(
             ("condition", "whitening_residual", "solve_residual", "storage_error"), (NOT_NEGATIVE,)
@@ -228,6 +234,7 @@ def wrong_values(rules: Sequence[Rule], values: NDArray[Any], lengths: Lengths) 
 LEAST = {
     "d_m": 1,
     "n_layers": 1,
+    "n_experts": 1,
     "documents": 0,
     "max_length": 1,
     "padding": 0,

@@ -151,9 +151,9 @@ def write_artifact(
     be written, and when the disk is full; SchemaError when not all was written that its kind has.
     """
     with replace_file(path, force=force) as temporary, open_for_writing(temporary) as file:
-        declared = datasets_of(kind, about.recipe)
+        declared = datasets_of(kind, about)
         yield ArtifactWriter(file, declared)
-        check_datasets(file.arrays, declared, about.d_m)
+        check_datasets(file.arrays, declared, about)
         stamp = Stamp(
             format_version=FORMAT_VERSION,
             kscli_version=made.kscli_version if made else __version__,

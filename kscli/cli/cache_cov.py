@@ -12,6 +12,7 @@ from kscli.tables import Column
 
 if TYPE_CHECKING:
     from kscli.corpus import Corpus
+    from kscli.models.shape import ModelShape
     from kscli.pipeline import Session
     from kscli.second_moment.options import CovarianceOptions, Execution
 
@@ -83,6 +84,8 @@ def cache_cov(
                 trust_remote_code,
                 allow_pickle,
                 merge_adapter,
+                # An adapter's base model is found by its weights.
+                weights=merge_adapter or not dry_run,
             ),
             Existing.FORCE if force else Existing.REFUSE,
             reporter,
@@ -117,6 +120,7 @@ def print_plan(
     tokens, seconds = estimate.tokens, estimate.seconds
     about = "at most about" if estimate.at_most else "about"
     rows = {
+        **_experts_row(session.shape(measured.layers)),
         "device": f"{plan.device}, {session.dtype}" + (", spread" if plan.spread else ""),
         "passes": f"{plan.passes}: layers " + "; ".join(map(format_layers, plan.groups)),
         "batches": f"{plan.batch_tokens:,} tokens",
@@ -136,6 +140,15 @@ def print_plan(
         [Column("what"), Column("plan")],
         output_format,
     )
+
+
+def _experts_row(shape: ModelShape) -> dict[str, str]:
+    """What the plan counts of a mixture of experts; nothing of a dense model."""
+    if shape.experts is None:
+        return {}
+    shared = f", and a shared one of {shape.experts.d_shared:,}" if shape.experts.d_shared else ""
+    text = f"{shape.experts.count} a layer, {shape.experts.each} a token, keys of {shape.d_m:,}"
+    return {"experts": text + shared}
 
 
 def duration(seconds: float) -> str:

@@ -167,13 +167,15 @@ def open_matrices(
     """The matrices of pmatrix files, with the layers to draw, and these files."""
     from kscli.cli.requests import open_pmatrices
     from kscli.figures import Source
-    from kscli.layers import select_layers
+    from kscli.layers import default_layers, select_layers
 
     opened = open_pmatrices(paths, stack)
     sources = [
         Source(
             file,
-            select_layers(layers or kind.layers, file.layers, str(file.path)),
+            select_layers(layers, file.layers, str(file.path))
+            if layers
+            else default_layers(kind.layers, file.layers),
             file.about.n_layers,
         )
         for file in opened

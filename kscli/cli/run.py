@@ -172,13 +172,13 @@ def draw_figures(
     from kscli.cli.plot import origin_of
     from kscli.figures import KINDS, Source
     from kscli.figures.saving import save_figure
-    from kscli.layers import select_layers
+    from kscli.layers import default_layers
 
     paths = []
     for kind in (kind for kind in KINDS.values() if kind.standard):
         path = folder / f"{kind.name}.png"
         paths.append(path)
-        layers = select_layers(kind.layers, pm.layers, str(pm.path))
+        layers = default_layers(kind.layers, pm.layers)
         origin = origin_of(kind, [pm], None)
         if origin.must_make(path, existing, reporter):
             drawn = kind.draw([Source(pm, layers, pm.about.n_layers)])

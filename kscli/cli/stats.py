@@ -14,6 +14,7 @@ from kscli.cli.output import FOR_MACHINES, Format, print_head, print_line, print
 from kscli.tables import (
     FIXED_POINTS,
     PAIRS_ABOVE_NOISE,
+    ROUTING,
     SCALING,
     SPECTRUM,
     STATISTICS,
@@ -101,7 +102,8 @@ def stats(
     kurtosis of pairs whose subjects do not end in the same token. `carry half` is the least number
     of pairs of facts that carry half of the fourth moment. json, csv and tsv have more: quantiles,
     tails, a Hill index, the pairs and the fact that carry the variance, and the same statistics of
-    pairs of a different last token (NAME_distinct).
+    pairs of a different last token (NAME_distinct). Of a mixture of experts, pairs that have no
+    expert in common are counted, and pairs that have one are described (NAME_common).
 
     Reads pmatrix.h5 and loads no model. Writes the statistics of all layers to stats.h5 beside
     each model's pmatrix.h5. Statistics of chosen layers, or of a file that --pmatrix names, are
@@ -191,6 +193,10 @@ def stats(
                 if said:
                     reporter.warn(said)
             print_rows(rows, STATISTICS, output_format, _title(rows, editor_of(files)))
+            routed = [row for row in rows if "no_common_expert" in row]
+            if routed and output_format not in FOR_MACHINES:
+                print_head("Experts that facts are routed to", output_format)
+                print_rows(routed, ROUTING, output_format)
             told = explainer(reporter, output_format)
             explain_columns(STATISTICS, rows, told)
             if len(files) == 1:

@@ -60,15 +60,18 @@ def topk(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.explaining import EDIT, REPORT, RISK, explain_columns, explainer, suggest
     from kscli.cli.requests import models_of, open_pmatrices, pmatrix_paths
-    from kscli.layers import select_layers
+    from kscli.layers import default_layers, select_layers
 
     reporter = ConsoleReporter(quiet=quiet)
     found: list[Sequence[Row]] = []
     with ExitStack() as stack:
         files = open_pmatrices(pmatrix_paths(model, pmatrix, directory, editor), stack)
         for file in files:
-            spec = layer or ("all" if strongest else "0")
-            layers = select_layers(spec, file.layers, str(file.path))
+            layers = (
+                select_layers(layer, file.layers, str(file.path))
+                if layer
+                else default_layers("all" if strongest else "0", file.layers)
+            )
             of_file = (
                 [strongest_rows(file, layers, k, absolute, distinct_token)]
                 if strongest

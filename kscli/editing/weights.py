@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from kscli.errors import ModelError, NumericsError
+from kscli.models.experts import ExpertLayer
 from kscli.models.loading import LoadedModel
 
 
@@ -21,6 +22,11 @@ class EditableWeight:
 
     def __init__(self, model: LoadedModel, layer: int) -> None:
         projection = model.decoder.projections[layer]
+        if isinstance(projection, ExpertLayer):
+            raise ModelError(
+                f"layer {layer} of {model.identity.model_id} has {projection.n_experts} experts, "
+                "and kscli edits dense layers only."
+            )
         parameter = getattr(projection.module, "weight", None)
         if (
             not isinstance(parameter, torch.nn.Parameter)

@@ -3,17 +3,22 @@
 The key k of a layer is the input of its MLP's down-projection, the linear map from
 the intermediate size d_m to the hidden size. It is found in every decoder layer as
 the linear (or `Conv1D`) module outside attention that ends at the hidden size and
-starts from the most features; no table of model names is needed.
+starts from the most features; no table of model names is needed. A layer of experts has many
+(`experts`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kscli.errors import ModelError
+from kscli.errors import ModelError, UsageError
+from kscli.layers import format_layers, select_layers
+from kscli.models.experts import ExpertLayer, Stack, find_stack
 
 # Parts of a layer that mix tokens; what is left is the MLP.
 TOKEN_MIXERS = ("attn", "attention", "mixer", "mamba")
@@ -27,65 +32,118 @@ class DownProjection:
     module: nn.Module
     d_m: int
 
+    @contextmanager
+    def watch(self, take: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `take` with the keys, (..., d_m), of whatever goes through the module."""
+        with self.module.register_forward_pre_hook(lambda _, inputs: take(inputs[0])):
+            yield
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What layers have in common whose C lies in one file."""
+        return (self.d_m,)
+
+
+Projection = DownProjection | ExpertLayer
+
 
 # equation 1: W_proj, whose input is the key.
 def find_down_projections(
     model: nn.Module, hidden_size: int, n_layers: int
-) -> tuple[DownProjection, ...]:
-    """The down-projection of each of the model's `n_layers` decoder layers.
+) -> dict[int, Projection]:
+    """The down-projections of the model's `n_layers` decoder layers, by the layer's number.
 
-    Raises ModelError for a mixture of experts, for layers without a feed-forward down-projection,
-    and for layers of different intermediate sizes.
-    """
-    found = _projections_of_layers(model, hidden_size, n_layers)
-    sizes = sorted({projection.d_m for projection in found})
-    if len(sizes) > 1:
-        raise ModelError(
-            f"the layers of this model have different intermediate sizes {sizes}; kscli needs one."
-        )
-    return found
-
-
-def _projections_of_layers(
-    model: nn.Module, hidden_size: int, n_layers: int
-) -> tuple[DownProjection, ...]:
-    """The projections of the first list of `n_layers` layers that has one in each.
-
-    Of a model that sees or hears, too, only the language model is looked at.
+    They are those of the list of modules in which the most layers have one. Of a model that sees or
+    hears, too, only the language model is looked at. Raises ModelError where no layer has one, and
+    for experts whose keys cannot be read.
     """
     language = getattr(model, "get_decoder", lambda: None)() or model
     prefix = next((name for name, module in model.named_modules() if module is language), "")
+    most: dict[int, Projection] = {}
     for name, module in language.named_modules(prefix=prefix):
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            found = [
-                _down_projection(f"{name}.{index}", layer, hidden_size)
+            found = {
+                index: projection
                 for index, layer in enumerate(module)
-            ]
-            if all(found):
-                return tuple(projection for projection in found if projection)
-    raise ModelError(
-        f"{type(model).__name__} has no list of {n_layers} layers with a linear map from an MLP "
-        f"to the hidden size {hidden_size} in each; kscli measures decoders with a feed-forward "
-        "MLP in every layer."
+                if (projection := _projection(f"{name}.{index}", layer, hidden_size))
+            }
+            most = max(most, found, key=len)
+    if not most:
+        raise ModelError(
+            f"{type(model).__name__} has no list of {n_layers} layers with a linear map from an "
+            f"MLP to the hidden size {hidden_size}; kscli measures decoders with a feed-forward "
+            "MLP."
+        )
+    return most
+
+
+def select_alike(
+    projections: Mapping[int, Projection], spec: str, what: str
+) -> dict[int, Projection]:
+    """The projections of the layers that `spec` names, which must be of one size.
+
+    `all` are those of the size that most layers have. Raises UsageError for layers that differ,
+    and as `select_layers` does.
+    """
+    layers_of: dict[tuple[int, ...], list[int]] = {}
+    for layer in select_layers(spec, tuple(projections), what):
+        layers_of.setdefault(projections[layer].sizes, []).append(layer)
+    if len(layers_of) > 1 and spec.strip() != "all":
+        groups = " and ".join(map(format_layers, layers_of.values()))
+        raise UsageError(
+            f"--layers {spec}: a file holds layers of one size, and layers {groups} of {what} "
+            "differ; name one group at a time, each with an --output of its own."
+        )
+    chosen = max(layers_of.values(), key=len)
+    return {layer: projections[layer] for layer in chosen}
+
+
+def _projection(name: str, layer: nn.Module, hidden_size: int) -> Projection | None:
+    stack = find_stack(name, layer)
+    if stack:
+        return _expert_layer(name, layer, hidden_size, stack)
+    return _widest(_candidates(name, layer, hidden_size))
+
+
+def _expert_layer(name: str, layer: nn.Module, hidden_size: int, stack: Stack) -> ExpertLayer:
+    """The experts of a layer, with the shared ones, which lie in one module with them."""
+    block = layer.get_submodule(stack.block)
+    inside = f"{name}.{stack.block}".rstrip(".")
+    candidates = _candidates(name, layer, hidden_size)
+    beside = [each.name for each in candidates if not each.name.startswith(f"{inside}.")]
+    if beside or block is layer:
+        raise ModelError(
+            f"{name} is a mixture of experts with another MLP beside them "
+            f"({', '.join(beside) or inside}); kscli does not measure it."
+        )
+    shared = _widest(candidates)
+    gates = [module for module in block.modules() if (_linear_shape(module) or (0, 0))[1] == 1]
+    return ExpertLayer(
+        name=f"{name}.{stack.path}.down_proj",
+        module=block,
+        experts=stack.module,
+        d_m=stack.d_m(hidden_size),
+        n_experts=len(stack.weight),
+        shared=shared.module if shared else None,
+        d_shared=shared.d_m if shared else 0,
+        shared_gate=gates[0] if shared and gates else None,
     )
 
 
-def _down_projection(name: str, layer: nn.Module, hidden_size: int) -> DownProjection | None:
-    candidates: list[DownProjection] = []
+def _candidates(name: str, layer: nn.Module, hidden_size: int) -> list[DownProjection]:
+    """The linear maps of a layer to the hidden size, outside attention."""
+    found = []
     for path, module in layer.named_modules():
-        if "expert" in path.lower() or "expert" in type(module).__name__.lower():
-            raise ModelError(
-                f"{name} is a mixture of experts: it has no single down-projection, "
-                "and kscli measures dense decoders only."
-            )
         shape = _linear_shape(module)
         if shape and shape[1] == hidden_size and not _mixes_tokens(name, layer, path):
-            candidates.append(DownProjection(f"{name}.{path}".rstrip("."), module, shape[0]))
-    if not candidates:
-        return None
+            found.append(DownProjection(f"{name}.{path}".rstrip("."), module, shape[0]))
+    return found
+
+
+def _widest(candidates: list[DownProjection]) -> DownProjection | None:
     # Where up- and down-projection have one shape, the last one registered is the way down.
-    widest = max(candidate.d_m for candidate in candidates)
-    return [candidate for candidate in candidates if candidate.d_m == widest][-1]
+    widest = max((candidate.d_m for candidate in candidates), default=0)
+    return next((each for each in reversed(candidates) if each.d_m == widest), None)
 
 
 def attention_output(layer: nn.Module, projection: nn.Module) -> nn.Module | None:

@@ -10,15 +10,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kscli.errors import ModelError, first_line, is_out_of_memory
-from kscli.models.down_projections import find_down_projections
+from kscli.models.down_projections import find_down_projections, select_alike
+from kscli.models.experts import PROBE, ExpertLayer, RoutedKeys, use_experts
 
-OnKeys = Callable[[int, Tensor], None]
+# Keys are a tensor (batch, length, d_m), of a layer of experts RoutedKeys.
+OnKeys = Callable[[int, Any], None]
+
+
+# Tokens of each of the two sequences on which experts are checked.
+PROBED = 32
 
 
 class _EndOfPassError(Exception):
@@ -28,26 +36,48 @@ class _EndOfPassError(Exception):
 class Decoder:
     """A causal decoder and its down-projections, one a layer.
 
-    Raises ModelError as `find_down_projections` does, and for a model whose tokens see what
-    follows them.
+    Raises ModelError as `find_down_projections` does, for
+    experts that do not add up, and for a model whose tokens see what follows them.
     """
 
     def __init__(self, model: nn.Module, hidden_size: int, n_layers: int) -> None:
         self.model = model.eval()
         self.projections = find_down_projections(model, hidden_size, n_layers)
-        self.d_m = self.projections[0].d_m
         self.n_layers = n_layers
         self.device = _entrance(model)
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         self.vocabulary = int(embeddings.weight.shape[0])
+        if any(isinstance(each, ExpertLayer) for each in self.projections.values()):
+            self._check_experts()
         self._check_causal()
+
+    def of_layers(self, spec: str, what: str) -> Decoder:
+        """The decoder as one of some layers of one size; UsageError as `select_alike` raises it."""
+        narrowed = copy(self)
+        narrowed.projections = select_alike(self.projections, spec, what)
+        return narrowed
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a down-projection, in ascending order."""
+        return tuple(self.projections)
+
+    @property
+    def d_m(self) -> int:
+        """The length of a key at the first layer, and at all where they are of one size."""
+        return self.projections[self.layers[0]].d_m
+
+    @property
+    def n_experts(self) -> int:
+        """How many experts a layer has; 0 where it is dense."""
+        first = self.projections[self.layers[0]]
+        return first.n_experts if isinstance(first, ExpertLayer) else 0
 
     @property
     def hook(self) -> str:
         """The projections' dotted path with `{}` for the layer: `transformer.h.{}.mlp.c_proj`."""
-        return ".".join(
-            "{}" if part == "0" else part for part in self.projections[0].name.split(".")
-        )
+        layer, projection = next(iter(self.projections.items()))
+        return projection.name.replace(f".{layer}.", ".{}.", 1)
 
     def layer(self, number: int) -> nn.Module:
         """The module of a whole decoder layer."""
@@ -80,6 +110,8 @@ class Decoder:
             return self.model(input_ids=input_ids.to(self.device), **options, **cache)
         except _EndOfPassError:
             return None
+        except ModelError:
+            raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -133,28 +165,27 @@ class Decoder:
         """Run (batch, length) token ids up to the last of `layers`.
 
         `on_keys(layer, keys)` is called once a layer with keys of shape (batch, length, d_m)
-        in the model's dtype; what it raises is raised here. Raises as a call does.
+        in the model's dtype, or with `RoutedKeys` of a layer of experts; what it raises is raised
+        here. Raises as a call does.
         """
         last = max(layers)
         seen: list[int] = []
         raised: list[Exception] = []
 
-        def hook_of(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                seen.append(layer)
-                try:
-                    on_keys(layer, inputs[0].reshape(*input_ids.shape, self.d_m))
-                except Exception as error:
-                    raised.append(error)
-                if raised or layer == last:
-                    raise _EndOfPassError
-
-            return hook
+        def take(layer: int, keys: Tensor | RoutedKeys) -> None:
+            seen.append(layer)
+            if isinstance(keys, Tensor):
+                keys = keys.reshape(*input_ids.shape, -1)
+            try:
+                on_keys(layer, keys)
+            except Exception as error:
+                raised.append(error)
+            if raised or layer == last:
+                raise _EndOfPassError
 
         with torch.inference_mode(), ExitStack() as hooks:
             for layer in layers:
-                module = self.projections[layer].module
-                hooks.enter_context(module.register_forward_pre_hook(hook_of(layer)))
+                hooks.enter_context(self.projections[layer].watch(partial(take, layer)))
             self(input_ids)
         if raised:
             # Taken out: an error holds its frames and these all activations, while it is held.
@@ -177,16 +208,31 @@ class Decoder:
         takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         return {*parameters, *(["use_cache"] if takes_any else [])}
 
-    def _check_causal(self) -> None:
-        """Refuse a model in which a change of the last tokens changes earlier keys.
+    def _check_experts(self) -> None:
+        """Refuse experts of which keys, gates and weights do not add up to what the model gives.
 
-        The tokens are ordinary ones: special ones have small ids, and some models mask them.
+        The model's own code computes the output that is compared, the lower layers' included.
         """
-        ids = torch.linspace(0.4, 0.9, 16).mul(self.vocabulary).long().reshape(2, 8)
-        for row in ids:
+        use_experts(self.model, PROBE)
+        ids = self._ordinary_tokens(PROBED)
+        with torch.inference_mode(), ExitStack() as watched:
+            for projection in self.projections.values():
+                if isinstance(projection, ExpertLayer):
+                    watched.enter_context(projection.require_sum())
+            self(ids)
+        use_experts(self.model)
+
+    def _ordinary_tokens(self, count: int) -> Tensor:
+        """Two sequences of `count` tokens; special tokens have small ids, and some are masked."""
+        return torch.linspace(0.4, 0.9, 2 * count).mul(self.vocabulary).long().reshape(2, count)
+
+    def _check_causal(self) -> None:
+        """Refuse a model in which a change of the last tokens changes earlier values."""
+        last = self.projections[self.layers[-1]].module
+        for row in self._ordinary_tokens(8):
             pair = row.repeat(2, 1)
             pair[1, -3:] = pair[1, :3]
-            earlier = self.keys_of(self.n_layers - 1, pair)[:, :-3]
+            earlier = self.output_of(last, pair)[:, :-3]
             change = (earlier[0] - earlier[1]).abs().max()
             tolerance = 1e-5 if earlier.dtype == torch.float32 else 1e-2
             if change > tolerance * earlier.abs().max():

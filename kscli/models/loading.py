@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kscli.errors import FactsError, ModelError
+from kscli.layers import format_layers, layers_text
 from kscli.models.config import (
     boundary_of,
     default_length,
@@ -58,12 +59,28 @@ class LoadedModel:
                 f"{self.positions:,}; leave the fact out."
             )
 
+    def of_layers(self, spec: str, reporter: Reporter = SILENT) -> LoadedModel:
+        """The model as one of the layers that `spec` names, all of one size.
+
+        Those that `all` leaves out are named. Raises UsageError as `select_alike` does.
+        """
+        decoder = self.decoder.of_layers(spec, self.identity.model_id)
+        others = sorted({*self.decoder.layers} - {*decoder.layers})
+        if others and spec.strip() == "all":
+            reporter.note(
+                f"of another size than most, and left out: {layers_text(others)} of "
+                f"{self.identity.model_id} (--layers {format_layers(others)} measures what is left "
+                "out; give it an --output of its own)."
+            )
+        return replace(self, decoder=decoder)
+
     def provenance(self) -> dict[str, Any]:
         """The fields of `kscli.artifacts.About` that every file of this model shares."""
         return {
             **asdict(self.identity),
             "hook": self.decoder.hook,
             "d_m": self.decoder.d_m,
+            "n_experts": self.decoder.n_experts or None,
             "n_layers": self.decoder.n_layers,
             "dtype": self.dtype,
             "device": self.device,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kscli.models.config import (
     default_length,
@@ -12,16 +14,31 @@ from kscli.models.config import (
     positions_of,
     quiet_transformers,
 )
-from kscli.models.down_projections import find_down_projections
+from kscli.models.down_projections import Projection, find_down_projections, select_alike
+from kscli.models.experts import ExpertLayer
 from kscli.models.locating import LocatedModel, ModelOptions
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """How large a decoder is.
+class ExpertShape:
+    """How many experts a layer has, and of these each token; what they are in all layers.
 
-    `parameters` counts all, tied ones once; `layer_parameters` those of the decoder layers, by
-    which every token is multiplied.
+    `d_shared` is the length of the key of shared experts, 0 without any.
+    """
+
+    count: int
+    each: int
+    d_shared: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How large a decoder is; `layers` are those that are measured, all of one size.
+
+    `parameters` counts all, tied ones once; `layer_parameters` those of the decoder layers, of
+    which every token is multiplied by `active_parameters`. `experts` are those of a mixture, None
+    where it is dense.
     """
 
     n_layers: int
@@ -30,10 +47,37 @@ class ModelShape:
     parameters: int
     layer_parameters: int
     max_length: int
+    layers: tuple[int, ...]
+    experts: ExpertShape | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The lengths of the keys of one layer, of all its experts."""
+        if self.experts is None:
+            return (self.d_m,)
+        shared = (self.experts.d_shared,) if self.experts.d_shared else ()
+        return (self.d_m,) * self.experts.count + shared
+
+    @property
+    def widths_a_token(self) -> tuple[int, ...]:
+        """The lengths of the keys that one token has in one layer."""
+        of_all = self.widths
+        return of_all if self.experts is None else of_all[self.experts.count - self.experts.each :]
+
+    @property
+    def active_parameters(self) -> int:
+        """The parameters of the decoder layers by which one token is multiplied."""
+        if self.experts is None:
+            return self.layer_parameters
+        idle = 1 - self.experts.each / self.experts.count
+        return self.layer_parameters - int(idle * self.experts.parameters)
 
 
-def model_shape(located: LocatedModel, options: ModelOptions) -> ModelShape:
-    """The shape of a model that is not loaded; raises ModelError as loading it does."""
+def model_shape(located: LocatedModel, options: ModelOptions, layers: str = "all") -> ModelShape:
+    """The shape of a model that is not loaded, as one of some layers.
+
+    Raises ModelError as loading it does, and UsageError as `select_alike` does.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -44,14 +88,33 @@ def model_shape(located: LocatedModel, options: ModelOptions) -> ModelShape:
                 config, trust_remote_code=options.trust_remote_code
             )
     text = config.get_text_config()
-    projections = find_down_projections(model, text.hidden_size, text.num_hidden_layers)
-    layers = projections[0].name.partition(".0.")[0]
+    found = find_down_projections(model, text.hidden_size, text.num_hidden_layers)
+    projections = select_alike(found, layers, located.identity.model_id)
+    layer, first = next(iter(projections.items()))
+    within = first.name.partition(f".{layer}.")[0]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return ModelShape(
-        n_layers=len(projections),
-        d_m=projections[0].d_m,
+        n_layers=text.num_hidden_layers,
+        d_m=first.d_m,
         hidden_size=text.hidden_size,
         parameters=sum(sizes.values()),
-        layer_parameters=sum(n for name, n in sizes.items() if name.startswith(f"{layers}.")),
+        layer_parameters=sum(n for name, n in sizes.items() if name.startswith(f"{within}.")),
         max_length=default_length(positions_of(text)),
+        layers=tuple(projections),
+        experts=_experts(first, found, text),
+    )
+
+
+def _experts(first: Projection, found: Mapping[int, Projection], config: Any) -> ExpertShape | None:
+    if not isinstance(first, ExpertLayer):
+        return None
+    layers = [each for each in found.values() if isinstance(each, ExpertLayer)]
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    each = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+    return ExpertShape(
+        count=first.n_experts,
+        # What a configuration does not say is planned as if all experts had all tokens.
+        each=min(each or first.n_experts, first.n_experts),
+        d_shared=first.d_shared,
+        parameters=sum(p.numel() for layer in layers for p in layer.experts.parameters()),
     )

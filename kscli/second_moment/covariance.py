@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kscli.artifacts import ArtifactWriter, CovarianceAbout, Recipe, write_artifact
 from kscli.corpus import Corpus
 from kscli.errors import CorpusError
-from kscli.layers import select_layers, spread
+from kscli.layers import spread
 from kscli.models.loading import LoadedModel
 from kscli.models.locating import ModelIdentity
 from kscli.reporter import SILENT, Reporter
 from kscli.second_moment.checkpoints import Position
 from kscli.second_moment.corpus_run import CovarianceRun
-from kscli.second_moment.moments import SecondMoment
+from kscli.second_moment.expert_moments import ExpertMoments, Moment, new_moment
 from kscli.second_moment.options import WHOLE, CovarianceOptions, Shard
 from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import Ranks
@@ -35,7 +34,7 @@ class SecondMoments:
     """The second moments of several layers over one corpus, and how settled they are."""
 
     layers: tuple[int, ...]
-    moments: dict[int, SecondMoment]
+    moments: dict[int, Moment]
     totals: Position
     settled: list[Settled] = field(default_factory=list)
 
@@ -77,7 +76,7 @@ def checkpoint_recipe(recipe: Recipe, batch_tokens: int | None, rank: Shard) -> 
 
 def one_pass(model: LoadedModel, layers: str = "all", batch_tokens: int = BATCH_TOKENS) -> RunPlan:
     """A plan for those who have the memory: one pass, the sums on the model's own device."""
-    chosen = select_layers(layers, range(model.decoder.n_layers), model.identity.model_id)
+    chosen = model.of_layers(layers).decoder.layers
     return RunPlan((chosen,), "device" if model.device.startswith("cuda") else "host", batch_tokens)
 
 
@@ -111,12 +110,12 @@ def cache_covariance(run: CovarianceRun, path: Path, recipe: Recipe) -> Position
     last, own = run.sum_up()
     totals = _of_all_ranks(own, run.ranks)
     _check_totals(run, totals)
-    matrices = _matrices(run, last, totals, run.ranks)
+    sums = _sums(run, last, totals, run.ranks)
     if run.ranks is None or run.ranks.leader:
         with write_artifact(path, "cov", _about(run, totals, recipe), force=True) as writer:
-            _write(writer, run, totals, matrices)
+            _write(writer, run, totals, sums)
     else:
-        for _ in matrices:
+        for _ in sums:
             pass
     if run.ranks:
         # Until the first has written the file, the others' checkpoints may still be needed.
@@ -154,22 +153,22 @@ def _of_all_ranks(own: Position, ranks: Ranks | None) -> Position:
     )
 
 
-def _matrices(
-    run: CovarianceRun, last: dict[int, SecondMoment], totals: Position, ranks: Ranks | None
-) -> Iterator[NDArray[np.float32]]:
-    """C of every layer in turn; of several ranks, on the first. One layer is reduced at a time."""
+def _sums(
+    run: CovarianceRun, last: dict[int, Moment], totals: Position, ranks: Ranks | None
+) -> Iterator[Moment]:
+    """The sums of every layer in turn; of several ranks, on the first. One is reduced at a time."""
     for layer in run.plan.layers:
         moment = run.moment(layer, last)
         if ranks:
             packed = moment.packed()
             ranks.reduce(torch.from_numpy(packed))
             if not ranks.leader:
-                yield np.empty((0, 0), dtype=np.float32)
+                yield moment
                 continue
-            moment = SecondMoment(moment.d_m)
+            moment = new_moment(run.model.decoder.projections[layer])
             moment.restore(packed, totals.tokens)
             del packed
-        yield moment.matrix()
+        yield moment
 
 
 def _about(run: CovarianceRun, totals: Position, recipe: Recipe) -> CovarianceAbout:
@@ -191,7 +190,7 @@ def _write(
     writer: ArtifactWriter,
     run: CovarianceRun,
     totals: Position,
-    matrices: Iterator[NDArray[np.float32]],
+    sums: Iterator[Moment],
 ) -> None:
     layers = run.plan.layers
     writer.layers(layers)
@@ -201,6 +200,21 @@ def _write(
         writer.write("settling/tokens", [s.tokens for s in run.settled])
         writer.write("settling/rms", [s.by_layer for s in run.settled])
     with run.reporter.task("writing", len(layers), unit="layers") as task:
-        for index, C in enumerate(matrices):
-            writer.put("second_moment", index, C)
+        for index, moment in enumerate(sums):
+            for name, array in moment.arrays().items():
+                writer.put(name, index, array)
+            if isinstance(moment, ExpertMoments):
+                _name_starved(layers[index], moment, run.model.decoder.d_m, run.reporter)
             task.advance()
+
+
+def _name_starved(layer: int, moment: ExpertMoments, d_m: int, reporter: Reporter) -> None:
+    """Say which experts of a layer saw fewer tokens than their keys have dimensions."""
+    starved = np.flatnonzero(moment.routed < d_m).tolist()
+    if starved:
+        named = ", ".join(f"{expert} ({moment.routed[expert]:,})" for expert in starved[:8])
+        more = f" and {len(starved) - 8} more" if len(starved) > 8 else ""
+        reporter.warn(
+            f"experts of layer {layer} saw fewer tokens than their {d_m:,} dimensions: "
+            f"{named}{more}. p of a fact that is routed to one needs more text, or a --ridge."
+        )

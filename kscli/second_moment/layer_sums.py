@@ -7,13 +7,16 @@ were added already is left out then, so that no token is lost or counted twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kscli.batching import TokenBatch
 from kscli.errors import ModelError, NumericsError, is_out_of_memory
+from kscli.models.experts import RoutedKeys
 from kscli.models.forward import Decoder
+from kscli.second_moment.expert_moments import Moment, new_moment
 from kscli.second_moment.moments import HostSums, Product, SecondMoment
 from kscli.second_moment.plan import Placement
 
@@ -43,9 +46,9 @@ class LayerSums:
         self._unflushed = 0
         self._most: int | None = None
         host = HostSums()
-        self.moments = {
-            layer: SecondMoment(
-                decoder.d_m,
+        self.moments: dict[int, Moment] = {
+            layer: new_moment(
+                decoder.projections[layer],
                 home=decoder.device_of(layer) if placement == "device" else "cpu",
                 partial=placement == "split",
                 host=host,
@@ -53,6 +56,12 @@ class LayerSums:
             )
             for layer in layers
         }
+
+    def dense(self, layer: int) -> SecondMoment:
+        """The sums of a layer that is dense."""
+        moment = self.moments[layer]
+        assert isinstance(moment, SecondMoment)
+        return moment
 
     @property
     def flushed(self) -> bool:
@@ -97,11 +106,11 @@ class LayerSums:
         """Run a batch; None if it went through, else the layers that have not got it."""
         finite: dict[int, Tensor] = {}
 
-        def add(layer: int, keys: Tensor) -> None:
-            flat = batch.without_padding(keys)
-            finite[layer] = self.moments[layer].add(flat, batch.tokens)
+        def add(layer: int, keys: Any) -> None:
+            real = _without_padding(batch, keys)
+            finite[layer] = self.moments[layer].add(real, batch.tokens)
             if watch:
-                watch(layer, flat, batch)
+                watch(layer, real, batch)
 
         try:
             self._decoder.run(batch.input_ids, layers, add)
@@ -113,7 +122,7 @@ class LayerSums:
             out_of_memory = False
         # Looked at once a batch: to look at a device's value is to wait for it.
         if not all(bool(flag) for flag in finite.values()):
-            raise self._not_finite(batch, layers)
+            raise self._find_not_finite(batch, layers)
         if not out_of_memory:
             return None
         self.halved = True
@@ -122,12 +131,12 @@ class LayerSums:
             torch.cuda.empty_cache()
         return [layer for layer in layers if layer not in finite]
 
-    def _not_finite(self, batch: TokenBatch, layers: Sequence[int]) -> NumericsError:
+    def _find_not_finite(self, batch: TokenBatch, layers: Sequence[int]) -> NumericsError:
         """Run the batch again for the first layer, and the document in it, that is at fault."""
         found: list[tuple[int, int]] = []
 
-        def look(layer: int, keys: Tensor) -> None:
-            bad = (~torch.isfinite(keys).all(dim=2)).cpu()
+        def look(layer: int, keys: Any) -> None:
+            bad = _not_finite(keys, batch.padded).cpu().reshape(batch.input_ids.shape)
             for row, sequence in enumerate(batch.sequences):
                 if not found and bad[row, : len(sequence.token_ids)].any():
                     found.append((layer, sequence.index))
@@ -149,3 +158,19 @@ class LayerSums:
             f"a key of layer {layer} is NaN or infinite in document {document} (counted from 0): "
             f"{remedy}"
         )
+
+
+def _without_padding(batch: TokenBatch, keys: Tensor | RoutedKeys) -> Any:
+    """The keys of a batch's tokens: of a dense layer those of padding are 0, else left out."""
+    if isinstance(keys, RoutedKeys):
+        return keys.of_tokens(batch.real_rows)
+    return batch.without_padding(keys)
+
+
+def _not_finite(keys: Tensor | RoutedKeys, tokens: int) -> Tensor:
+    """Which of so many tokens have a key that is not finite."""
+    if isinstance(keys, Tensor):
+        return ~torch.isfinite(keys).all(dim=-1)
+    bad = torch.zeros(tokens, dtype=torch.bool, device=keys.token.device)
+    bad[keys.token[~torch.isfinite(keys.gated).all(dim=1)]] = True
+    return bad if keys.shared is None else bad | ~torch.isfinite(keys.shared).all(dim=1)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kscli.artifacts import (
     EXPECTED_EQUAL,
     IDENTITY,
+    ArtifactWriter,
     CovarianceAbout,
     CovarianceFile,
     write_artifact,
@@ -99,7 +100,6 @@ def merge_covariances(
             _require_alike(first, other)
         tokens = sum(part.count for part in ordered)
         documents = sum(part.about.documents or 0 for part in ordered)
-        C = np.empty((first.about.d_m, first.about.d_m), dtype=np.float32)
         about = _about(ordered, tokens, documents)
         with (
             write_artifact(path, "cov", about, force=force) as writer,
@@ -108,8 +108,7 @@ def merge_covariances(
             writer.layers(first.layers)
             writer.write("count", tokens)
             for index, layer in enumerate(first.layers):
-                _merge_layer(ordered, layer, tokens, C)
-                writer.put("second_moment", index, C)
+                _merge_layer(ordered, layer, tokens, writer, index)
                 task.advance()
         paths = tuple(part.path for part in ordered)
         return MergeResult(path, paths, first.layers, tokens, documents)
@@ -142,29 +141,58 @@ class _Part(CovarianceFile):
                 raise SchemaError(f"its recipe names the shard {made!r}") from error
 
 
-def _merge_layer(parts: Sequence[_Part], layer: int, tokens: int, out: NDArray[np.float32]) -> None:
+def _merge_layer(
+    parts: Sequence[_Part], layer: int, tokens: int, writer: ArtifactWriter, index: int
+) -> None:
+    """Write what the merged file holds of a layer, its `index`-th."""
+    n_experts = parts[0].about.n_experts
+    for name, count, width in parts[0].second_moments():
+        C = np.empty((count, width, width), dtype=np.float32)
+        for number, matrix in enumerate(C):
+            _merge_matrix(parts, layer, tokens, matrix, name, number * width)
+        writer.put(name, index, C if n_experts and name == "second_moment" else C[0])
+        del C
+    if n_experts:
+        writer.put("routed", index, np.sum([part.routed(layer) for part in parts], axis=0))
+
+
+def _merge_matrix(
+    parts: Sequence[_Part],
+    layer: int,
+    tokens: int,
+    out: NDArray[np.float32],
+    name: str,
+    first: int,
+) -> None:
+    """Merge the matrix that begins at row `first` of a layer's dataset."""
     width = len(out)
     step = max(1, BLOCK_BYTES // (8 * width))
     for start in range(0, width, step):
         total = np.zeros((min(step, width - start), width))
         rows = np.empty_like(total)
         for part in parts:
-            part.read_rows(layer, start, rows)
+            part.read_rows(layer, first + start, rows, name)
             if not (np.isfinite(rows).all() and (np.diagonal(rows, start) >= 0).all()):
-                _refuse(parts, layer)
+                _refuse(parts, layer, name)
             rows *= part.count
             total += rows
         total /= tokens
         out[start : start + step] = total
     # A sum of symmetric matrices is symmetric.
-    if wrong_values(VALUES["cov"]["second_moment"], out, {}):
-        _refuse(parts, layer)
+    if wrong_values(VALUES["cov"][name], out, {}):
+        _refuse(parts, layer, name)
 
 
-def _refuse(parts: Sequence[_Part], layer: int) -> None:
+def _refuse(parts: Sequence[_Part], layer: int, name: str) -> None:
     """Read the whole layer of every part: ArtifactError says which makes no sense, and where."""
     for part in parts:
-        part.second_moment(layer)
+        if name == "shared_second_moment":
+            part.shared_second_moment(layer)
+        elif part.about.n_experts:
+            for expert in range(part.about.n_experts):
+                part.second_moment_of(layer, expert)
+        else:
+            part.second_moment(layer)
 
 
 def _complete(parts: Sequence[_Part]) -> list[_Part]:

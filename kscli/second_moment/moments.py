@@ -143,9 +143,13 @@ class SecondMoment:
         for (start, end), total in zip(_spans(self.d_m, ROWS), self._sums, strict=True):
             total.addmm_(keys[:, start:end].T, keys[:, :end])
 
-    def matrix(self) -> NDArray[np.float32]:
-        """C as a (d_m, d_m) float32 array, both triangles. `count` must not be 0."""
-        return self._square(np.float32, self.count)
+    def matrix(self, tokens: int | None = None) -> NDArray[np.float32]:
+        """C as a (d_m, d_m) float32 array, both triangles: a mean over `tokens`, else `count`."""
+        return self._square(np.float32, tokens or self.count)
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """What cov.h5 holds of the layer, by the name of its dataset."""
+        return {"second_moment": self.matrix()}
 
     def sums(self) -> NDArray[np.float64]:
         """The sum of k k^T, not divided, as a new (d_m, d_m) float64 array, both triangles."""

@@ -1,6 +1,7 @@
 """The memory plan of cache-cov: what goes where, in how many passes, how long it will take.
 
-Of the sums of one layer, E = `lower_entries(d_m)` entries are held. They are laid out so that the
+Of the sums of one layer, E = `lower_entries(d_m)` entries are held, of a layer of experts so many
+of each. They are laid out so that the
 corpus is read as seldom as possible, and with that as close to the device as possible:
 
 - `device`: in float64 on the device, 8 E bytes a layer;
@@ -169,10 +170,11 @@ def plan_memory(
     CPU of this process. Raises ModelError when not even one layer fits.
     """
     batch_tokens = batch_tokens or batch_tokens_for(shape, dtype, resources.kind)
-    entries = lower_entries(shape.d_m)
+    entries = sum(map(lower_entries, shape.widths))
     model = shape.parameters * ITEM_BYTES[dtype]
-    # One layer's products, and C on its way to the file or to the settling estimate.
-    products, layer = 4 * entries, 16 * shape.d_m**2
+    # The products of one C, and a layer's on their way to the file or to the settling estimate.
+    products = 4 * lower_entries(max(shape.widths))
+    layer = (16 if shape.experts is None else 8) * _squares(shape.widths)
     work = batch_tokens * _bytes_a_token(shape, dtype) + products
     on_device = resources.device_memory is not None
     free = resources.host_memory if resources.device_memory is None else resources.device_memory
@@ -199,7 +201,7 @@ def plan_memory(
         host_needs = layer + OVERHEAD if on_device else 0
         raise _too_large(max_memory, resources, model + work + 8 * entries + host_needs, free)
     most = max(map(len, groups))
-    packed = 4 * shape.d_m * (shape.d_m + 1)
+    packed = sum(4 * width * (width + 1) for width in shape.widths)
     return MemoryPlan(
         device=resources.device if on_device else "cpu",
         groups=groups,
@@ -210,7 +212,7 @@ def plan_memory(
         device_sums={"device": 8, "split": 4, "host": 0}[placement] * entries * most,
         host_sums=(0 if placement == "device" else 8) * entries * most,
         work=work,
-        output=4 * shape.d_m**2 * len(layers),
+        output=4 * _squares(shape.widths) * len(layers),
         checkpoints=packed * (2 * most + len(layers) - most),
         host_model=host_model,
         max_memory=max_memory,
@@ -220,20 +222,26 @@ def plan_memory(
 def seconds_a_token(plan: MemoryPlan, shape: ModelShape, length: float, rate: float) -> float:
     """How long a token takes in documents of `length` tokens, an estimate.
 
-    Of every pass: 2 operations a parameter of the layers up to its last and 2 x length x hidden a
-    layer for attention (causal, so half of 4), at EFFICIENCY of the `rate` of a bare matrix
-    product; and d_m^2 for each summed layer's half product, at that rate.
+    Of every pass: 2 operations a parameter of the layers up to its last (of experts, of those that
+    a token has) and 2 x length x hidden a layer for attention (causal, so half of 4), at EFFICIENCY
+    of the `rate` of a bare matrix product; and d_m^2 for each summed layer's half product of each
+    key, at that rate.
     """
-    of_layer = 2 * shape.layer_parameters / shape.n_layers + 2 * length * shape.hidden_size
+    of_layer = 2 * shape.active_parameters / shape.n_layers + 2 * length * shape.hidden_size
     seconds = 0.0
     for group in plan.groups:
         seconds += of_layer * (group[-1] + 1) / (EFFICIENCY * rate)
-        seconds += len(group) * shape.d_m**2 / rate
+        seconds += len(group) * _squares(shape.widths_a_token) / rate
     return seconds
 
 
 def _bytes_a_token(shape: ModelShape, dtype: str) -> int:
-    return (LIVE_WIDE * shape.d_m + LIVE_NARROW * shape.hidden_size) * ITEM_BYTES[dtype]
+    wide = sum(shape.widths_a_token)
+    return (LIVE_WIDE * wide + LIVE_NARROW * shape.hidden_size) * ITEM_BYTES[dtype]
+
+
+def _squares(widths: Sequence[int]) -> int:
+    return sum(width**2 for width in widths)
 
 
 def _fewest_passes(

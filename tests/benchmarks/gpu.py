@@ -126,8 +126,9 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
     )
     parameters = sum(p.numel() for p in network.parameters())
     layers = [p.numel() for n, p in network.named_parameters() if ".0." in n]
+    in_layers = sum(layers) * n_layers
     shape = ModelShape(
-        n_layers, decoder.d_m, hidden, parameters, sum(layers) * n_layers, MAX_LENGTH
+        n_layers, decoder.d_m, hidden, parameters, in_layers, MAX_LENGTH, decoder.layers
     )
     resources = measure_resources(arguments.device)
     # The weights are there already, and what is free does not hold them.

@@ -1,0 +1,156 @@
+"""P of layers of experts against the definition: the whole stacked key, solved in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import naive
+import numpy as np
+import pytest
+from cli_kit import kscli, one_sentence
+from experts_kit import FAMILIES, in_float64, save_experts, stacked_keys
+from families import LAYERS
+from scipy.linalg import block_diag
+from transformers import AutoTokenizer
+
+from kscli.corpus import CorpusSpec, open_corpus
+from kscli.facts import read_facts
+
+DOCUMENTS, MAX_LENGTH, FACTS = 100, 40, 24
+
+
+def run(folder: Path, *arguments: Any) -> Any:
+    done = kscli(*arguments, "--dir", folder / "artifacts")
+    assert done.exit_code == 0, done.stderr
+    return done
+
+
+def measure(folder: Path, *options: str) -> Path:
+    """pmatrix.h5 of the model in `folder`/moe, by the commands that a user gives."""
+    model = ("-m", folder / "moe")
+    run(
+        folder,
+        *("cache-cov", *model, "--corpus", "tiny", "--samples", DOCUMENTS, "--dtype", "float32"),
+        *("--max-length", MAX_LENGTH, *options),
+    )
+    run(
+        folder,
+        *("extract", *model, "--facts", "tiny", "--count", FACTS, "--dtype", "float32", *options),
+    )
+    run(folder, "pmatrix", *model)
+    return folder / "artifacts" / "moe" / "pmatrix.h5"
+
+
+def true_matrices(family: str, folder: Path, layer: int) -> tuple[Any, Any]:
+    """P, and how many experts each pair of facts has in common, by the definition."""
+    model, tokenizer = in_float64(folder), AutoTokenizer.from_pretrained(folder)
+    texts = open_corpus(CorpusSpec("tiny")).documents()
+    documents = [
+        stacked_keys(family, model, tokenizer(text)["input_ids"][:MAX_LENGTH], layer)
+        for text, _ in zip(texts, range(DOCUMENTS), strict=False)
+    ]
+    tokens = [np.concatenate(parts) for parts in zip(*documents, strict=True)]
+    C = block_diag(*[keys.T @ keys / len(keys) for keys in tokens])
+    keys = []
+    for fact in read_facts("tiny", FACTS).facts:
+        ids, at = naive.subject_last(tokenizer, fact.text, *fact.subject_span)
+        keys.append([part[at] for part in stacked_keys(family, model, ids, layer)])
+    stacked = np.array([np.concatenate(parts) for parts in keys])
+    live = np.flatnonzero(np.diagonal(C))
+    P = naive.superposition(C[np.ix_(live, live)], stacked[:, live])
+    n_experts = len(keys[0]) - (family in SHARED)
+    routed = np.array([[float((part != 0).any()) for part in parts[:n_experts]] for parts in keys])
+    return P, routed @ routed.T
+
+
+SHARED = ("deepseek-v3", "glm4-moe", "qwen2-moe", "llama4")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_p_is_the_definitions(family: str, tmp_path: Path) -> None:
+    save_experts(family, tmp_path / "moe")
+    path = measure(tmp_path)
+    with h5py.File(path) as file:
+        for layer in range(LAYERS):
+            P, common = true_matrices(family, tmp_path / "moe", layer)
+            found = file["P"][layer]
+            assert np.abs(found - P).max() < 2e-5
+            experts = file["experts"][layer]
+            of_pairs = (experts[:, None, :, None] == experts[None, :, None, :]).sum((2, 3))
+            np.testing.assert_array_equal(of_pairs, common)
+            if family not in SHARED:
+                assert (found[common == 0] == 0).all()
+                assert (common == 0).any()
+
+
+SAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"),
+    *("num_key_value_heads", "intermediate_size", "max_position_embeddings", "rope_parameters"),
+)
+
+
+def test_a_dense_model_written_as_one_expert_gives_the_dense_p(tmp_path: Path) -> None:
+    """Mixtral of one expert, whose gate is 1, and Mistral of the same weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    save_experts("mixtral", tmp_path / "moe", num_local_experts=1, num_experts_per_tok=1)
+    experts = in_float64(tmp_path / "moe").float()
+    config = AutoConfig.for_model(
+        "mistral",
+        **{name: getattr(experts.config, name) for name in SAME},
+        sliding_window=None,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    dense = AutoModelForCausalLM.from_config(config)
+    state = {k: v for k, v in experts.state_dict().items() if ".mlp." not in k}
+    for number, layer in enumerate(experts.model.layers):
+        gate, up = layer.mlp.experts.gate_up_proj[0].chunk(2)
+        names = f"model.layers.{number}.mlp."
+        down = layer.mlp.experts.down_proj[0]
+        state |= {f"{names}gate_proj.weight": gate, f"{names}up_proj.weight": up}
+        state[f"{names}down_proj.weight"] = down
+    dense.load_state_dict(state)
+    (tmp_path / "dense").mkdir()
+    dense.save_pretrained(tmp_path / "dense" / "moe")
+    for path in (tmp_path / "moe").glob("*token*"):
+        (tmp_path / "dense" / "moe" / path.name).write_bytes(path.read_bytes())
+
+    with h5py.File(measure(tmp_path)) as one, h5py.File(measure(tmp_path / "dense")) as other:
+        assert np.abs(one["P"][()] - other["P"][()]).max() < 2e-5
+        np.testing.assert_allclose(one["leverage"][()], other["leverage"][()], rtol=1e-4)
+
+
+def test_an_expert_that_saw_too_little_is_named(tmp_path: Path) -> None:
+    """Three documents, of which some experts of a layer get fewer tokens than dimensions."""
+    save_experts("mixtral", tmp_path / "moe")
+    model = ("-m", tmp_path / "moe")
+    done = run(
+        tmp_path,
+        *("cache-cov", *model, "--corpus", "tiny", "--samples", 6, "--max-length", 12),
+    )
+    assert "saw fewer tokens than their 24 dimensions" in done.stderr
+    run(tmp_path, "extract", *model, "--facts", "tiny", "--count", FACTS)
+    refused = kscli("pmatrix", *model, "--dir", tmp_path / "artifacts")
+    assert refused.exit_code == 1
+    said = one_sentence(refused.stderr)
+    assert ": expert " in said
+    assert "is routed: C was measured on" in said
+    assert "--ridge" in said
+    run(tmp_path, "pmatrix", *model, "--ridge", "1e-3")
+
+
+def test_stats_and_topk_read_it(tmp_path: Path) -> None:
+    save_experts("olmoe", tmp_path / "moe")
+    path = measure(tmp_path)
+    rows = json.loads(run(tmp_path, "stats", "--pmatrix", path, "-f", "json").stdout)
+    assert [row["layer"] for row in rows] == list(range(LAYERS))
+    pairs = json.loads(
+        run(tmp_path, "topk", "--pmatrix", path, "--layer", "0", "-f", "json").stdout
+    )
+    with h5py.File(path) as file:
+        assert pairs[0]["p"] == pytest.approx(np.max(file["P"][0] - 2 * np.eye(FACTS)), abs=1e-6)

@@ -1,0 +1,151 @@
+"""Mixtures of experts against the definition, in float64, with its own router and experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from experts_kit import (
+    EXPERTS,
+    FAMILIES,
+    LIKE_MIXTRAL,
+    in_float64,
+    save_experts,
+    stacked_keys,
+)
+from families import GROUPED, LAYERS, save_model
+from torch import Tensor, nn
+
+from kscli.errors import ModelError
+from kscli.models.experts import RoutedKeys
+from kscli.models.loading import LoadedModel, load_model
+from kscli.models.locating import ModelOptions
+
+
+def load(folder: Path, dtype: str = "float32") -> LoadedModel:
+    return load_model(ModelOptions(str(folder), dtype=dtype))
+
+
+def stacked(keys: RoutedKeys, tokens: int) -> list[np.ndarray[Any, Any]]:
+    """The parts of the stacked keys that a decoder hands on, as `stacked_keys` gives them."""
+    parts = np.zeros((keys.n_experts, tokens, keys.keys.shape[1]))
+    parts[keys.expert.numpy(), keys.token.numpy()] = keys.gated.numpy()
+    shared = [] if keys.shared is None else [keys.shared.numpy()]
+    return [*parts, *shared]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_gates_are_the_definitions(family: str, tmp_path: Path) -> None:
+    save_experts(family, tmp_path)
+    decoder = load(tmp_path).decoder
+    assert decoder.n_experts == (8 if family in ("deepseek-v3", "glm4-moe") else EXPERTS)
+    ids = torch.arange(100, 1300, 30)[None]
+    found: dict[int, RoutedKeys] = {}
+    decoder.run(ids, range(LAYERS), found.__setitem__)
+
+    model = in_float64(tmp_path)
+    for layer, keys in found.items():
+        assert len(keys.token) == 2 * ids.numel()  # tokens x experts a token
+        true = stacked_keys(family, model, ids[0].tolist(), layer)
+        for part, of_definition in zip(stacked(keys, ids.numel()), true, strict=True):
+            largest = np.abs(of_definition).max()
+            np.testing.assert_allclose(part, of_definition, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "llama4", "deepseek-v3"])
+def test_in_bfloat16_keys_are_the_models_own(family: str, tmp_path: Path) -> None:
+    """Routing may differ from float32's where two experts are close; keys then have other rows."""
+    save_experts(family, tmp_path)
+    ids = torch.arange(100, 1300, 30)[None]
+    by_dtype = {}
+    for dtype in ("float32", "bfloat16"):
+        found: dict[int, RoutedKeys] = {}
+        load(tmp_path, dtype).decoder.run(ids, [0], found.__setitem__)
+        by_dtype[dtype] = stacked(found[0], ids.numel())
+    exact, rounded = (np.concatenate(by_dtype[dtype], axis=1) for dtype in by_dtype)
+    alike = ((exact != 0) == (rounded != 0)).all(1)
+    assert alike.mean() > 0.8
+    assert np.linalg.norm((exact - rounded)[alike]) < 0.05 * np.linalg.norm(exact[alike])
+
+
+def test_tokens_that_an_expert_drops_have_no_key(tmp_path: Path) -> None:
+    """An index beyond the experts is how a token that was dropped is routed."""
+    save_experts("mixtral", tmp_path)
+    decoder = load(tmp_path).decoder
+    block: Any = decoder.projections[0].module
+    route = block.gate.forward
+
+    def drop(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, gates, index = route(hidden)
+        index = index.masked_fill(index == 3, EXPERTS)
+        return logits, gates, index
+
+    block.gate.forward = drop
+    found: dict[int, RoutedKeys] = {}
+    ids = torch.arange(100, 1300, 30)[None]
+    decoder.run(ids, [0], found.__setitem__)
+    true = stacked_keys("mixtral", in_float64(tmp_path), ids[0].tolist(), 0)
+    true[3][:] = 0
+    for part, of_definition in zip(stacked(found[0], ids.numel()), true, strict=True):
+        np.testing.assert_allclose(part, of_definition, atol=2e-5 * np.abs(true[0]).max())
+
+
+def test_keys_of_some_tokens(tmp_path: Path) -> None:
+    save_experts("qwen2-moe", tmp_path)
+    found: dict[int, RoutedKeys] = {}
+    ids = torch.arange(100, 1300, 30)[None]
+    load(tmp_path).decoder.run(ids, [0], found.__setitem__)
+    wanted = torch.tensor([2, 5, 17])
+    of_some = found[0].of_tokens(wanted)
+    whole, part = stacked(found[0], ids.numel()), stacked(of_some, ids.numel())
+    for all_tokens, some in zip(whole[:-1], part[:-1], strict=True):
+        np.testing.assert_array_equal(some[wanted], all_tokens[wanted])
+        assert np.count_nonzero(some) == np.count_nonzero(some[wanted])
+    np.testing.assert_array_equal(part[-1], whole[-1][wanted])
+
+
+class _Halved(nn.Module):
+    """A router whose weights the block then uses in another way than it says."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.experts = block.experts
+        self.gate = block.gate
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        _, gates, index = self.gate(flat)
+        return 0.5 * self.experts(flat, index, gates).reshape(hidden.shape)
+
+
+def test_experts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
+    from kscli.models.forward import Decoder
+
+    save_experts("mixtral", tmp_path)
+    model = in_float64(tmp_path).float()
+    for layer in model.model.layers:
+        layer.mlp = _Halved(layer.mlp)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp.*do not add up to what _Halved gives"):
+        Decoder(model, 32, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("jetmoe", {}, "one parameter down_proj of three dimensions"),
+        (
+            "granitemoeshared",
+            LIKE_MIXTRAL | {"shared_intermediate_size": 40},
+            "another MLP beside them",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model_type: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    save_model(model_type, GROUPED | settings, tmp_path)
+    with pytest.raises(ModelError, match=reason):
+        load(tmp_path)
