@@ -2,7 +2,8 @@
 
     python tests/benchmarks/gpu.py [MODEL ...] [--tokens 2000000] [--device cuda] [--dtype bfloat16]
 
-MODEL is gpt-j, llama2-7b, llama2-13b, llama3.1-8b (default: these) or small, for a try on a CPU.
+MODEL is gpt-j, llama2-7b, llama2-13b, llama3.1-8b (default: these), qwen3-30b-a3b or gpt-oss-20b,
+mixtures of experts, or small or small-experts, for a try on a CPU.
 Documents have lengths as Wikipedia's articles have, ARTICLE_TOKENS on average. Prints tokens/s,
 the share of the card's peak, the peak of memory, the wall over that of the bare decoder and the
 half products at the rate measured here, and the hours that 100,000 articles would take,
@@ -12,6 +13,7 @@ extrapolated.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,13 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+)
 
 from kscli.batching import make_batches
 from kscli.models.forward import Decoder
 from kscli.models.loading import LoadedModel
-from kscli.models.locating import ModelIdentity
-from kscli.models.shape import ModelShape
+from kscli.models.locating import ModelIdentity, ModelOptions, locate_model
+from kscli.models.shape import ModelShape, model_shape
 from kscli.resources import format_size, matmul_rate, measure_resources
 from kscli.second_moment.corpus_run import WINDOW_BATCHES
 from kscli.second_moment.covariance import second_moments
@@ -50,6 +58,29 @@ CONFIGS: dict[str, Any] = {
     ),
     "llama3.1-8b": lambda: LlamaConfig(
         vocab_size=128256, intermediate_size=14336, num_key_value_heads=8
+    ),
+    "qwen3-30b-a3b": lambda: Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    "gpt-oss-20b": lambda: GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+    "small-experts": lambda: Qwen3MoeConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
     ),
     "small": lambda: LlamaConfig(
         vocab_size=1000,
@@ -124,15 +155,10 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
         arguments.device,
         MAX_LENGTH,
     )
-    parameters = sum(p.numel() for p in network.parameters())
-    layers = [p.numel() for n, p in network.named_parameters() if ".0." in n]
-    in_layers = sum(layers) * n_layers
-    shape = ModelShape(
-        n_layers, decoder.d_m, hidden, parameters, in_layers, MAX_LENGTH, decoder.layers
-    )
+    shape = shape_of(config)
     resources = measure_resources(arguments.device)
     # The weights are there already, and what is free does not hold them.
-    weights = parameters * dtype.itemsize
+    weights = shape.parameters * dtype.itemsize
     grown = type(resources)(
         resources.device,
         resources.host_memory + (weights if resources.device_memory is None else 0),
@@ -155,12 +181,15 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
             decoder.run(batch.input_ids, [n_layers - 1], lambda layer, keys: None)
 
     alone = seconds(bare, arguments.device) * share
-    keys = torch.randn(plan.batch_tokens, decoder.d_m, dtype=dtype, device=arguments.device)
+    count, each = (shape.experts.count, shape.experts.each) if shape.experts else (1, 1)
+    rows = plan.batch_tokens * each // count
+    keys = torch.randn(rows, decoder.d_m, dtype=dtype, device=arguments.device)
     product = min(seconds(lambda: lower_products(keys), arguments.device) for _ in range(5))
-    products = product * n_layers * tokens / plan.batch_tokens
+    products = count * product * n_layers * tokens / plan.batch_tokens
     reset_peak(arguments.device)
     wall = seconds(lambda: second_moments(model, Numbers(), options, plan=plan), arguments.device)
-    flops = tokens * (2 * shape.layer_parameters + n_layers * decoder.d_m**2)
+    squares = n_layers * sum(width**2 for width in shape.widths_a_token)
+    flops = tokens * (2 * shape.active_parameters + squares)
     hours = ARTICLES * ARTICLE_TOKENS / tokens * wall / 3600
     print(
         f"  {tokens:,} tokens: {tokens / wall:,.0f} tokens/s, {flops / wall / peak:.0%} of the "
@@ -168,6 +197,14 @@ def measure(name: str, arguments: argparse.Namespace, peak: float) -> None:
         f"{products:.1f} s) = {wall / (alone + products):.2f}; {ARTICLES:,} articles of "
         f"{ARTICLE_TOKENS} tokens: {hours:.2f} h (extrapolated)"
     )
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The sizes of a model, from its configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        options = ModelOptions(folder, weights=False)
+        return model_shape(locate_model(options), options)
 
 
 def batches_of(model: LoadedModel, options: CovarianceOptions, budget: int) -> list[Any]:
