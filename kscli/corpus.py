@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from kscli.content import FileContent, read_content
+from kscli.corpus_files import find_files
 from kscli.errors import CorpusError
-from kscli.files import require_ordinary
 from kscli.hub.datasets import HubSource, open_dataset, parse_source
 from kscli.records import (
     Located,
     RecordFile,
-    format_of,
-    known_formats,
+    field_names,
     lines,
+    look_up,
     parse_json,
     unreadable,
 )
@@ -96,7 +96,7 @@ class Corpus:
 
     `name` is what is shown; `identity` is another string when the documents are others; `records`
     opens the stream of records whose `field` is the text. With `shuffle`, a seed, the documents of
-    the stream are drawn in a random order.
+    the stream are drawn in a random order. `notes` say what is not read of what was named.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Corpus:
     records: Callable[[], Iterable[Located]]
     shuffle: int | None = None
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def seed(self) -> str:
@@ -155,21 +156,24 @@ def same_text(identity: str, other: str) -> bool:
 
 
 def _text_of(record: object, field: str, where: str) -> str:
-    what = "the document"
+    what, others = "the document", ""
     if isinstance(record, dict):
         what = f"the field '{field}'"
-        if field not in record:
-            known = ", ".join(f"'{str(name)[:40]}'" for name in list(record)[:20]) or "none"
+        try:
+            value = look_up(record, field)
+        except KeyError:
             raise CorpusError(
-                f"{where}: there is no field '{field}' (there are: {known}); "
+                f"{where}: there is no field '{field}' (there are: {_names(record)}); "
                 "name the one that holds the text with --text-field."
-            )
+            ) from None
+        if isinstance(value, dict):
+            others = f" (there are: {_names(value, f'{field}.')})"
         # Tables of the Hub have nulls; a row without text is a document without tokens.
-        record = "" if record[field] is None else record[field]
+        record = "" if value is None else value
     if not isinstance(record, str):
         kind = "null" if record is None else type(record).__name__
         raise CorpusError(
-            f"{where}: {what} is not a string but {kind}; "
+            f"{where}: {what} is not a string but {kind}{others}; "
             "name the field that holds the text with --text-field, or leave this document out."
         )
     try:
@@ -183,36 +187,33 @@ def _text_of(record: object, field: str, where: str) -> str:
     return record
 
 
+def _names(record: Mapping[str, object], inside: str = "") -> str:
+    """The fields of a record, for messages."""
+    return ", ".join(f"'{name[:40]}'" for name in islice(field_names(record, inside), 20)) or "none"
+
+
 # Files and folders
 
 
 def _open_files(spec: CorpusSpec) -> Corpus:
-    path = Path(spec.name)
-    try:
-        exists = bool(spec.name) and path.exists()
-    except OSError as error:
-        raise unreadable(path, error, CorpusError) from error
-    if not exists:
+    found = find_files(spec.name, spec.field)
+    if found is None:
         raise CorpusError(_not_found(spec.name))
-    known = (
-        f"known are {known_formats()}. Other text can be sent to standard input, which is the "
-        "corpus `-`."
-    )
-    root, files = (path, _files_under(path)) if path.is_dir() else (path.parent, [path])
-    if path.is_dir() and not files:
-        raise CorpusError(f"The folder {path} holds no corpus file; {known}")
-    for file in files:
-        require_ordinary(file, CorpusError)
-    if not path.is_dir() and not format_of(path):
-        raise CorpusError(f"{path} is of no known kind; {known}")
-    contents = [_content(file) for file in files]
+    contents = {_content(path): kind for path, kind in found.kinds.items()}
 
     def records() -> Iterator[Located]:
-        for content in contents:
-            yield from RecordFile(content.path, CorpusError, spec.field, content).records()
+        for content, kind in contents.items():
+            yield from RecordFile(content.path, CorpusError, spec.field, content, kind).records()
 
-    identity = f"files:sha256:{_hash(root, contents)}{spec.identity_part}"
-    return Corpus(spec.name, identity, spec.field, records, files=tuple(files))
+    identity = f"files:sha256:{_hash(found.root, contents)}{spec.identity_part}"
+    return Corpus(
+        spec.name,
+        identity,
+        spec.field,
+        records,
+        files=tuple(found.kinds),
+        notes=found.notes,
+    )
 
 
 def _not_found(name: str) -> str:
@@ -221,20 +222,6 @@ def _not_found(name: str) -> str:
         f"There is no corpus file or folder '{name}'; "
         f"give an existing one, {hub} for a data set on the Hub, or one of {', '.join(ALIASES)}."
     )
-
-
-def _files_under(root: Path) -> list[Path]:
-    """All files of known kinds, by relative path; hidden ones and linked folders are skipped."""
-
-    def refuse(error: OSError) -> None:
-        raise unreadable(Path(error.filename), error, CorpusError) from error
-
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    files = [path for path in found if format_of(path)]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _content(path: Path) -> FileContent:

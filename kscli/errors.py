@@ -6,6 +6,9 @@ and leaves with its `exit_code`. Anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 
 class KscliError(Exception):
     """What could not be done, and what to do about it, in one or two lines."""
@@ -17,6 +20,23 @@ class UsageError(KscliError):
     """The request itself is wrong: an option's value, a name that does not exist."""
 
     exit_code = 2
+
+
+def no_such(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error that there is no thing of that name; it names the nearest, and all there are."""
+    known = list(known)
+    near = nearest(name, known)
+    meant = f"did you mean {near[0]}? There are" if near else "there are"
+    return UsageError(f"there is no {what} {name!r}; {meant} {', '.join(known)}.")
+
+
+def nearest(name: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The `n` names among `known` that look most like a mistyped `name`, whatever their case."""
+    from difflib import get_close_matches
+
+    by_lower = {each.lower(): each for each in known}
+    close = get_close_matches(name.lower(), by_lower, n, cutoff)
+    return [by_lower[each] for each in close]
 
 
 class ModelError(KscliError):
@@ -33,6 +53,27 @@ class FactsError(KscliError):
 
 class ArtifactError(KscliError):
     """An HDF5 artifact is missing, foreign, damaged, or made from other inputs."""
+
+
+class MissingError(ArtifactError):
+    """An artifact that is not there: its path, and the kind that was wanted ("": any)."""
+
+    def __init__(self, path: Path, kind: str = "") -> None:
+        made_by = MADE_BY.get(kind)
+        remedy = f"; `kscli {made_by} --model MODEL` makes it" if made_by else ""
+        super().__init__(f"{path} does not exist{remedy}.")
+        self.path = path
+        self.kind = kind
+
+
+MADE_BY = {
+    "cov": "cache-cov",
+    "keys": "extract",
+    "pmatrix": "run",
+    "stats": "stats",
+    "edits": "edit",
+}
+"""The command that makes an artifact of each kind, and what it needs."""
 
 
 class LockedError(ArtifactError):

@@ -1,7 +1,8 @@
 """extract: the key of every fact at every layer, in one sweep of batched forward passes.
 
-Editors write along the mean of a fact's keys after several texts too (`kscli.contexts`), so a
-second sweep reads these means.
+Editors write along the mean of a fact's keys after several texts too (`kscli.contexts`), and p to
+the keys of a fact's paraphrases says how far an edit of it generalises. Further sweeps read these
+means.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kscli.artifacts import KeysAbout, Recipe, write_artifact
 from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.contexts import ContextChoice, in_context
 from kscli.errors import NumericsError
-from kscli.facts import Fact, FactSet
+from kscli.facts import Fact, FactSet, paraphrases_of
 from kscli.layers import format_layers
 from kscli.models.experts import RoutedKeys
 from kscli.models.loading import LoadedModel
@@ -43,9 +44,11 @@ class Keys:
     """The keys of m `facts`: `keys` (layer, m, d_m) float32, `token_id` and `position` (m,).
 
     `context_keys` (layer, m, d_m) are the means of a fact's keys over the `contexts`, the bare
-    prompt not among them; None where there are no contexts. Of layers of experts `keys` are
-    (layer, m, slot, d_m), multiplied by the gates, of the `experts` (layer, m, slot) that a fact is
-    routed to, -1 being none, and `shared_keys` (layer, m, d_shared) those of shared experts.
+    prompt not among them; None where there are no contexts. `paraphrase_keys` (layer, m, d_m) are
+    those over a fact's paraphrases, NaN for a fact without; None where no fact has any. Of layers
+    of experts `keys` are (layer, m, slot, d_m), multiplied by the gates, of the `experts` (layer,
+    m, slot) that a fact is routed to, -1 being none, and `shared_keys` (layer, m, d_shared) those
+    of shared experts.
     """
 
     facts: tuple[Fact, ...]
@@ -55,6 +58,7 @@ class Keys:
     position: NDArray[np.int64]
     contexts: tuple[str, ...] = ()
     context_keys: NDArray[np.float32] | None = None
+    paraphrase_keys: NDArray[np.float32] | None = None
     experts: NDArray[np.int64] | None = None
     shared_keys: NDArray[np.float32] | None = None
 
@@ -115,8 +119,14 @@ def extract_keys(
     texts = _contexts_of(model, contexts, reporter)
     context_keys = None
     if texts:
-        context_keys = _read_in_contexts(model, facts.facts, texts, token, chosen, reporter)
+        in_contexts = [[in_context(text, fact) for text in texts] for fact in facts.facts]
+        context_keys = _mean_keys(model, in_contexts, token, chosen, "keys in contexts", reporter)
         _check_finite(context_keys, chosen, facts)
+    paraphrased = [paraphrases_of(fact) for fact in facts.facts]
+    paraphrase_keys = None
+    if any(paraphrased) and not of_experts:
+        named = "keys of paraphrases"
+        paraphrase_keys = _mean_keys(model, paraphrased, token, chosen, named, reporter)
     return Keys(
         facts=facts.facts,
         layers=chosen,
@@ -125,6 +135,7 @@ def extract_keys(
         position=np.array([p.position for p in prompts], dtype=np.int64),
         contexts=texts,
         context_keys=context_keys,
+        paraphrase_keys=paraphrase_keys,
     )
 
 
@@ -146,27 +157,28 @@ def _contexts_of(
     return contexts.of(model)
 
 
-def _read_in_contexts(
+def _mean_keys(
     model: LoadedModel,
-    facts: Sequence[Fact],
-    contexts: Sequence[str],
+    texts: Sequence[Sequence[Fact]],
     token: KeyToken,
     layers: Sequence[int],
+    named: str,
     reporter: Reporter,
 ) -> NDArray[np.float32]:
-    """The mean over the contexts of every fact's key, (layer, m, d_m)."""
-    means = np.empty((len(layers), len(facts), model.decoder.d_m), dtype=np.float32)
-    n = len(contexts)
-    with reporter.task("keys in contexts", n * len(facts), unit="prompts") as task:
-        for start in range(0, len(facts), FACTS_AT_ONCE):
-            some = facts[start : start + FACTS_AT_ONCE]
-            texts = [in_context(context, fact) for fact in some for context in contexts]
-            prompts = [_up_to_key(prompt) for prompt in locate_keys(model.tokenizer, texts, token)]
-            for fact, prompt in zip(texts, prompts, strict=True):
+    """The mean key over each fact's `texts`, (layer, m, d_m); NaN where it has none."""
+    means = np.full((len(layers), len(texts), model.decoder.d_m), np.nan, dtype=np.float32)
+    with reporter.task(named, sum(map(len, texts)), unit="prompts") as task:
+        for start in range(0, len(texts), FACTS_AT_ONCE):
+            some = texts[start : start + FACTS_AT_ONCE]
+            flat = [text for of_fact in some for text in of_fact]
+            prompts = [_up_to_key(prompt) for prompt in locate_keys(model.tokenizer, flat, token)]
+            for fact, prompt in zip(flat, prompts, strict=True):
                 model.require_positions(fact.text, len(prompt.token_ids))
             found = _read(model, prompts, layers, task.advance)["keys"]
-            of_facts = found.reshape(len(layers), len(some), n, -1)
-            means[:, start : start + len(some)] = of_facts.mean(axis=2, dtype=np.float64)
+            of_facts = np.split(found, np.cumsum([*map(len, some)])[:-1], axis=1)
+            for number, keys in enumerate(of_facts, start):
+                if keys.shape[1]:
+                    means[:, number] = keys.mean(axis=1, dtype=np.float64)
     return means
 
 
@@ -273,8 +285,9 @@ def write_keys(
             if getattr(keys, name) is not None:
                 writer.write(name, getattr(keys, name))
         writer.write("contexts", keys.contexts)
-        if keys.context_keys is not None:
-            writer.write("context_keys", keys.context_keys)
+        for name in ("context_keys", "paraphrase_keys"):
+            if getattr(keys, name) is not None:
+                writer.write(name, getattr(keys, name))
 
 
 def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: FactSet) -> None:

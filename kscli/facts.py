@@ -35,8 +35,8 @@ from kscli.records import (
     Located,
     RecordFile,
     cut,
+    format_inside,
     format_of,
-    holds_lines_of_json,
     kind_of,
     known_formats,
     quote,
@@ -170,6 +170,16 @@ class FactSet:
         """SHA-256 (hex) over every question of every fact, in order."""
         asked = [[astuple(question) for question in fact.questions] for fact in self.facts]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def paraphrases_of(fact: Fact) -> list[Fact]:
+    """The paraphrases of a fact in which its subject stands, as facts; where it stands last."""
+    found = []
+    for question in fact.questions:
+        before, subject, after = question.prompt.rpartition(fact.subject)
+        if question.kind == "paraphrase" and subject and SLOT not in before + after:
+            found.append(Fact(f"{before}{SLOT}{after}", subject, fact.target))
+    return found
 
 
 def facts_identity(facts: Sequence[Fact]) -> str:
@@ -364,12 +374,12 @@ def _file_records(path: Path) -> Iterator[Located]:
     require_ordinary(path, FactsError)
     kind = format_of(path)
     if not kind or not FORMATS[kind].fields:
-        if not holds_lines_of_json(path):
+        kind = format_inside(path, FactsError)
+        if not kind or not FORMATS[kind].fields:
             raise FactsError(
                 f"{path} is not a facts file; its name must end in {known_formats(fields=True)}, "
                 "or it must hold one JSON object a line."
             )
-        kind = ".jsonl"
     records = RecordFile(path, FactsError, kind=kind).records()
     return _unchanged(path, records) if kind == ".jsonl" else records
 

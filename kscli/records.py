@@ -2,7 +2,7 @@
 
 A format is one function and one line of `FORMATS`; a compression is one function and one line of
 `COMPRESSIONS`. Help texts and error messages name what these tables hold. Files are read as
-streams, but for `.txt` and `.json`, which are read whole.
+streams, but for `.txt` and for the JSON of a `.json` that is not one object a line.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import bz2
 import codecs
 import contextlib
 import csv
+import html
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from kscli.content import FileContent
 from kscli.errors import KscliError, first_line
@@ -27,13 +30,20 @@ Located = tuple[str, object]
 """Where a record stands, for messages, and the record as it was parsed."""
 
 READ_BYTES = 16 << 10  # of a compressed file: repetitive text grows a thousandfold
+LONGEST_LINE = 64 << 20  # bytes of a first line that is looked at to find a file's format
+
+WIKI = "WikiExtractor"  # a format that no extension tells
+BATCH_ROWS = 256  # of a table, that stand in memory as records
+_ARROW_FILE, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
+_DOC = re.compile(r"\s*<doc( [^>]*)>\s*")
+_ATTRIBUTE = re.compile(r' (\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)
 class RecordFile:
     """A file of a known format. `error` is what is raised, naming the file and the place.
 
-    With `field`, records may lack their other fields (Parquet reads one column alone). With
+    With `field`, records may lack their other fields (tables are read by that column alone). With
     `content`, the `error` is raised where the file is not what it was when that was read. `kind` is
     the key of `FORMATS` where the name does not tell it.
     """
@@ -122,6 +132,32 @@ def parse_json(text: str, name: str, error: type[KscliError], first_line: int = 
         ) from bad
 
 
+def look_up(record: Mapping[str, object], field: str) -> object:
+    """The value of a field, or of one inside others: `text.en` is the `en` of the object `text`.
+
+    A field whose own name has dots comes first. Raises KeyError where there is none.
+    """
+    if field in record:
+        return record[field]
+    value: object = record
+    for name in field.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise KeyError(field)
+        value = value[name]
+    return value
+
+
+def field_names(record: Mapping[str, object], inside: str = "") -> Iterator[str]:
+    """The names of all fields, as `look_up` takes them."""
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            yield from field_names(value, f"{inside}{name}.")
+        else:
+            yield f"{inside}{name}"
+
+
 def kind_of(value: object) -> str:
     """What a JSON value is, for messages."""
     if value is None:
@@ -150,35 +186,75 @@ def _text(file: RecordFile) -> Iterator[Located]:
 
 
 def _jsonl(file: RecordFile) -> Iterator[Located]:
-    yield from _lines_of_json(file, file.lines())
-
-
-def _lines_of_json(file: RecordFile, lines: Iterable[str]) -> Iterator[Located]:
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(file.lines(), 1):
         if text := line.strip():
             where = f"{file.path}, line {number}"
             yield where, parse_json(text, str(file.path), file.error, number)
 
 
 def _json(file: RecordFile) -> Iterator[Located]:
-    """One list of records, or one object a line, as many tools write under this name."""
-    text = file.text()
-    if not text.lstrip().startswith("["):
-        yield from _lines_of_json(file, text.split("\n"))
+    """A list of records; or one object a line, as many tools write under this name; or one object.
+
+    Only objects of one line each are streamed.
+    """
+    if not _begins_list(file):
+        first = next((line for line in file.lines() if line.strip()), "")
+        if not first or _parsed(first) is not None:
+            yield from _jsonl(file)
+        else:
+            yield str(file.path), parse_json(file.text(), str(file.path), file.error)
         return
-    records = parse_json(text, str(file.path), file.error)
+    records = parse_json(file.text(), str(file.path), file.error)
     assert isinstance(records, list)
     for number, record in enumerate(records, 1):
         yield f"{file.path}, record {number}", record
 
 
-def holds_lines_of_json(path: Path) -> bool:
-    """Whether a file begins with a JSON object that stands on one line, whatever its name."""
+def _begins_list(file: RecordFile) -> bool:
+    with file.opened() as stream:
+        return stream.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _parsed(line: str | bytes) -> object | None:
+    """The value of a line of JSON; None where it is not valid."""
     try:
-        with RecordFile(path, KscliError).opened() as stream:
-            return isinstance(json.loads(stream.readline(READ_BYTES)), dict)
-    except (KscliError, ValueError, RecursionError):
-        return False
+        return cast(object, json.loads(line))
+    except (ValueError, RecursionError):
+        return None
+
+
+def lone_object(path: Path, error: type[KscliError]) -> Mapping[str, object] | None:
+    """The one record of a .json file, where it holds no more than that and the record is an object.
+
+    Such a file often describes others: `dataset_infos.json`, `state.json`. Raises `error` where it
+    cannot be read or is not JSON.
+    """
+    file = RecordFile(path, error)
+    if format_of(path) != ".json" or _begins_list(file):
+        return None
+    records = [record for _, record in islice(_json(file), 2)]
+    if len(records) == 1 and isinstance(records[0], Mapping):
+        return records[0]
+    return None
+
+
+def _wiki(file: RecordFile) -> Iterator[Located]:
+    """WikiExtractor's own form: `<doc id="1" url="..." title="...">`, lines of text, `</doc>`."""
+    place, record, text = "", dict[str, str](), list[str]()
+    for number, line in enumerate(file.lines(), 1):
+        begun = _DOC.fullmatch(line)
+        if place and line.rstrip() == "</doc>":
+            yield place, {**record, "text": "".join(text).strip("\n")}
+            place = ""
+        elif place:
+            text.append(line)
+        elif begun:
+            place, text = f"{file.path}, line {number}", []
+            record = {name: html.unescape(value) for name, value in _ATTRIBUTE.findall(begun[1])}
+        elif line.strip():
+            raise file.error(f"{file.path}, line {number}: text outside of <doc ...> and </doc>.")
+    if place:
+        raise file.error(f"{place}: this <doc ...> has no </doc>; make or download the file again.")
 
 
 def _csv(file: RecordFile, delimiter: str = ",") -> Iterator[Located]:
@@ -204,35 +280,98 @@ def _tsv(file: RecordFile) -> Iterator[Located]:
 
 
 def _parquet(file: RecordFile) -> Iterator[Located]:
-    import pyarrow
     import pyarrow.parquet
 
-    number = 0
-    with file.opened() as data:
-        try:
-            with pyarrow.parquet.ParquetFile(data) as table:
-                # Without the field every column is read, so that a message can name them.
-                wanted = [file.field] if file.field in table.schema_arrow.names else None
-                for batch in table.iter_batches(batch_size=256, columns=wanted):
-                    for record in batch.to_pylist():
-                        number += 1
-                        yield f"{file.path}, row {number}", record
-        except UnicodeDecodeError as bad:
-            raise file.error(f"{file.path}, after row {number}: not UTF-8 text ({bad}).") from bad
-        except (pyarrow.ArrowException, OSError) as bad:
-            raise file.damaged(bad) from bad
+    with file.opened() as data, _tables(file) as rows, pyarrow.parquet.ParquetFile(data) as table:
+        # Without the field every column is read, so that a message can name them.
+        wanted = [file.field] if _has_field(table.schema_arrow, file.field) else None
+        for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+            yield from rows.of(batch)
+
+
+def _arrow(file: RecordFile) -> Iterator[Located]:
+    """A stream of Arrow, as `datasets` keeps it, or a file of it (Feather)."""
+    import pyarrow
+
+    with file.opened() as data, _tables(file) as rows:
+        is_file = data.read(len(_ARROW_FILE)) == _ARROW_FILE
+        data.seek(-len(_ARROW_END), io.SEEK_END)
+        if not is_file and data.read() != _ARROW_END:
+            raise pyarrow.ArrowInvalid("the end is missing")
+        data.seek(0)
+        for batch in _arrow_batches(data, is_file=is_file):
+            column = (file.field or "").partition(".")[0]
+            chosen = batch.select([column]) if _has_field(batch.schema, file.field) else batch
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield from rows.of(chosen.slice(start, BATCH_ROWS))
+
+
+def _arrow_batches(data: IO[bytes], *, is_file: bool) -> Iterator[Any]:
+    import pyarrow.ipc
+
+    if not is_file:
+        yield from pyarrow.ipc.open_stream(data)
+        return
+    reader = pyarrow.ipc.open_file(data)
+    yield from map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _has_field(schema: Any, field: str | None) -> bool:
+    """Whether a table has a column, or a field in columns that hold objects, as `look_up` does."""
+    import pyarrow
+
+    if field is None or field in schema.names:
+        return field is not None
+    column, *inside = field.split(".")
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    for name in inside:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            return False
+        kind = kind.field(name).type
+    return True
+
+
+class _Rows:
+    """The rows of a table's batches as records, numbered through."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = 0
+
+    def of(self, batch: Any) -> Iterator[Located]:
+        for record in batch.to_pylist():
+            self.number += 1
+            yield f"{self.path}, row {self.number}", record
+
+
+@contextlib.contextmanager
+def _tables(file: RecordFile) -> Iterator[_Rows]:
+    """Turn what is wrong with a table into the file's error."""
+    import pyarrow
+
+    rows = _Rows(file.path)
+    try:
+        yield rows
+    except UnicodeDecodeError as bad:
+        raise file.error(f"{file.path}, after row {rows.number}: not UTF-8 text ({bad}).") from bad
+    except (pyarrow.ArrowException, OSError) as bad:
+        raise file.damaged(bad) from bad
 
 
 @dataclass(frozen=True)
 class Format:
     """How a format is read. Only records with `fields` can be facts; text is a document.
 
-    A format that is not `compressible` is compressed inside.
+    A format that is not `compressible` is compressed inside. One that is not told `by_name` is
+    found by `format_inside`.
     """
 
     read: Callable[[RecordFile], Iterator[Located]]
     fields: bool = True
     compressible: bool = True
+    by_name: bool = True
 
 
 FORMATS: dict[str, Format] = {
@@ -242,6 +381,8 @@ FORMATS: dict[str, Format] = {
     ".csv": Format(_csv),
     ".tsv": Format(_tsv),
     ".parquet": Format(_parquet, compressible=False),
+    ".arrow": Format(_arrow, compressible=False),
+    WIKI: Format(_wiki, fields=False, by_name=False),
 }
 
 
@@ -253,9 +394,37 @@ def format_of(path: Path) -> str:
     return kind if known else ""
 
 
+def format_inside(path: Path, error: type[KscliError]) -> str:
+    """The key of `FORMATS` for a file whose name does not tell it, by its first line.
+
+    That is a JSON object or the begin of one of WikiExtractor's documents; empty where it is
+    neither. Raises `error` where the file cannot be read.
+    """
+    try:
+        with RecordFile(path, error).opened() as stream:
+            line = _first_line(stream)
+    except error as unread:
+        if isinstance(unread.__cause__, _DamagedError):
+            return ""
+        raise
+    if line.startswith(b"<doc "):
+        return WIKI
+    return ".jsonl" if isinstance(_parsed(line), dict) else ""
+
+
+def _first_line(stream: IO[bytes]) -> bytes:
+    """The first line of a file, to its end where it may be one of records."""
+    begin = stream.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    if begin[:1] in (b"{", b"<") and b"\n" not in begin:
+        begin += stream.readline(LONGEST_LINE)
+    return begin.partition(b"\n")[0]
+
+
 def known_formats(*, fields: bool = False) -> str:
     """The extensions that can be read, for messages; `fields` leaves out text."""
-    known = {kind: form for kind, form in FORMATS.items() if form.fields or not fields}
+    known = {
+        kind: form for kind, form in FORMATS.items() if form.by_name and (form.fields or not fields)
+    }
     compressible = ", ".join(kind for kind, form in known.items() if form.compressible)
     others = "".join(f", {kind}" for kind, form in known.items() if not form.compressible)
     return f"{compressible} (each also with {', '.join(COMPRESSIONS)}){others}"

@@ -8,7 +8,7 @@ fact that is edited, column j the fact that is moved. On request P is instead p 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,8 +47,9 @@ class Superposition:
     `solve_residual` the largest |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic
     did what Appendix B proves. `storage_error` estimates how far p is moved because C was stored
     in float32 (the standard error, `Whitening.storage_variance`, of the pair that is moved most).
-    Of a layer of experts `condition` and the residuals are the largest of its blocks', and
-    `dead_coordinates` are counted over all.
+    `paraphrase_p` (m,) is the mean p from each fact to its own paraphrases; NaN for a fact without
+    any, None where there are none. Of a layer of experts `condition` and the residuals are the
+    largest of its blocks', and `dead_coordinates` are counted over all.
     """
 
     P: NDArray[np.float64]
@@ -59,6 +60,7 @@ class Superposition:
     whitening_residual: float
     solve_residual: float
     storage_error: float
+    paraphrase_p: NDArray[np.float64] | None = None
 
     @property
     def whitened_cosine(self) -> NDArray[np.float64]:
@@ -86,12 +88,22 @@ def superposition(
     return superposition_in(whitening(C, count, ridge), keys)
 
 
-def superposition_in(white: Whitening, keys: NDArray[np.float64]) -> Superposition:
+def superposition_in(
+    white: Whitening,
+    keys: NDArray[np.float64],
+    paraphrases: NDArray[np.float64] | None = None,
+) -> Superposition:
     """The matrices of (m, d_m) keys under a second moment that is whitened.
+
+    `paraphrases` (m, d_m) are the mean keys of each fact's paraphrases, NaN for a fact without.
 
     Raises NumericsError for a key that is 0, not finite, or not 0 where C is.
     """
-    return superposition_of_blocks([Block(white, keys, np.arange(len(keys)))], len(keys))
+    result = superposition_of_blocks([Block(white, keys, np.arange(len(keys)))], len(keys))
+    if paraphrases is None:
+        return result
+    p_to_own = _p_to_own(white, white.whiten(keys), result.leverage, paraphrases)
+    return replace(result, paraphrase_p=p_to_own)
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,24 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
         solve_residual=solve_residual,
         storage_error=float((np.sqrt(variance) / leverage[:, None]).max()),
     )
+
+
+def _p_to_own(
+    white: Whitening,
+    whitened: NDArray[np.float64],
+    leverage: NDArray[np.float64],
+    others: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """p from each fact to a key of its own in `others` (m, d_m).
+
+    That is k_i^T C^-1 k'_i / k_i^T C^-1 k_i; NaN where the key is, and where it is not 0 in a
+    coordinate that was 0 on every token.
+    """
+    found = np.full(len(others), np.nan)
+    defined = np.isfinite(others).all(axis=1) & ~(others[:, white.dead] != 0).any(axis=1)
+    products = whitened[:, defined] * white.whiten(others[defined])
+    found[defined] = products.sum(axis=0) / leverage[defined]
+    return found
 
 
 class KeyOfFactError(NumericsError):
@@ -213,12 +243,13 @@ def write_pmatrix(
                     found = vars(result) | {"experts": keys.experts_of(layer)}
                 else:
                     white = whitening(cov.second_moment(layer), count, ridge)
-                    result = superposition_in(white, keys.keys_of(layer))
+                    paraphrases = keys.paraphrase_keys_of(layer)
+                    result = superposition_in(white, keys.keys_of(layer), paraphrases)
                     found = dict(vars(result))
                 if editor:
                     # It no longer follows from P.
                     found["whitened_cosine"] = result.whitened_cosine
-                    found["P"] = editor.p(cov, keys, layer, white)
+                    found["P"], found["paraphrase_p"] = editor.p(cov, keys, layer, white)
             except KeyOfFactError as error:
                 text = quote(keys.facts[error.index].text)
                 raise NumericsError(
@@ -227,7 +258,8 @@ def write_pmatrix(
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from error
             for name, values in found.items():
-                writer.put(name, index, values)
+                if values is not None:
+                    writer.put(name, index, values)
             errors[layer] = result.storage_error
             task.advance()
     _warn_of_storage(errors, reporter)

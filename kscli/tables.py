@@ -22,8 +22,9 @@ class Column:
     `meaning` what the heading does not say. `spec` formats a number as Python's `format` does; a
     column without it is text. With `interval`, the fields `KEY_low` and `KEY_high` are shown too.
     `value` gives the cell where the field itself is not what is shown. A `wide` column is on the
-    page only, a `varying` one only where not all rows have the same value, an `optional` one only
-    where a row has a value; a `long` text keeps some width on a narrow screen.
+    page and on wide terminals only; of the `spare` ones the largest go first where a terminal is
+    narrow. A `varying` one is there only where not all rows have the same value, an `optional` one
+    only where a row has a value; a `long` text keeps some width on a narrow screen.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Column:
     varying: bool = False
     optional: bool = False
     long: bool = False
+    spare: int = 0
 
     @property
     def title(self) -> str:
@@ -78,7 +80,7 @@ def shown(columns: Sequence[Column], rows: Sequence[Row], *, wide: bool = False)
     return [
         column
         for column in columns
-        if (wide or not column.wide)
+        if (not column.wide or (wide and all(column.value or column.key in row for row in rows)))
         and not (column.varying and len({row[column.key] for row in rows}) < 2)
         and not (column.optional and all(row.get(column.key) is None for row in rows))
     ]
@@ -98,13 +100,24 @@ def sentence(row: Row, which: str) -> str:
 MODEL = Column("model", varying=True)
 LAYER = Column("layer", spec="d")
 RANK = Column("rank", spec="d")
+PEEKED = (
+    Column("document", spec=",d"),
+    Column("characters", spec=",d"),
+    Column("tokens", spec=",d"),
+    Column("cut"),
+    Column("begin", "begins with", long=True),
+)
 _DIFFERENT = "different last token"
 _PAIRS_LEFT_OUT = "Without the pairs of facts whose keys were read at the same token."
 
 FACTS_OF_PAIR = (
     Column("edited", "edited (i)", value=partial(sentence, which="i"), long=True),
     Column("moved", "moved (j)", value=partial(sentence, which="j"), long=True),
-    Column("same_last_token", "same last token"),
+    Column(
+        "same_last_token",
+        "same last token",
+        meaning="Whether the two subjects end in the same token, which alone makes keys similar.",
+    ),
 )
 PAIRS = (MODEL, replace(LAYER, varying=True), RANK, Column("p", spec=".2f"), *FACTS_OF_PAIR)
 PAIRS_OF_LAYERS = (MODEL, LAYER, *PAIRS[2:])
@@ -126,13 +139,23 @@ STATISTICS = (
     MODEL,
     Column("m", spec="d", varying=True),
     LAYER,
-    Column("mean", spec=".3f", interval=True),
-    Column("std", spec=".3f"),
+    Column(
+        "mean",
+        spec=".3f",
+        meaning="Of p over all pairs of facts. In brackets: 95 % intervals from resampled facts.",
+        interval=True,
+    ),
+    Column("std", spec=".3f", meaning="The standard deviation of p.", spare=3),
     Column("skewness", spec=".1f", wide=True),
-    Column("kurtosis", spec=".1f", interval=True),
+    Column(
+        "kurtosis",
+        spec=".1f",
+        meaning="Excess kurtosis of p: high where most pairs are free and a few are bound.",
+        interval=True,
+    ),
     Column("kurtosis_distinct", _DIFFERENT, ".1f", f"Kurtosis. {_PAIRS_LEFT_OUT}", interval=True),
     Column("tail_0_10", "|p|>0.1", ".1%", wide=True),
-    Column("tail_0_25", "|p|>0.25", ".1%"),
+    Column("tail_0_25", "|p|>0.25", ".1%", "The share of pairs that are bound so much.", spare=1),
     Column("tail_0_50", "|p|>0.5", ".2%", wide=True),
     Column("min", "least p", ".2f", wide=True),
     Column("max", "largest p", ".2f", wide=True),
@@ -142,6 +165,7 @@ STATISTICS = (
         "carry half",
         ".0f",
         "The least number of pairs of facts that carry half of the fourth moment of P.",
+        spare=2,
     ),
 )
 # Of a mixture of experts.
@@ -279,11 +303,17 @@ def _largest_pair(row: Row) -> str | None:
 def _verdict(row: Row) -> str:
     if not row["reaches"]:
         return "cannot reach the answer"
+    if row["chosen"]:
+        return "least of all, chosen" if row["least"] else "chosen"
     return "least" if row["least"] else ""
 
 
 def _edited_fact(row: Row) -> str:
     return written(row["prompt"], row["subject"], row["target_true"])
+
+
+def _moved_fact(row: Row) -> str:
+    return written(row["prompt"], row["subject"], row["target"])
 
 
 def _moved_most(row: Row) -> str:
@@ -309,12 +339,25 @@ def _perplexity(row: Row) -> str | None:
     return None if None in (before, after) else f"{before:.4g} → {after:.4g}"
 
 
+PRICES = (
+    replace(LAYER, varying=True),
+    RANK,
+    Column("price", spec=".2f", meaning="To move no other fact at its subject."),
+    Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus: 1 / √kᵀC⁻¹k."),
+    Column("rms", "rms p", ".3f"),
+    Column("paraphrase_p", "p to paraphrases", ".2f", optional=True),
+    Column("fact", spec="d"),
+    Column("subject", "edited", value=_moved_fact, long=True),
+)
 RISK_BY_LAYER = (
     LAYER,
     Column("rms", "rms p", ".4f"),
     Column("largest", "largest |p|", ".3f"),
     Column("pair", "moved most", value=_largest_pair, long=True),
     Column("harmful", "|p|>0.25", ".1%"),
+    Column("paraphrase_p", "p to paraphrases", ".2f", "The median.", optional=True),
+    Column("ratio", "by that", ".3f", "rms p by p to paraphrases.", optional=True),
+    Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus.", optional=True),
     Column("price", spec=".1f", meaning="To move no other fact at its subject.", optional=True),
     Column("saved", "the order saves", ".1%", wide=True),
     Column("verdict", "note", value=_verdict),
@@ -327,10 +370,6 @@ FACTS_MOVED = (
     Column("j", "fact", "d"),
     *FACTS_OF_PAIR[1:],
 )
-
-
-def _moved_fact(row: Row) -> str:
-    return written(row["prompt"], row["subject"], row["target"])
 
 
 def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
@@ -350,8 +389,8 @@ def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
         Column("p_i", "p", spec=".2f"),
         *(
             [
-                Column("edit_norm", "edit, by norm", spec="d"),
-                Column("expected_norm", "expected", spec=".3f"),
+                Column("edit_norm", "edit, by norm", spec="d", spare=1),
+                Column("expected_norm", "expected by norm", spec=".3f", spare=1),
             ]
             if edited and not by_norm
             else []
@@ -361,7 +400,8 @@ def sequence_columns(*, edited: bool, by_norm: bool) -> list[Column]:
 
 def _cost_of_a_search(row: Row) -> str:
     """Passes of the model and the texts in each, of a search at one layer or at each of several."""
-    return f"{row['passes']} × {row['texts']}" + (", each layer" if row["each_layer"] else "")
+    cost = f"{row['passes']} × {row['texts']}".replace(" ", "\N{NO-BREAK SPACE}")
+    return cost + (", each layer" if row["each_layer"] else "")
 
 
 EDITS = (
@@ -378,6 +418,22 @@ EDITS = (
     Column("moved", "moved most", value=_moved_most),
     Column("linear_error", "error", ".0e", "Of the predicted shifts, by the largest one."),
 )
+
+
+def _traced(row: Row) -> str:
+    if row["edited"]:
+        return "edited"
+    return "" if row["bound_to"] is None else f"bound to {row['subject_bound_to']}"
+
+
+TRACED = (
+    LAYER,
+    RANK,
+    Column("share", spec=".3f"),
+    Column("p_value", "p-value", ".1e"),
+    Column("fact", value=_moved_fact, long=True),
+    Column("edited", "verdict", value=_traced),
+)
 EDITORS = (
     Column("method"),
     Column("title", "what it is", long=True),
@@ -385,7 +441,7 @@ EDITORS = (
     Column("facts_at_once", "facts at once"),
     Column("needs"),
     Column("cost", value=_cost_of_a_search),
-    Column("presets", value=lambda row: " ".join(row["presets"]) or None, long=True),
+    Column("presets", value=lambda row: " ".join(row["presets"]) or None, long=True, spare=1),
 )
 SETTINGS = (
     Column("model", value=lambda row: row["model"] or "(others)"),
@@ -396,7 +452,7 @@ SETTINGS = (
     Column("kl_weight", "KL weight", "g"),
     Column("norm_limit", "norm limit", "g"),
     Column("weight", "λ", "g"),
-    Column("source", long=True),
+    Column("source", long=True, spare=1),
 )
 RUN = (
     MODEL,
@@ -415,7 +471,23 @@ OUTCOMES = (
     Column("retention", "at the end", ".0%", "The same share after the last edit."),
     Column("kept", "known facts kept", ".0%", value=_kept),
     Column("kept_protected", "protected", ".0%", value=_kept_protected, optional=True),
+    Column("kept_paraphrased", "paraphrased", ".0%", "The same after paraphrases.", optional=True),
+    Column(
+        "kept_protected_paraphrased",
+        "protected, paraphrased",
+        ".0%",
+        "The same of protected facts after paraphrases.",
+        optional=True,
+    ),
     Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
+    Column(
+        "kl",
+        "KL",
+        ".3g",
+        "Of the next token of held-out text, from the clean model.",
+        optional=True,
+    ),
+    Column("text_change", "all text", ".1%", "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ)."),
     Column("weight_change", "|W_n - W_0|", ".3g"),
 )
 SCORED = (
@@ -469,6 +541,17 @@ PREDICTOR_NAMES = {
     "hidden_cosine": "cosine of hidden states",
     "permuted_p": "p of permuted facts",
 }
+WHERE = (
+    Column("edits", spec="d"),
+    Column("paraphrase_p", "p to paraphrases", ".2f", "The median over the edited facts."),
+    Column("PS", spec=".0%"),
+    Column("spearman_PS", "foretells PS", ".2f", "Rank correlation.", interval=True),
+    Column("rms_p", "rms p", ".3f", "To the other facts, the median over the edited facts."),
+    Column("NS", spec=".0%"),
+    Column("spearman_NS", "foretells NS", ".2f", interval=True),
+    Column("flipped", spec=".1%", meaning="Known facts whose answer an edit changes."),
+    Column("spearman_flipped", "foretells flips", ".2f", interval=True),
+)
 PREDICTORS = (
     Column("predictor", value=lambda row: PREDICTOR_NAMES[row["predictor"]]),
     Column("spearman", "Spearman", ".2f", interval=True),

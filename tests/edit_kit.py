@@ -45,7 +45,7 @@ class Run:
         rng = np.random.default_rng([self.seed, self.layer])
         n, m = self.n, self.m
         known = rng.random(m) < 0.5
-        self.log = EditLog(known, np.zeros(m, dtype=bool))
+        self.log = EditLog(known, np.zeros(m, dtype=bool), np.ones(self.q, dtype=bool))
         self.log.add_pass(self._pass(rng, 0))
         shifts = np.zeros((m, self.d))
         for number, fact in enumerate(rng.permutation(m)[:n].tolist(), 1):
@@ -90,6 +90,8 @@ class Run:
             "linear_error": float(off.max() / predicted.max()) if theory and self.m > 1 else np.nan,
             "live_error": 3e-6 if live and theory else np.nan,
             "weight_change": 1.0,
+            "own_text_change": 0.01,
+            "paraphrase_p": 0.5 * float(p.max()),
             "p": p,
             **dict.fromkeys(
                 ("whitened_cosine", "cosine", "gradient_cosine", "hidden_cosine"),
@@ -102,11 +104,20 @@ class Run:
             "difference": off if theory else nothing,
         }
 
+    @property
+    def q(self) -> int:
+        """How many paraphrases the facts have."""
+        asked = (question for fact in self.facts for question in fact.questions)
+        return sum(question.kind == "paraphrase" for question in asked)
+
     def _pass(self, rng: np.random.Generator, step: int) -> dict[str, Any]:
         forgotten = 0.004 * step * (1 + self.layer / 10)
         return {
             "step": step,
             "perplexity": 21 * (1 + 0.004 * step) if self.perplexity else np.nan,
+            "kl": 0.01 * step if self.perplexity else np.nan,
+            "text_change": 0.01 * step,
+            "paraphrase/changed": (rng.random(self.q) < forgotten) & (step > 0),
             "logprob_true": -rng.random(self.m),
             "rank_true": np.ones(self.m, dtype=np.int64),
             "answer_changed": (rng.random(self.m) < forgotten) & (step > 0),

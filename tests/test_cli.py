@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from artifact_kit import changed, write_cov, write_keys, write_toy
 from cli_kit import ROOT, kscli, kscli_process, one_sentence
+from typer.testing import Result
 
 FORBIDDEN = ("torch", "transformers", "datasets", "matplotlib")
 
@@ -218,13 +219,28 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
     [
         (["topk", "-m", "toy", "--layer", "99"], 2, "no layer 99; it has 0-2"),
         (["topk", "-m", "toy", "--layer", "x"], 2, "not understood"),
-        (["topk", "-m", "absent"], 1, "does not exist"),
+        (["topk", "-m", "absent"], 1, "`kscli run --model absent` makes it"),
+        (["topk", "-m", "a model"], 1, "`kscli run --model 'a model'` makes it"),
+        (["pmatrix", "-m", "absent"], 1, "`kscli cache-cov --model absent` makes it"),
+        (["verify", "-m", "absent"], 1, "`kscli edit --model absent` makes one"),
+        (["topk", "-m", "gpt2-smal"], 1, "did you mean gpt2-small?"),
+        (["run", "-m", "gpt2-smal"], 2, "did you mean gpt2-small?"),
+        (["show", "tooy"], 1, "did you mean toy?"),
+        (["topk", "-m", "toy", "--editor", "Romme"], 2, "did you mean rome?"),
+        (["plot", "heatmp", "-m", "toy"], 2, "did you mean heatmap?"),
+        (["guide", "edit"], 2, "did you mean edits?"),
+        (["help", "topkk"], 2, "did you mean topk?"),
+        (["topkk"], 2, "Did you mean 'topk'?"),
+        (["topk", "--lyer", "0"], 2, "did you mean --layer?"),
+        (["topk", "--debug"], 2, "kscli --debug topk"),
+        (["topk", "-f", "jsn"], 2, "'--format' / '-f': 'jsn' is not one of"),
+        (["risk", "-m", "toy", "--layer", "0", "--fact", "Grösse 1"], 2, "there is 'Größe 1'"),
         (["stats", "-m", "toy", "-o", "/proc/nope/stats.h5"], 1, "was not written"),
         (["stats", "-m", "toy", "-m", "toy", "-o", "x.h5"], 2, "--output names one file"),
         (["plot", "pie", "-m", "toy"], 2, "heatmap"),
         (["plot", "heatmap", "-m", "toy", "-o", "figure.bmp"], 2, ".png"),
         (["show", "absent.h5"], 1, "does not exist"),
-        (["show", "absent"], 1, "no artifact"),
+        (["show", "absent"], 1, "`kscli run --model absent` makes it"),
         (["pmatrix", "-m", "toy", "--layers", "7"], 2, "no layer 7"),
     ],
 )
@@ -239,6 +255,66 @@ def test_a_mistake_is_one_sentence(
     assert said in one_sentence(result.stderr)
     assert result.stdout == ""
     assert sorted(toy.rglob("*")) == before
+
+
+def test_the_command_that_makes_a_file_has_the_folder_that_was_named(toy: Path) -> None:
+    refused = kscli("topk", "-m", "absent", "--dir", toy)
+    made_by = f"`kscli run --model absent --dir {toy}` makes it ({toy} has toy)"
+    assert made_by in one_sentence(refused.stderr)
+    (toy / "toy" / "pmatrix.h5").unlink()
+    refused = kscli("topk", "-m", "toy", "--dir", toy)
+    assert "`kscli pmatrix --model toy --dir" in one_sentence(refused.stderr)
+
+
+def test_without_a_model_the_one_that_is_used_is_said(toy: Path) -> None:
+    (toy / "toy").rename(toy / "tiny")
+    assert "This is about" not in kscli("topk", "--dir", toy).stderr
+    write_toy(toy)
+    said = f"This is about tiny, as no --model is named; {toy} has toy too."
+    assert said in kscli("topk", "--dir", toy).stderr
+    for arguments in (("-q",), ("-m", "tiny"), ("--pmatrix", toy / "toy" / "pmatrix.h5")):
+        assert "This is about" not in kscli("topk", "--dir", toy, *arguments).stderr
+
+
+def test_a_table_is_explained_unless_quiet_or_for_machines(toy: Path) -> None:
+    place = ("-m", "toy", "--dir", toy)
+    for command in ("topk", "stats"):
+        told = kscli(command, *place).stderr
+        assert "p(i, j): how much of what an edit writes into fact i reaches fact j" in told
+        assert f"`kscli report --model toy --dir {toy}`" in told
+        assert "p(i, j)" not in kscli(command, *place, "-q").stderr
+        assert "p(i, j)" not in kscli(command, *place, "-f", "csv").stderr
+    with h5py.File(toy / "toy" / "pmatrix.h5") as file:
+        P = np.abs(file["P"][0])
+    share = np.mean(P[~np.eye(6, dtype=bool)] > 0.25)
+    assert (
+        f"Of all pairs at layer 0, {share:.1%} have |p| above 0.25" in kscli("topk", *place).stderr
+    )
+    rows = json.loads(kscli("stats", *place, "-f", "json").stdout)
+    assert f"{max(row['kurtosis'] for row in rows):.1f} at layer" in kscli("stats", *place).stderr
+
+
+def test_help_is_that_of_the_command() -> None:
+    for command in ("topk", "facts check"):
+        assert kscli("help", *command.split()).stdout == kscli(*command.split(), "--help").stdout
+    assert kscli("help").stdout == kscli("--help").stdout
+
+
+def test_debug_shows_where_an_error_comes_from(toy: Path) -> None:
+    refused = kscli("--debug", "topk", "-m", "absent", "--dir", toy)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Traceback")
+    assert "error: " in refused.stderr.splitlines()[-1]
+
+
+def test_the_same_options_have_the_same_names() -> None:
+    for command in commands():
+        taken = set(option_names(command))
+        assert len({"--layer", "--layers"} & taken) in (0, 2), command
+        if "--dir" in taken:
+            assert {"-q", "-m"} <= taken, command
+    printing = ("topk", "stats", "relations", "risk", "verify", "edit", "plot", "report", "show")
+    assert all("-f" in option_names(command) for command in printing)
 
 
 def test_an_unknown_option_is_wrong_usage() -> None:
@@ -329,6 +405,14 @@ def commands() -> list[str]:
     return [f"{name} {each}".strip() for name, group in groups.items() for each in group]
 
 
+def option_names(command: str) -> list[str]:
+    from kscli.cli.commands import load_command
+
+    group, _, name = command.partition(" ")
+    found = load_command(group)
+    return [name for each in (found.commands[name] if name else found).params for name in each.opts]
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_help_page_is_whole(command: str) -> None:
     page = kscli(*command.split(), "--help").stdout
@@ -374,9 +458,16 @@ def test_a_closed_pipe_ends_quietly(toy: Path) -> None:
 
 
 def test_the_version_is_printed() -> None:
+    import torch
+    import transformers
+
     from kscli import __version__
 
     assert kscli("--version").stdout.strip() == f"kscli {__version__}"
+    whole = kscli("--version", "-v").stdout.splitlines()
+    assert whole[0] == f"kscli {__version__}"
+    assert {f"torch {torch.__version__}", f"transformers {transformers.__version__}"} <= {*whole}
+    assert any(line.startswith("CUDA ") for line in whole)
 
 
 def test_stats_to_a_named_file_hold_the_layers_asked_for_and_replace_nothing(toy: Path) -> None:
@@ -425,10 +516,42 @@ def test_show_as_csv_is_one_table(toy: Path) -> None:
     assert len({row["path"] for row in rows}) == 3
 
 
+@pytest.mark.parametrize("name", ["f.png", "f.svg", "f.pdf", "report.html"])
+def test_a_figure_or_page_is_made_again_where_its_inputs_changed(name: str, toy: Path) -> None:
+    path, command = toy / name, "report" if name == "report.html" else "plot heatmap"
+
+    def make(*more: str) -> Result:
+        return kscli(*command.split(), "-m", "toy", "--dir", toy, "-o", path, *more)
+
+    assert make().stdout.strip() == str(path)
+    before = path.read_bytes()
+    again = make()
+    assert again.stdout.strip() == str(path)
+    assert f"{path} is up to date." in again.stderr
+    assert path.read_bytes() == before
+    write_keys(toy / "toy" / "keys.h5", np.random.default_rng(5).random((3, 6, 12), np.float32))
+    assert kscli("pmatrix", "-m", "toy", "--dir", toy, "--force").exit_code == 0
+    assert "made again: its inputs changed" in make().stderr
+    assert path.read_bytes() != before
+    for other in (["--seed", "1"] if command == "report" else ["--layers", "2"], ["--force"]):
+        changed_request = make(*other)
+        assert changed_request.exit_code == (0 if other == ["--force"] else 1)
+        assert ("--force" in changed_request.stderr) == (changed_request.exit_code == 1)
+    path.write_text("mine")
+    assert "--force" in one_sentence(make().stderr)
+    assert path.read_text() == "mine"
+
+
+def test_a_grid_is_made_again_as_a_whole(toy: Path) -> None:
+    arguments = ("plot", "heatmap", "-m", "toy", "--dir", toy, "--grid", "-o", toy / "g.png")
+    assert kscli(*arguments).exit_code == 0
+    assert "up to date" in kscli(*arguments).stderr
+    assert "up to date" not in kscli(*arguments[:-3], "--grid", "-o", toy / "h.png").stderr
+
+
 def test_a_figure_of_a_named_file_lies_beside_it(toy: Path) -> None:
     result = kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5")
     assert result.stdout.strip() == str(toy / "toy" / "figures" / "kurtosis.png")
-    assert kscli("plot", "kurtosis", "--pmatrix", toy / "toy" / "pmatrix.h5").exit_code == 1
 
 
 @pytest.mark.parametrize("seed", [-1, 10**30])

@@ -52,13 +52,23 @@ def as_parquet(documents: list[str], field: str = "text") -> bytes:
     return buffer.getvalue()
 
 
+def as_arrow(documents: list[str], field: str = "text") -> bytes:
+    buffer = io.BytesIO()
+    table = pa.table({"id": range(len(documents)), field: documents})
+    with pa.ipc.new_stream(buffer, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    return buffer.getvalue()
+
+
 WRITERS: dict[str, Callable[..., bytes]] = {
     ".jsonl": as_jsonl,
     ".json": as_json,
     ".csv": as_csv,
     ".tsv": partial(as_csv, delimiter="\t"),
     ".parquet": as_parquet,
+    ".arrow": as_arrow,
 }
+COMPRESSED_INSIDE = (".parquet", ".arrow")
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
@@ -69,7 +79,8 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_every_format_and_compression_is_tried() -> None:
-    assert FORMATS.keys() == {".txt", *WRITERS}, "a format needs a writer in WRITERS"
+    named = {kind for kind, form in FORMATS.items() if form.by_name}
+    assert named == {".txt", *WRITERS}, "a format needs a writer in WRITERS"
     assert COMPRESSIONS.keys() | {""} == COMPRESSORS.keys(), "and a compression in COMPRESSORS"
 
 
@@ -98,7 +109,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "compression"),
-    [(k, c) for k in WRITERS for c in COMPRESSORS if not (k == ".parquet" and c)],
+    [(k, c) for k in WRITERS for c in COMPRESSORS if not (k in COMPRESSED_INSIDE and c)],
 )
 def test_every_kind_gives_the_documents_unchanged(
     tmp_path: Path, kind: str, compression: str
@@ -265,6 +276,7 @@ def test_unknown_kind(tmp_path: Path, name: str) -> None:
         ("a.csv", b""),
         ("a.csv", b"text\n"),
         ("a.parquet", as_parquet([])),
+        ("a.arrow", as_arrow([])),
     ],
 )
 def test_an_empty_corpus_is_refused_when_its_end_is_reached(

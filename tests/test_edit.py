@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import signal
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,12 @@ def test_closed_form_is_equations_3_and_4(tiny: LoadedModel, folder: Path, tmp_p
             np.testing.assert_allclose(
                 file.values("weight_change")[n], np.linalg.norm(W - W0), rtol=1e-6
             )
+            # What the edit alone does to all text: |delta|^2 / (k^T C^-1 k), by tr(W C W^T).
+            of_all = np.trace(W0 @ C @ W0.T)
+            alone = delta[n] @ delta[n] / (solved @ k) / of_all
+            assert file.values("own_text_change")[n] == pytest.approx(alone, rel=1e-5)
+        together = np.trace((W - W0) @ C @ (W - W0).T) / of_all
+        assert file.values("text_change")[[0, -1]] == pytest.approx([0, together], rel=1e-5)
         assert file.values("linear_error").max() < 1e-9
         live = file.values("live_error")
         assert live.max() < 1e-4
@@ -196,23 +203,43 @@ def test_what_is_measured_is_what_the_edited_model_says(
         np.testing.assert_allclose(file.values("logprob_new")[-1], retained, atol=2e-3)
         np.testing.assert_allclose(file.values("logprob_new")[0], clean_new, atol=2e-3)
         assert file.values("perplexity")[-1] == pytest.approx(perplexity(naive, 300), rel=1e-4)
+        assert file.values("kl")[0] == 0
+        assert file.values("kl")[-1] == pytest.approx(divergence(Naive(), naive, 300), rel=1e-3)
         assert not file.values("answer_changed")[0].any()
 
 
 def perplexity(naive: Naive, tokens: int) -> float:
     """Of the first tokens of the embedded corpus, each document apart."""
     nll: list[float] = []
+    for ids in held_out_ids(naive, tokens):
+        with torch.no_grad():
+            logits = naive.model(torch.tensor([ids])).logits[0]
+        nll += [-float(logits[t].log_softmax(0)[ids[t + 1]]) for t in range(len(ids) - 1)]
+    return math.exp(sum(nll) / len(nll))
+
+
+def divergence(clean: Naive, edited: Naive, tokens: int) -> float:
+    """The mean KL(clean || edited) of the next token, over the same tokens."""
+    found: list[float] = []
+    for ids in held_out_ids(clean, tokens):
+        with torch.no_grad():
+            then, now = (
+                naive.model(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1]
+                for naive in (clean, edited)
+            )
+        found += [float((p.exp() * (p - q)).sum()) for p, q in zip(then, now, strict=True)]
+    return sum(found) / len(found)
+
+
+def held_out_ids(naive: Naive, tokens: int) -> Iterator[list[int]]:
     left = tokens
     for document in open_corpus(CorpusSpec("tiny")).documents():
         ids = naive.tokenizer(document)["input_ids"][:256][:left]
         if len(ids) > 1:
             left -= len(ids)
-            with torch.no_grad():
-                logits = naive.model(torch.tensor([ids])).logits[0]
-            nll += [-float(logits[t].log_softmax(0)[ids[t + 1]]) for t in range(len(ids) - 1)]
+            yield ids
         if left <= 1:
             break
-    return math.exp(sum(nll) / len(nll))
 
 
 def test_memit_is_its_definition_over_two_layers(

@@ -289,7 +289,7 @@ def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
         ),
         (
             "f.json",
-            json.dumps(PLAIN[0], indent=1),
+            json.dumps(PLAIN[0], indent=1)[:-1],
             "a .json file holds one list, a .jsonl file",
         ),
         ("f.json", "[{]", "not valid JSON"),

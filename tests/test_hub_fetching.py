@@ -284,6 +284,13 @@ def test_python_files_only_when_remote_code_is_trusted(local_hub: LocalHub) -> N
     assert files(fetch("owner/plain", code=True)) == sorted([*PLAIN, "modeling.py"])
 
 
+def test_a_tokenizer_alone(local_hub: LocalHub) -> None:
+    """What is fetched of a model is not taken for all of it afterwards."""
+    model = fetch_model(ModelOptions("owner/sharded", "main", weights=False))
+    assert files(model) == ["config.json", "merges.txt", "vocab.json"] == local_hub.fetched()
+    assert "model-1-of-2.safetensors" in files(fetch("owner/sharded"))
+
+
 def test_an_adapter_only_when_it_is_merged(local_hub: LocalHub) -> None:
     """Beside its base model, and alone; what was fetched is found again without the network."""
     adapter = ["adapter_config.json", "adapter_model.safetensors"]
@@ -366,7 +373,7 @@ def test_progress_is_reported_in_bytes_and_nothing_is_printed(
 def test_received_and_written_bytes_are_not_counted_twice() -> None:
     reporter = RecordingReporter()
     with reporter.task("") as task:
-        bar = hub._bar_class(task)
+        bar = hub.bar_class(task)
         received, written, count = bar(unit="B", name="x"), bar(unit="B"), bar(total=3)
         received.update(6)
         written.update(4)

@@ -248,7 +248,7 @@ def test_what_cannot_be_checked_or_selected(tmp_path: Path) -> None:
         (("check", "--facts", tmp_path / "none.json"), 1, "no facts file"),
         (("check", "--count", "999"), 1, "999 facts were asked for"),
         (("check", "--count", "no"), 2, "must be a positive number, or all"),
-        (("select", "gpt-j"), 1, "`kscli facts check --model gpt-j` makes it"),
+        (("select", "gpt-j"), 1, "`kscli facts check --model gpt-j --dir"),
         (("select", tmp_path / "none.jsonl"), 1, "no facts file"),
         (("select", "tiny", "-o", tmp_path), 2, "ends in .jsonl"),
     ):

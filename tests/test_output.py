@@ -70,7 +70,7 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[\d*m", "", text)
 
 
-@pytest.mark.parametrize("width", [20, 64, 72, 73, 80, 97, 100, 120, 200])
+@pytest.mark.parametrize("width", [66, 72, 73, 80, 97, 100, 120, 200])
 def test_a_terminal_cuts_no_number_and_no_heading(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,9 +82,45 @@ def test_a_terminal_cuts_no_number_and_no_heading(
         [str(layer), *(f"{(layer + 1) / (n + 3):.4f}" for n in range(4))] for layer in range(3)
     ]
     assert "…" not in text
-    # Five numeric columns of 5 and 4 * 10, the facts at 16, and five gaps of 1: 66 fit.
-    assert max(map(len, lines)) <= max(width, 66)
+    # Five numeric columns of 5 and 4 * 10, the facts at 11, and five gaps of 1 fit.
+    assert max(map(len, lines)) <= width
     assert all(text.count(word) == 3 for word in ("capital", "[North", "Carolina]", "[Raleigh]."))
+
+
+@pytest.mark.parametrize("width", [20, 40, 58])
+def test_a_terminal_too_narrow_for_the_table_has_a_line_a_field(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(ROWS, COLUMNS, Format.table, monkeypatch, width)
+    assert max(map(len, text.splitlines())) <= width
+    for layer in range(3):
+        for n in range(4):
+            assert f"statistic{n}: {(layer + 1) / (n + 3):.4f}" in text
+    assert all(text.count(word) == 3 for word in ("capital", "[North", "Carolina]", "[Raleigh]."))
+
+
+def test_spare_columns_go_and_wide_ones_come_with_the_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = [
+        Column("name"),
+        Column("a", spec=".3f", spare=1),
+        Column("b", "two words", spec=".3f", spare=2),
+        Column("c", spec=".3f", wide=True),
+    ]
+    row = {"name": "some name of three", "a": 0.125, "b": 0.25, "c": 0.5}
+    for width, there, left_out in (
+        (20, [], "a, two words"),
+        (25, ["0.125"], "two words"),
+        (33, ["0.125", "0.250"], ""),
+        (60, ["0.125", "0.250", "0.500"], ""),
+    ):
+        text = printed([row], columns, Format.table, monkeypatch, width)
+        assert re.findall(r"0\.\d+", text) == there
+        assert ("Not shown" in text) == bool(left_out)
+        assert left_out in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= width
+    assert "0.500" not in printed([row], columns, Format.table, monkeypatch)
 
 
 def test_a_pipe_is_never_folded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +228,7 @@ def test_a_real_terminal_of_80_columns_shows_every_number(toy: Path) -> None:
     os.close(theirs)
     assert done.returncode == 0
     assert max(map(len, text.splitlines())) <= 80
-    assert "same last token" in text
+    assert "same last" in text
 
 
 @pytest.mark.parametrize(

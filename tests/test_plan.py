@@ -209,7 +209,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 def shape_of(model_type: str, folder: Path) -> ModelShape:
     """The shape of a model of which there is nothing but a configuration."""
     AutoConfig.for_model(model_type, **MIXTURES[model_type]).save_pretrained(folder)
-    options = ModelOptions(str(folder), without_weights=True)
+    options = ModelOptions(str(folder), weights=False)
     return model_shape(locate_model(options), options)
 
 

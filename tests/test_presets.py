@@ -168,7 +168,7 @@ def test_default_layers_are_those_that_the_file_holds(
     ("arguments", "sentence"),
     [
         (("--preset", "gpt-j"), "gpt-j is for a model of 28 layers and d_m 16,384, and tiny has 4"),
-        (("--preset", "gpt-i"), "'gpt-i' is no preset of memit; did you mean gpt-j?"),
+        (("--preset", "gpt-i"), "there is no preset of memit 'gpt-i'; did you mean gpt-j?"),
     ],
 )
 def test_a_preset_of_another_model(

@@ -21,9 +21,11 @@ from cli_kit import ROOT, kscli, one_sentence
 from kscli.artifacts import PMatrixFile, write_artifact
 from kscli.editing.choice import choose_facts, edit_order
 from kscli.editing.predicted_damage import (
+    chosen_layer,
     layer_rows,
     least_layer,
     moved_rows,
+    price_rows,
     protection_prices,
     sequence_risk,
     sequence_rows,
@@ -61,6 +63,9 @@ def write_pmatrix(
             for name in ("P", "Q"):
                 writer.put(name, index, s / np.diag(s)[:, None])
             writer.put("leverage", index, np.diag(s))
+            # Every third fact has no paraphrase.
+            own = np.where(np.arange(m) % 3 == 2, np.nan, rng.uniform(0.2, 1, m))
+            writer.put("paraphrase_p", index, own)
     return path
 
 
@@ -118,6 +123,67 @@ def test_layers_against_loops(pm: PMatrixFile, edited: list[int]) -> None:
     able = [row for row in rows if row["reaches"]]
     assert least_layer(rows) == min(able, key=lambda row: row["rms"])["layer"]
     assert [row["layer"] for row in rows if row["least"]] == [least_layer(rows)]
+
+
+@pytest.mark.parametrize("edited", [[4], [3, 0, 5, 2], list(range(M))])
+def test_the_layer_that_is_chosen(pm: PMatrixFile, edited: list[int]) -> None:
+    rows = layer_rows(pm, LAYERS, edited)
+    ratios = {}
+    for row, layer in zip(rows, LAYERS, strict=True):
+        own = sorted(p for i, p in enumerate(pm.paraphrase_p(layer)) if i in edited and p == p)
+        middle = (own[(len(own) - 1) // 2] + own[len(own) // 2]) / 2
+        assert row["paraphrase_p"] == pytest.approx(middle)
+        assert row["ratio"] == pytest.approx(row["rms"] / middle)
+        leverage = pm.leverage(layer)
+        assert row["text_rms"] == pytest.approx(
+            math.sqrt(sum(1 / leverage[i] for i in edited) / len(edited))
+        )
+        if row["reaches"]:
+            ratios[layer] = row["ratio"]
+    assert chosen_layer(rows) == min(ratios, key=lambda layer: ratios[layer])
+    assert [row["layer"] for row in rows if row["chosen"]] == [chosen_layer(rows)]
+
+
+def test_rms_p_to_all_text_is_what_an_edit_moves_of_it() -> None:
+    """E (d^T k)^2 over the corpus, d = C^-1 k_i / k_i^T C^-1 k_i, is 1 / k_i^T C^-1 k_i."""
+    rng = np.random.default_rng(0)
+    text, key = rng.standard_normal((500, 8)) @ rng.standard_normal((8, 8)), rng.standard_normal(8)
+    solved = np.linalg.solve(text.T @ text / 500, key)
+    p = text @ solved / (key @ solved)
+    assert (p**2).mean() == pytest.approx(1 / (key @ solved))
+
+
+def test_no_layer_is_chosen_without_paraphrases(tmp_path: Path) -> None:
+    path = write_pmatrix(tmp_path / "p.h5", [Fact("{} is", "A", "x"), Fact("{} is", "B", "x")])
+    with PMatrixFile(path) as file:
+        rows = [row | {"ratio": None} for row in layer_rows(file, LAYERS, [0])]
+    assert chosen_layer(rows) is None
+
+
+def test_prices_of_edits(pm: PMatrixFile, place: tuple[str, Path]) -> None:
+    prices = protection_prices(pm, 1, range(M))
+    rows = price_rows(pm, 1, range(M), 4)
+    assert [row["price"] for row in rows] == sorted(prices, reverse=True)[:4]
+    for row in rows:
+        i = row["fact"]
+        assert row["price"] == prices[i]
+        moved = [pm.matrix("P", 1)[i, j] for j in others(pm, i)]
+        assert row["rms"] == pytest.approx(math.sqrt(sum(p * p for p in moved) / len(moved)))
+        assert row["text_rms"] == pytest.approx(pm.leverage(1)[i] ** -0.5)
+        own = pm.paraphrase_p(1)[i]
+        assert row["paraphrase_p"] == (None if math.isnan(own) else own)
+    assert objects(*place, "--layer", "1", "--price", "-k", "4") == rows
+    assert objects(*place, "--fact", "Bo", "--layer", "1", "--price")[0]["fact"] == 3
+    passed = kscli("risk", *place, "--layer", "1", "--price", "--fail-above", "1.0001")
+    assert passed.exit_code == 3
+    assert "to protect all other facts, by edit" in passed.stdout
+
+
+def test_all_layers_are_compared(place: tuple[str, Path]) -> None:
+    assert objects(*place, "--layers", "all") == objects(*place, "--by-layer")
+    said = kscli("risk", *place, "--layers", "all").stdout
+    assert "Edit layer " in said
+    assert "chosen" in said
 
 
 @pytest.mark.parametrize(("token", "reaches"), [("last", True), ("subject-first", False)])
@@ -229,10 +295,10 @@ def test_a_subject_stands_for_all_its_facts_and_goes_before_an_index(
 
 def test_a_subject_that_is_not_there_names_near_ones(place: tuple[str, Path]) -> None:
     failed = kscli("risk", *place, "--fact", "Cy, the third")
-    assert failed.exit_code == 1
+    assert failed.exit_code == 2
     assert "'Cy, the second'" in one_sentence(failed.stderr)
     failed = kscli("risk", *place, "--fact", "99")
-    assert failed.exit_code == 1
+    assert failed.exit_code == 2
     assert "0 to 8" in one_sentence(failed.stderr)
 
 
@@ -353,7 +419,8 @@ def test_one_fact_alone(tmp_path: Path) -> None:
 def test_wrong_requests(place: tuple[str, Path], tmp_path: Path) -> None:
     for arguments, code, said in (
         (("--by-layer", "--sequence"), 2, "ask for one"),
-        (("--edits", "10"), 1, "holds 9 facts"),
+        (("--price", "--sequence"), 2, "ask for one"),
+        (("--edits", "10"), 2, "holds 9 facts"),
         (("--edits", "0"), 2, "positive number"),
         (("-k", "some"), 2, "positive number"),
         (("--layer", "7"), 2, "7"),

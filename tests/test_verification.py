@@ -27,6 +27,7 @@ from kscli.editing.predictors import (
     predict_behaviour,
 )
 from kscli.editing.verification import measure_growth, measure_outcomes, verify
+from kscli.editing.where import points_of, together
 from kscli.facts import Fact
 from kscli.scores import SCORES
 
@@ -63,6 +64,7 @@ def run_of(
         gradient_cosine=np.full((n, m), np.nan),
         hidden_cosine=np.full((n, m), np.nan),
         editor_p=p,
+        paraphrase_p=np.full(n, np.nan),
         measured=measured,
         linear_error=np.full(n, 1e-12),
         live_error=np.array([*[np.nan] * (n - 1), 1e-6]),
@@ -79,6 +81,11 @@ def run_of(
         logprob_new=np.zeros((n + 1, n)),
         rank_new=np.ones((n + 1, n), dtype=np.int64),
         perplexity=np.full(n + 1, np.nan),
+        kl=np.full(n + 1, np.nan),
+        text_change=np.linspace(0, 0.1, n + 1),
+        paraphrase_fact=np.arange(m),
+        paraphrase_known=np.arange(m) % 2 == 0,
+        paraphrase_changed=np.zeros((n + 1, m), dtype=bool),
         scores={name: np.full((n + 1, n), np.nan) for name in SCORES},
     )
 
@@ -371,12 +378,20 @@ def test_what_a_sequence_came_to() -> None:
         protected=np.isin(np.arange(10), [4, 6, 8]),
         answer_changed=changed,
         perplexity=np.array([20.0, 1, 1, 1, 30.0]),
+        kl=np.array([0.0, 1, 1, 1, 0.5]),
+        # Of facts 0 (edited), 4 (protected), 5 and 9 (not known).
+        paraphrase_fact=np.array([0, 4, 4, 5, 9]),
+        paraphrase_known=np.array([True, True, True, True, True]),
+        paraphrase_changed=np.array([[False] * 5] * 4 + [[True, False, True, False, True]]),
     )
     found = measure_outcomes(run)
     assert (found.edits, found.efficacy, found.efficacy_likelier) == (4, 0.75, 0.5)
     assert (found.retention, found.retention_likelier) == (0.5, 0.25)
     assert (found.known, found.kept) == (4, 0.75)
     assert (found.known_protected, found.kept_protected) == (2, 0.5)
+    assert found.kept_paraphrased == pytest.approx(2 / 3)
+    assert found.kept_protected_paraphrased == 0.5
+    assert (found.kl, found.text_change) == (0.5, pytest.approx(0.1))
     assert found.kept_by_pass == (1, 1, 1, 0.75, 0.75)
     assert (found.perplexity_before, found.perplexity_after) == (20, 30)
     assert found.weight_change == 4
@@ -410,12 +425,15 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
         "logprob_new": -np.arange(20.0).reshape(4, 5),
         "kept_out/number": np.array([1]),
         **{f"scores/{name}": np.arange(20.0).reshape(4, 5) for name in SCORES},
+        "paraphrase/known": np.array([True, False]),
+        "paraphrase/changed": np.zeros((4, 2), dtype=bool),
     }
     file: Any = SimpleNamespace(
         values=values.__getitem__,
         about=SimpleNamespace(protocol="single", batch=2),
         facts=[Fact("{} is in", subject, "x") for subject in ("A", "B", "C", "D", "A")],
         token_id=np.array([7, 8, 8, 7, 7]),
+        paraphrase_fact=np.array([0, 3]),
     )
     found = read_arrays(file)
     assert found.single
@@ -430,6 +448,71 @@ def test_arrays_of_a_file_leave_out_edits_that_were_not_made() -> None:
         *([[1, 0, 0, 1, 1]] * 2),
         [0, 1, 1, 0, 0],
     ]
+
+
+def foretold(n: int, seed: int) -> EditArrays:
+    """Single edits whose PS follows p to paraphrases, and whose flips follow the rms of p."""
+    run = run_of(n, 40, single=True, seed=seed)
+    own = np.linspace(0, 1, n)
+    own[1] = np.nan  # it has no paraphrase
+    scale = np.arange(1.0, n + 1)
+    p = np.where(run.about, 1.0, scale[:, None] * 0.01)
+    scores = {name: values.copy() for name, values in run.scores.items()}
+    for edit in range(n):
+        scores["PS"][edit + 1, edit] = own[edit] ** 2
+        scores["NS"][edit + 1, edit] = 1 - scale[edit] / 100
+    changed = np.zeros((n + 1, 40), dtype=bool)
+    for edit in range(n):
+        changed[edit + 1, n : n + edit + 1] = True
+        changed[edit + 1, edit] = True  # its own answer is not another fact's
+    return replace(run, p=p, paraphrase_p=own, scores=scores, answer_changed=changed)
+
+
+def test_what_p_foretells_of_where_to_edit() -> None:
+    n = 12
+    run = foretold(n, 0)
+    row = points_of(run).row(FEW)
+    assert row["edits"] == n
+    assert row["paraphrase_p"] == pytest.approx(np.nanmedian(run.paraphrase_p))
+    assert row["rms_p"] == pytest.approx(0.01 * np.median(np.arange(1, n + 1)))
+    assert row["PS"] == pytest.approx(np.nanmean(run.paraphrase_p**2))
+    assert row["spearman_PS"] == row["spearman_flipped"] == pytest.approx(1)
+    assert row["spearman_NS"] == pytest.approx(-1)
+    assert row["flipped"] == pytest.approx(np.mean(np.arange(1, n + 1) / 39))
+    both = together([points_of(run), points_of(replace(run, paraphrase_p=-run.paraphrase_p))])
+    assert both.row(FEW)["edits"] == 2 * n
+    expected = scipy.stats.spearmanr(
+        np.concatenate([run.paraphrase_p, -run.paraphrase_p]),
+        np.tile(run.paraphrase_p**2, 2),
+        nan_policy="omit",
+    )
+    assert both.row(FEW)["spearman_PS"] == pytest.approx(expected.statistic)
+
+
+def test_a_sequence_flips_nothing_by_one_edit() -> None:
+    row = points_of(run_of(6, 12)).row(FEW)
+    assert row["flipped"] is None
+    assert row["spearman_flipped"] is None
+    assert row["spearman_PS"] is None
+
+
+def test_the_command_where(measured_tiny: Path, tmp_path: Path) -> None:
+    files = []
+    for layer in (0, 1):
+        files.append(tmp_path / f"{layer}.h5")
+        made = kscli(
+            *("edit", "--dir", measured_tiny.parent, "--edits", 5, "--protocol", "single"),
+            *("--value", "random", "--layer", layer, "-o", files[-1], "-q", "--contexts", 0),
+        )
+        assert made.exit_code == 0, made.stderr
+    rows = json.loads(kscli("verify", *files, "--where", "-f", "json").stdout)
+    assert [row["layers"] for row in rows] == [[0], [1], [0, 1]]
+    assert [row["edits"] for row in rows] == [5, 5, 10]
+    assert all(row["paraphrase_p"] is None for row in rows)  # tiny's facts have no paraphrases
+    assert "Where to edit" in kscli("verify", *files, "--where").stdout
+    refused = kscli("verify", *files, "--where", "--predictors")
+    assert refused.exit_code == 2
+    assert "ask for one" in one_sentence(refused.stderr)
 
 
 def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:

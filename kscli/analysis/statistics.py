@@ -267,7 +267,8 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
         f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
         f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
         f"{statistics.layers[worst]}, the strongest {strongest}). The kurtosis there "
-        "comes from these pairs; other facts may give one outside its interval."
+        "comes from these pairs, so that other facts may give another one: take more facts "
+        "(--count), or read the kurtosis of the pairs of a different last token."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from kscli.artifacts.schema import (
 from kscli.artifacts.sealed import SealedFile
 from kscli.artifacts.values import check_about, rules_of, wrong_values
 from kscli.cosines import cosine, no_cosine, whitened_cosine
-from kscli.errors import ArtifactError, FactsError, KscliError
+from kscli.errors import ArtifactError, FactsError, KscliError, MissingError
 from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
 from kscli.layers import format_layers
@@ -40,16 +40,6 @@ MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 
 IDENTITY = ("weights", "tokenizer", "hook", "d_m")
 EXPECTED_EQUAL = ("dtype", "special_tokens")
-
-
-# What makes a file that is missing.
-_MADE_BY: Mapping[Kind | None, str] = {
-    "cov": "; `kscli cache-cov --model MODEL` makes it",
-    "keys": "; `kscli extract --model MODEL` makes it",
-    "pmatrix": "; `kscli run --model MODEL` makes it, as do cache-cov, extract and pmatrix one "
-    "after the other",
-    "edits": "; `kscli edit --model MODEL` makes it",
-}
 
 
 class Artifact:
@@ -67,7 +57,7 @@ class Artifact:
     def __init__(self, path: Path, kind: Kind | None = None) -> None:
         self.path = path
         if not path.exists():
-            raise ArtifactError(f"{path} does not exist{_MADE_BY.get(kind or self.of_kind, '')}.")
+            raise MissingError(path, kind or self.of_kind or "")
         self._file = SealedFile(path)
         try:
             with self._reading():
@@ -137,6 +127,11 @@ class Artifact:
                 f"{self.path} is of a mixture of {self.about.n_experts} experts, which this "
                 "command does not take yet; pmatrix, and what reads pmatrix.h5, do."
             )
+
+    def check(self) -> None:
+        """Compare all of the file with its seal; raises ArtifactError where it was changed."""
+        for name in self._file.arrays:
+            self._file.check(name)
 
     def require_layers(self, layers: Sequence[int]) -> None:
         """Raise ArtifactError naming the first of `layers` that the file lacks."""
@@ -218,6 +213,12 @@ class CovarianceFile(Artifact):
         self.require_dense()
         return self._of_layer("second_moment", layer)
 
+    @property
+    def settling(self) -> dict[str, NDArray[Any]]:
+        """How far p had settled while C was measured, by the names of the datasets; or nothing."""
+        names = (name for name in self._declared if name.startswith("settling/"))
+        return {name: self._values(name) for name in names if name in self._file.arrays}
+
     def second_moment_of(self, layer: int, expert: int) -> NDArray[np.float64]:
         """C of one expert of a layer, (d_m, d_m) float64."""
         C = np.empty((self.about.d_m, self.about.d_m))
@@ -293,6 +294,12 @@ class FactsFile(Artifact):
         return found
 
     @cached_property
+    def paraphrase_fact(self) -> NDArray[np.int64]:
+        """The index of the fact that each paraphrase is of, (q,); empty where there is none."""
+        name = "paraphrase/fact"
+        return self._values(name) if name in self._file.arrays else np.empty(0, dtype=np.int64)
+
+    @cached_property
     def token_id(self) -> NDArray[np.int64]:
         """The id of the token at which each key was read, (m,)."""
         return self._values("token_id")
@@ -343,6 +350,15 @@ class KeysFile(FactsFile):
             )
         return self._of_layer("context_keys", layer).astype(np.float64)
 
+    def paraphrase_keys_of(self, layer: int) -> NDArray[np.float64] | None:
+        """The mean of the keys of each fact's paraphrases at one layer, (m, d_m); NaN without.
+
+        None where no fact has any.
+        """
+        if "paraphrase_keys" not in self._file.arrays:
+            return None
+        return self._of_layer("paraphrase_keys", layer).astype(np.float64)
+
 
 class PMatrixFile(FactsFile):
     """pmatrix.h5: P and Q of every layer, and the cosines of keys.
@@ -378,6 +394,12 @@ class PMatrixFile(FactsFile):
     def experts_of(self, layer: int) -> NDArray[np.int64] | None:
         """The experts that each fact is routed to, (m, slot), -1: no more; None where dense."""
         return self._of_layer("experts", layer) if self.about.n_experts else None
+
+    def paraphrase_p(self, layer: int) -> NDArray[np.float64]:
+        """The mean p from each fact to its own paraphrases, (m,); NaN where it has none."""
+        if "paraphrase_p" not in self._file.arrays:
+            return np.full(len(self.facts), np.nan)
+        return self._of_layer("paraphrase_p", layer)
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

@@ -192,7 +192,7 @@ class Schema:
 
 
 # Axes that may be of length 0.
-MAY_BE_EMPTY = ("moved", "kept_out", "context")
+MAY_BE_EMPTY = ("moved", "kept_out", "context", "paraphrase")
 
 
 def _table(text: str, *, optional: bool = False, result: bool = True) -> dict[str, Dataset]:
@@ -238,6 +238,7 @@ _KEYS = _table("keys  float32  layer m d_m  the key of every fact") | _table(
     """
     contexts      text     context      the texts that prompts were put into, {} for the prompt
     context_keys  float32  layer m d_m  the mean of every fact's key over these texts
+    paraphrase_keys  float32  layer m d_m  its mean over the fact's paraphrases; NaN without
     """,
     optional=True,
 )
@@ -267,7 +268,10 @@ _PMATRIX = (
     leverage  float64  layer m    k^T C^-1 k of every fact
 """)
     | _table(
-        "whitened_cosine  float32  layer m m  as it is; it follows from P where P is the paper's",
+        """
+    whitened_cosine  float32  layer m m  as it is; it follows from P where P is the paper's
+    paraphrase_p     float64  layer m    the mean p from a fact to its own paraphrases; NaN without
+    """,
         optional=True,
     )
     | _table(
@@ -296,6 +300,7 @@ _EDITS = _table("""
     direction           float64  layer edit d_m  the direction in which W is changed
     delta_norm          float64  edit            the length of delta
     price               float64  edit            the change of all text by that of the plain edit
+    own_text_change     float64  edit            tr(dW C dW^T) of this edit alone, by tr(W C W^T)
     linear_error        float64  edit            the largest difference by the largest prediction
     live_error          float64  edit            the same of the live model's MLP output
     weight_change       float64  edit            the Frobenius norm of W's change so far
@@ -305,6 +310,7 @@ _EDITS = _table("""
     gradient_cosine     float64  edit m          the cosine of its gradient with every fact's
     hidden_cosine       float64  edit m          that of its hidden state, first edited layer
     editor_p            float64  edit m          d^T k of its direction, first layer written
+    paraphrase_p        float64  edit            the mean of that to its paraphrases; NaN without
     predicted           float64  edit m          the predicted length of every value's shift
     measured            float64  edit m          the length of the shift that W's change gives
     measured_live       float64  edit m          the length of the live MLP output's shift
@@ -314,9 +320,13 @@ _EDITS = _table("""
     moved_answer_after  text     edit moved      their answers after this edit
     step                int64    pass            how many edits were made before this pass
     perplexity          float64  pass            the perplexity of held-out text; NaN without
+    kl                  float64  pass            KL(clean || now) of its next token; NaN without
+    text_change         float64  pass            tr(dW C dW^T) of all edits, by tr(W C W^T)
     logprob_true        float64  pass m          the log-probability of every fact's target
     rank_true           int64    pass m          the rank of that target's first token
     answer_changed      bool     pass m          whether the answer is not the clean model's
+    paraphrase/known    bool     paraphrase       whether the clean model answers with the target
+    paraphrase/changed  bool     pass paraphrase  whether its answer is not the clean model's
     logprob_new         float64  pass planned    the log-probability of every new target
     rank_new            int64    pass planned    the rank of that target's first token
     kept_out/number     int64    kept_out        the number of a planned edit that was not made

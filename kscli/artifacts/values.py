@@ -90,6 +90,7 @@ def _index(axis: str, beyond: int = 0) -> Rule:
 
 
 FINITE = Rule("a finite number", _not_finite)
+NOT_INFINITE = Rule("a finite number, or NaN", lambda values, _: np.isinf(values))
 POSITIVE = Rule("more than 0", lambda values, _: ~((values > 0) & (values < np.inf)))
 SYMMETRIC = Rule("the entry on the other side of the diagonal", _apart)
 DIAGONAL_1 = Rule("1", _on_diagonal(lambda values: ~(np.abs(values - 1) <= ROUNDING)))
@@ -133,7 +134,7 @@ VALUES: dict[str, _Rules] = {
     "keys": _LAYER
     | _FACTS
     | dict.fromkeys(("keys", "context_keys", "shared_keys"), (FINITE,))
-    | {"experts": (_EXPERT,)},
+    | {"paraphrase_keys": (NOT_INFINITE,), "experts": (_EXPERT,)},
     "pmatrix": _LAYER
     | _FACTS
     | {
@@ -142,6 +143,7 @@ VALUES: dict[str, _Rules] = {
         "Q": (FINITE, DIAGONAL_NOT_NEGATIVE),
         "leverage": (POSITIVE,),
         "experts": (_EXPERT,),
+        "paraphrase_p": (NOT_INFINITE,),
         "dead_coordinates": (_at_least(0),),
         **dict.fromkeys(
             ("condition", "whitening_residual", "solve_residual", "storage_error"), (NOT_NEGATIVE,)
@@ -157,6 +159,7 @@ VALUES: dict[str, _Rules] = {
         "kept_out/number": (_index("planned"), ASCENDING),
         "step": (_index("edit", beyond=1), ASCENDING),
         **dict.fromkeys(("delta", "direction", "p", "editor_p"), (FINITE,)),
+        "paraphrase_p": (NOT_INFINITE,),
         **{f"scores/{name}": (NOT_NEGATIVE,) for name in SCORES},
         **dict.fromkeys(
             ("whitened_cosine", "cosine", "gradient_cosine", "hidden_cosine"), (NOT_BEYOND_1,)
@@ -170,6 +173,9 @@ VALUES: dict[str, _Rules] = {
                     "live_error",
                     "weight_change",
                     "perplexity",
+                    "kl",
+                    "text_change",
+                    "own_text_change",
                 ),
                 *("predicted", "measured", "measured_live", "difference"),
             ),

@@ -141,9 +141,11 @@ def _fingerprint(
 
 @contextmanager
 def write_artifact(
-    path: Path, kind: Kind, about: About, *, force: bool = False
+    path: Path, kind: Kind, about: About, *, force: bool = False, made: Stamp | None = None
 ) -> Iterator[ArtifactWriter]:
     """Open a writer for the artifact at `path`; nothing appears there unless all goes well.
+
+    `made` is the stamp of another file, of which this one is a part: who measured it, and when.
 
     Raises ArtifactError when the file exists and `force` is not set, when its folder cannot
     be written, and when the disk is full; SchemaError when not all was written that its kind has.
@@ -154,10 +156,10 @@ def write_artifact(
         check_datasets(file.arrays, declared, about)
         stamp = Stamp(
             format_version=FORMAT_VERSION,
-            kscli_version=__version__,
+            kscli_version=made.kscli_version if made else __version__,
             kind=kind,
             fingerprint=_fingerprint(kind, about, file, declared),
-            command=command_line(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=made.command if made else command_line(),
+            created=made.created if made else datetime.now(UTC).isoformat(timespec="seconds"),
         )
         file.attributes |= to_attributes(stamp) | to_attributes(about)

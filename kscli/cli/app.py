@@ -8,11 +8,13 @@ import logging
 import os
 import sys
 import textwrap
+import traceback
 import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperArgument, TyperGroup
+from typer.exceptions import TyperException
 
 from kscli import __version__
 from kscli.cli import stderr
@@ -21,7 +23,12 @@ from kscli.errors import KscliError, is_out_of_memory
 
 
 class _Group(TyperGroup):
-    """Imports a command when it is asked for, and turns its errors into messages and exit codes."""
+    """Imports a command when it is asked for, and turns its errors into messages and exit codes.
+
+    With `debug` the traceback of an error is shown before its message.
+    """
+
+    debug = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -33,9 +40,21 @@ class _Group(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().main(*args, **kwargs)
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            if kwargs.get("standalone_mode", True):
+                sys.exit(code)
+            return code
         except KscliError as error:
+            if self.debug:
+                traceback.print_exc()
             _fail(str(error), error.exit_code)
+        except TyperException as error:
+            from kscli.cli.remedies import usage_mistake
+
+            if error.message.startswith("Usage: "):  # a group without a command shows its help
+                typer.echo(error.message, err=True)
+                sys.exit(error.exit_code)
+            _fail(usage_mistake(error), error.exit_code)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -68,22 +87,30 @@ app = typer.Typer(
     name="kscli",
     cls=_Group,
     no_args_is_help=True,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     **PLAIN,
 )
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        typer.echo(f"kscli {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _main(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    verbose: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "-v", "--verbose", help="With --version: show those of PyTorch, CUDA and others, too."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            envvar="KSCLI_DEBUG",
+            show_envvar=False,
+            help="Show the traceback of an error, for a report of it.",
+        ),
     ] = False,
 ) -> None:
     """Measure knowledge superposition in language models.
@@ -100,7 +127,41 @@ def _main(
       kscli run
       kscli run -m gpt2-small --samples 20000
       kscli topk -m gpt2-small --layer 0
+
+    Every option can also be given by a variable, as KSCLI_MODEL or KSCLI_MAX_LENGTH, or in
+    kscli.toml or [tool.kscli] of pyproject.toml, of the nearest folder upward. The command line
+    wins over a variable, and a variable over the file (`kscli guide settings`).
     """
+    context.command.debug = debug  # type: ignore[attr-defined]
+    if version:
+        print_version(verbose=verbose)
+    elif context.invoked_subcommand is None:
+        context.fail("Missing command.")
+
+
+def print_version(*, verbose: bool) -> None:
+    """Print the version; if verbose, of what it runs on as well, one line each."""
+    typer.echo(f"kscli {__version__}")
+    if not verbose:
+        return
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    typer.echo(f"Python {platform.python_version()}, {platform.platform()}")
+    typer.echo(f"torch {torch.__version__}")
+    typer.echo(f"CUDA {torch.version.cuda or 'none'}: {cuda_devices()}")
+    for name in ("transformers", "datasets", "tokenizers", "huggingface-hub", "numpy", "h5py"):
+        typer.echo(f"{name} {version(name)}")
+
+
+def cuda_devices() -> str:
+    """The names of the CUDA devices that PyTorch sees."""
+    import torch
+
+    names = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
+    return ", ".join(names) or "no device"
 
 
 def main() -> None:

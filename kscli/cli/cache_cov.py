@@ -85,12 +85,12 @@ def cache_cov(
                 allow_pickle,
                 merge_adapter,
                 # An adapter's base model is found by its weights.
-                without_weights=dry_run and not merge_adapter,
+                weights=not dry_run or merge_adapter,
             ),
             Existing.FORCE if force else Existing.REFUSE,
             reporter,
         )
-        chosen = corpus_for(model, corpus, text_field, shuffle)
+        chosen = corpus_for(model, corpus, text_field, shuffle, reporter)
         bound = parse_size(max_memory) if max_memory else None
         execution = Execution(batch_tokens, bound, checkpoint_every, ranks)
         if dry_run:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
+
+from kscli.errors import MissingError
 
 # The command `merge-cov` is the function `merge_cov` of the module `kscli.cli.merge_cov`.
 COMMANDS = (
@@ -23,16 +27,71 @@ COMMANDS = (
     "edit",
     "verify",
     "risk",
+    "trace",
     "editors",
     "models",
     "show",
     "merge-cov",
     "export-cov",
     "import-cov",
+    "push",
+    "pull",
     "facts",
+    "corpus",
     "guide",
+    "help",
 )
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+
+
+class Command(TyperCommand):
+    """A command whose options may come from a file or the environment, too."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        from kscli.cli.settings import variables_of
+
+        super().__init__(*args, **settings)
+        for parameter in self.params:
+            if variables := variables_of(parameter):
+                parameter.envvar = variables
+                parameter.show_envvar = False  # type: ignore[attr-defined]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line, over what the file of settings gives."""
+        asks_help = any(name in args for name in ctx.help_option_names)
+        if not ctx.resilient_parsing and not asks_help:
+            from kscli.cli.settings import find_settings, options_of_file
+
+            if settings := find_settings(Path.cwd()):
+                path = ctx.command_path.split()[1:]
+                ctx.default_map = options_of_file(settings, path, self.params, all_options())
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; says which model it is about, and how to make what is missing."""
+        from kscli.cli.requests import note_default_model, refuse_mistyped_alias
+
+        note_default_model(ctx)
+        refuse_mistyped_alias(ctx)
+        try:
+            return super().invoke(ctx)
+        except MissingError as error:
+            from kscli.cli.remedies import of_models
+            from kscli.cli.requests import models_of
+
+            raise of_models(error, models_of(ctx), ctx.params.get("directory")) from error
+
+
+def all_options() -> Sequence[str]:
+    """The names of the options of all commands, without dashes."""
+    from kscli.cli.settings import names_of
+
+    found: dict[str, None] = {}
+    for name in COMMANDS:
+        command = load_command(name)
+        for each in getattr(command, "commands", {name: command}).values():
+            found.update(dict.fromkeys(name for one in each.params for name in names_of(one)))
+    return list(found)
 
 
 def load_command(name: str) -> Any:
@@ -52,6 +111,7 @@ def add(app: typer.Typer, function: Callable[..., None]) -> None:
     """
     text = inspect.cleandoc(function.__doc__ or "")
     app.command(
+        cls=Command,
         help=text.replace("\n\nExamples:\n", "\n\n\b\nExamples:\n"),
         short_help=text.partition("\n\n")[0],
     )(function)

@@ -94,11 +94,12 @@ def edit(
         ),
     ] = "sequential",
     value: Annotated[
-        Literal["optimised", "random"],
+        str,
         typer.Option(
             "--value",
+            metavar="optimised|random|FILE",
             help="optimised: write a value with which the model says the new target. random: write "
-            "a random vector.",
+            "a random vector. A file of `kscli edit`: write the values that this run found.",
         ),
     ] = "optimised",
     value_norm: Annotated[
@@ -289,6 +290,7 @@ def edit(
     from kscli.artifacts import CovarianceFile, Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import (
+        named_corpus,
         null_space_cut,
         number_or_all,
         protected_facts,
@@ -298,7 +300,6 @@ def edit(
         without_effect,
     )
     from kscli.contexts import choose_contexts
-    from kscli.corpus import CorpusSpec, open_corpus
     from kscli.editing.edited_layers import WriteOptions
     from kscli.editing.loop import EditOptions
     from kscli.editing.own_fact import own_files
@@ -328,7 +329,7 @@ def edit(
     for idle, names, reason in (
         (fact, ("edits",), "with --fact"),
         (value != "random", ("value_norm",), "without --value random"),
-        (value == "random", of_values, "with --value random"),
+        (value != "optimised", of_values, f"with --value {value}"),
         *without_effect(editor),
         (editor.afterwards.keep is None, ("keep",), f"without --method {_KEEPING}"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
@@ -410,10 +411,11 @@ def edit(
         target_new=target_new,
         target_source=facts,
         options=edit_options,
-        held_out=HeldOut(open_corpus(CorpusSpec(held_out, text_field)), held_out_tokens)
+        held_out=HeldOut(named_corpus(held_out, text_field, reporter), held_out_tokens)
         if held_out
         else None,
         protected=of_file,
+        values_of=other_run(value),
     )
     session = Session(
         ModelOptions(
@@ -448,6 +450,20 @@ def edit(
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
+
+
+def other_run(value: str) -> Path | None:
+    """The file whose run found the values, where --value names one."""
+    from kscli.errors import UsageError
+
+    if value in ("optimised", "random"):
+        return None
+    if not Path(value).exists():
+        raise UsageError(
+            f"--value {value} is neither optimised nor random, nor a file that is there; name a "
+            "file of `kscli edit`."
+        )
+    return Path(value)
 
 
 def own_fact(

@@ -57,7 +57,8 @@ def export_cov(
     """Write cov.h5 as the .npz files that ROME, MEMIT, EasyEdit or AlphaEdit looks for.
 
     There is one file for each layer. Its name is the one that the editor looks for with its
-    default hyper-parameters.
+    default hyper-parameters. `kscli guide covariances` says which editors read C at all:
+    EasyEdit's ROME and R-ROME do so only with mom2_adjustment: true.
 
     With --projection there is one file for all layers: a float32 tensor (layers, d_m, d_m). Its
     matrices project on the null space of C, as --null-space or --relative-null-space cuts it.

@@ -87,12 +87,14 @@ def check(
 
 def select(
     results: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="FILE|MODEL",
             help="What `facts check` wrote, or the models that it checked.",
+            show_default="tiny",
         ),
-    ],
+    ] = None,
+    model: options.Models = None,
     count: options.HowMany = "128",
     seed: options.Seed = 0,
     unknown: Annotated[
@@ -118,7 +120,8 @@ def select(
     from kscli.knowledge import read_knowledge, select_facts
 
     require_facts_path(output, force=force)
-    paths = [_path(name, directory) for name in results]
+    named = [*(results or []), *(model or [])] or [options.DEFAULT_MODEL]
+    paths = [_path(name, directory) for name in named]
     require_other(output, paths)
     number = number_or_all("--count", count)
     read = [read_knowledge(path) for path in paths]
@@ -143,6 +146,7 @@ def select(
 
 
 def _path(name: str, directory: Path) -> Path:
+    from kscli.cli.remedies import command_for
     from kscli.errors import FactsError
     from kscli.places import Places
 
@@ -151,7 +155,8 @@ def _path(name: str, directory: Path) -> Path:
         return path
     path = Places(directory, name).folder / FILE_NAME
     if not path.exists():
-        raise FactsError(f"{path} does not exist; `kscli facts check --model {name}` makes it.")
+        made_by = command_for("facts check", name, directory)
+        raise FactsError(f"{path} does not exist; {made_by} makes it.")
     return path
 
 

@@ -41,7 +41,7 @@ def guide(
       kscli guide paper-map
       kscli guide library > library.md
     """
-    from kscli.errors import UsageError
+    from kscli.errors import no_such
 
     titles = _titles()
     if name is None:
@@ -50,7 +50,7 @@ def guide(
             typer.echo(f"{page:{width}}  {title}")
         return
     if name not in titles:
-        raise UsageError(f"there is no guide {name!r}; choose from {', '.join(titles)}.")
+        raise no_such("guide", name, titles)
     text = (PAGES / f"{name}.md").read_text("utf-8")
     if not sys.stdout.isatty():
         typer.echo(text, nl=False)

@@ -106,6 +106,38 @@ Note = Annotated[
     ),
 ]
 
+# Repositories of artifacts
+
+Repository = Annotated[
+    str, typer.Argument(metavar="OWNER/NAME", help="A data set repository of the Hub.")
+]
+RepositoryRevision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="A branch, tag or commit of the repository."),
+]
+ModelInRepository = Annotated[
+    str | None,
+    _model("The model whose artifacts are fetched.", "the only one that the repository holds"),
+]
+OnlyKinds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="KIND",
+        help="Only this kind of file: cov, keys, pmatrix or stats. Give it again for several.",
+        show_default="all that there are",
+    ),
+]
+LayersOfC = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        metavar="LAYERS",
+        help="The layers of C: all, 0, 0,3,5-8 or -1 (the last). Other files are not divided.",
+        autocompletion=complete_layers,
+    ),
+]
+
 # How the model is loaded and run
 
 Device = Annotated[
@@ -189,8 +221,9 @@ Corpus = Annotated[
     typer.Option(
         "--corpus",
         metavar="CORPUS",
-        help="wikipedia, wikipedia-20220301, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], a file or "
-        f"folder of {known_formats()}, or - for stdin.",
+        help="wikipedia, wikipedia-20220301, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], - for stdin, or "
+        f"a file, folder or quoted pattern of {known_formats()}, or of JSON Lines or "
+        "WikiExtractor's documents under any name.",
         show_default="wikipedia; tiny for the model tiny",
     ),
 ]
@@ -199,7 +232,7 @@ TextField = Annotated[
     typer.Option(
         "--text-field",
         metavar="FIELD",
-        help="The field of a document that holds its text.",
+        help="The field of a document that holds its text; text.en is the field en inside text.",
         show_default="text",
     ),
 ]
@@ -311,6 +344,7 @@ Layers = Annotated[
     str,
     typer.Option(
         "--layers",
+        "--layer",
         metavar="LAYERS",
         help="all, 0, 0,3,5-8 or -1 (the last).",
         autocompletion=complete_layers,

@@ -12,14 +12,15 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from kscli.cli.layout import Layout, fit
 from kscli.errors import KscliError
 from kscli.escaping import escaped, escaped_json
 from kscli.tables import Column, Row, cell, shown
 
 TEXTS_AT_ONCE = 1000  # of a long list, that are written together
-NARROWEST_TEXT = 16  # columns of the terminal that a folded column keeps
 
 
 class Format(StrEnum):
@@ -55,7 +56,7 @@ def print_rows(
         _write_all(_separated(rows, "," if output is Format.csv else "\t"))
         return
     rows = list(rows)
-    columns = shown(columns, rows)
+    columns = shown(columns, rows, wide=output is Format.table)
     cells = [[column.title for column in columns], *(_cells(row, columns) for row in rows)]
     if output is Format.table:
         _print_table(cells, columns, title)
@@ -80,8 +81,19 @@ def print_json(value: Any) -> None:
 
 
 def print_line(text: str) -> None:
-    """Print one line of results."""
-    _write(escaped(text) + "\n")
+    """Print one line of results; on a terminal wrapped between its words."""
+    text = escaped(text)
+    room = terminal_width()
+    _write((wrapped(text, room) if room and text else text) + "\n")
+
+
+def print_paths(paths: Iterable[Path], output: Format) -> None:
+    """Print the paths of files that were written: a line each, or records for machines."""
+    if output is Format.table:
+        for path in paths:
+            print_line(str(path))
+    else:
+        print_rows([{"path": str(path)} for path in paths], [Column("path")], output)
 
 
 def _write_all(texts: Iterable[str]) -> None:
@@ -192,35 +204,82 @@ def _latex(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:
 
 
 def _print_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], title: str) -> None:
+    """Print a table as wide as the terminal allows; a pipe has no width."""
+    room = terminal_width()
+    layout = fit(columns, cells, room)
+    if layout is None:
+        _write(_records(cells, title, room or 0))
+        return
+    _write(_table(cells, columns, layout, title))
+    left_out = [
+        column.title
+        for at, column in enumerate(columns)
+        if at not in layout.kept and not column.wide
+    ]
+    if left_out:
+        print_line(f"Not shown, for want of width: {', '.join(left_out)}.")
+        _write("\n")
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that stdout is; None where it is none."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout).width if sys.stdout.isatty() else None
+
+
+def _table(
+    cells: Sequence[Sequence[str]], columns: Sequence[Column], layout: Layout, title: str
+) -> str:
     from rich.box import SIMPLE_HEAD
-    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    natural = [max(map(cell_len, of_column)) for of_column in zip(*cells, strict=True)]
-    least = [
-        width if column.right else min(width, NARROWEST_TEXT)
-        for width, column in zip(natural, columns, strict=True)
-    ]
     console = Console(file=sys.stdout, highlight=False, emoji=False)
-    gaps = len(columns) - 1
-    # A pipe has no width; a terminal that is too narrow for the numbers wraps their lines.
-    width = console.width if sys.stdout.isatty() else sum(natural) + 2 * gaps
-    gap = 2 if sum(least) + 2 * gaps <= width else 1
-    console.width = max(width, sum(least) + gap * gaps)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
-    for column in columns:
+    heading_room = console.width if sys.stdout.isatty() else layout.width + len(title)
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, layout.gap - 1, 0, 0)
+    )
+    for at, width in zip(layout.kept, layout.widths, strict=True):
         table.add_column(
-            Text(column.title),
-            justify="right" if column.right else "left",
-            no_wrap=column.right,
+            Text(columns[at].title),
+            justify="right" if columns[at].right else "left",
+            vertical="top",
             overflow="fold",
+            width=width,
         )
     for line in cells[1:]:
-        table.add_row(*map(Text, line))
+        table.add_row(*(Text(line[at]) for at in layout.kept))
     with console.capture() as capture:
         if title:
+            console.width = heading_room
             console.print(Text(escaped(title), style="bold"))
+        console.width = max(layout.width, 1)
         console.print(table)
-    _write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + "\n")
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + "\n"
+
+
+def _records(cells: Sequence[Sequence[str]], title: str, room: int) -> str:
+    """A table that is too wide for the terminal: each row as lines of `heading: value`."""
+    headings, *rows = cells
+    blocks = [[wrapped(escaped(title), room)]] if title else []
+    blocks += [
+        [
+            textwrap.fill(
+                f"{heading}: {value}",
+                max(room, 1),
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for heading, value in zip(headings, row, strict=True)
+        ]
+        for row in rows
+    ]
+    return "".join("\n".join(block) + "\n\n" for block in blocks)
+
+
+def wrapped(text: str, room: int) -> str:
+    """A text in lines of at most `room` columns, where its words allow."""
+    return textwrap.fill(text, max(room, 1), break_long_words=False, break_on_hyphens=False)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kscli.cli import options
+from kscli.cli.output import Format, print_paths
 from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, flag, takers
 
 if TYPE_CHECKING:
     from kscli.artifacts import Artifact
+    from kscli.origin import Origin
 
 PLAIN = FigureOptions()
 KIND_SOURCES = {"pmatrix": "pmatrix.h5", "edits": "runs of edits (--edits)"}
@@ -85,10 +88,13 @@ def plot(
     directory: options.Dir = Path("artifacts"),
     output: options.FigureOutput = None,
     force: options.Force = False,
+    quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
 ) -> None:
     """Draw a figure of P or of edits; prints the path of the file, or files, that it writes.
 
-    Several models are drawn in one figure, the smallest first.
+    Several models are drawn in one figure, the smallest first. A figure that is up to date is kept,
+    and one whose inputs have changed is drawn again; --force replaces any other file.
 
     Examples:
       kscli plot heatmap -m gpt2-small -m gpt2-large -m gpt-j --layer 0 -o heatmap.pdf
@@ -99,12 +105,14 @@ def plot(
       kscli plot angles -m llama3-8b -m llama3.1-8b
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
     """
-    from kscli.cli.output import print_line
+    from kscli.artifacts import Existing
+    from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_runs, pmatrix_paths, run_paths
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
     from kscli.files import require_other
 
+    reporter = ConsoleReporter(quiet=quiet)
     figure_kind = find_kind(kind)
     figure_options = FigureOptions(grid, mark_same_token, counts_of(facts_counts), seed)
     figure_kind.check_options(figure_options)
@@ -127,12 +135,16 @@ def plot(
             models = [file.about.model for file in files]
             name = default_name(kind, models, layers, figure_options, editor)
         path = output or folder / "figures" / name
-        for page in page_paths(path, len(paged(sources, figure_options))):
+        origin = origin_of(figure_kind, files, layers, figure_options)
+        pages = page_paths(path, len(paged(sources, figure_options)))
+        for page in pages:
             require_other(page, [file.path for file in files])
-            check_target(page, force)
-        written = save_pages(figure_kind.pages(sources, figure_options), path, force)
-    for page in written:
-        print_line(str(page))
+            check_target(page, force=True)
+        existing = Existing.FORCE if force else Existing.REFUSE
+        if [page for page in pages if origin.must_make(page, existing, reporter)]:
+            drawn = figure_kind.pages(sources, figure_options)
+            save_pages(drawn, path, force=True, source=origin.line)
+    print_paths(pages, output_format)
 
 
 def refuse_others(kind: str, given: dict[str, object]) -> None:
@@ -171,6 +183,17 @@ def open_matrices(
     return sources, opened
 
 
+def origin_of(
+    kind: FigureKind, files: Sequence[Artifact], layers: str | None, chosen: FigureOptions = PLAIN
+) -> Origin:
+    """What a figure of these files is made from."""
+    from kscli.origin import Origin
+
+    models = [file.model for file in files] if kind.source == "pmatrix" else []
+    request = (kind.name, layers or kind.layers, asdict(chosen), models)
+    return Origin(request, [file.fingerprint for file in files])
+
+
 def folder_of(file: Artifact) -> Path:
     """The model's folder, where an artifact lies or, of a run of edits, the folder above."""
     return file.path.parent.parent if file.kind == "edits" else file.path.parent
@@ -178,10 +201,10 @@ def folder_of(file: Artifact) -> Path:
 
 def find_kind(name: str) -> FigureKind:
     """The kind of figure of that name. Raises UsageError naming the kinds there are."""
-    from kscli.errors import UsageError
+    from kscli.errors import no_such
 
     if name not in KINDS:
-        raise UsageError(f"there is no figure {name!r}; there are {', '.join(KINDS)}.")
+        raise no_such("figure", name, KINDS)
     return KINDS[name]
 
 

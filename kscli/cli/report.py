@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kscli.cli import options
+from kscli.cli.output import Format, print_paths
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -23,13 +24,15 @@ def report(
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
 ) -> None:
     """Write one HTML page about a model's P, and print the path of the page.
 
     The page has findings in sentences, every figure, tables that can be sorted, and where the
     numbers come from. It is one file and loads nothing from elsewhere. Several models are compared
     at its beginning. The command reads pmatrix.h5 and, from the same folder, stats.h5, cov.h5 and
-    the runs of edits if they belong to it. It loads no model.
+    the runs of edits if they belong to it. It loads no model. A page that is up to date is kept,
+    and one whose inputs have changed is made again; --force replaces any other file.
 
     Examples:
       kscli report -m gpt2-small
@@ -37,7 +40,6 @@ def report(
       kscli report --pmatrix other-text/pmatrix.h5 -o other-text.html
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.output import print_line
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
     from kscli.report.page import ModelFiles, write_report
     from kscli.secrets import command_line
@@ -56,7 +58,7 @@ def report(
             force=force,
             reporter=reporter,
         )
-    print_line(str(path))
+    print_paths([path], output_format)
 
 
 def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> list[EditsFile]:

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from kscli.cli.options import DEFAULT_MODEL, NULL_SPACE, WEIGHTED
+from kscli.cli.remedies import command_for, listed, measured_models
 from kscli.editing.editors import find_editor
 from kscli.errors import ArtifactError, UsageError
-from kscli.models.aliases import classify
+from kscli.models.aliases import classify, close_aliases, find_alias
 from kscli.places import Places
 
+# The parameters of files that are read instead of a model's.
+NAMING_FILES = ("pmatrix", "keys", "edits", "files", "parts", "what", "results")
 NO_FIELDS: Mapping[str, str | None] = {}
 
 if TYPE_CHECKING:
@@ -32,18 +35,35 @@ if TYPE_CHECKING:
 
 
 def corpus_for(
-    model: str, corpus: str | None, text_field: str | None, shuffle: str | None
+    model: str,
+    corpus: str | None,
+    text_field: str | None,
+    shuffle: str | None,
+    reporter: Reporter,
 ) -> Corpus:
-    """The corpus that the options name, or the model's default."""
-    from kscli.corpus import CorpusSpec, open_corpus
-
+    """The corpus that the options name, or the model's default; says what is left out of it."""
     embedded = classify(model) == "embedded"
     name = corpus or (DEFAULT_MODEL if embedded else "wikipedia")
     if shuffle is None:
-        return open_corpus(CorpusSpec(name, text_field))
+        return named_corpus(name, text_field, reporter)
     if shuffle != "none" and not (shuffle.isascii() and shuffle.isdecimal()):
         raise UsageError(f"--shuffle {shuffle} is not understood; give a seed, 0 or more, or none.")
-    return open_corpus(CorpusSpec(name, text_field, None if shuffle == "none" else int(shuffle)))
+    return named_corpus(name, text_field, reporter, None if shuffle == "none" else int(shuffle))
+
+
+def named_corpus(
+    name: str,
+    text_field: str | None,
+    reporter: Reporter,
+    shuffle: int | Literal["default"] | None = "default",
+) -> Corpus:
+    """The corpus of that name; says what is left out of it."""
+    from kscli.corpus import CorpusSpec, open_corpus
+
+    found = open_corpus(CorpusSpec(name, text_field, shuffle))
+    for note in found.notes:
+        reporter.note(note)
+    return found
 
 
 def facts_for(
@@ -181,8 +201,8 @@ def pmatrix_paths(
         path = Places(directory, model).path("pmatrix", of_editor)
         if of_editor and not path.exists():
             raise ArtifactError(
-                f"{path} does not exist; `kscli pmatrix --model {model} --editor {of_editor}` "
-                "makes it."
+                f"{path} does not exist; "
+                f"{command_for('pmatrix', model, directory, '--editor', of_editor)} makes it."
             )
         paths.append(path)
     return paths + list(files or [])
@@ -191,6 +211,48 @@ def pmatrix_paths(
 def editors_own_p(name: str) -> str:
     """The editor's name, or none where its p is the paper's; raises UsageError if unknown."""
     return "" if find_editor(name).predicted else name
+
+
+def models_of(context: typer.Context) -> list[str]:
+    """The models that a command is about: those named, or the default one."""
+    models = context.params.get("model") or []
+    named = [models] if isinstance(models, str) else [*models]
+    named += map(str, context.params.get("what") or [])
+    return named or [DEFAULT_MODEL]
+
+
+def refuse_mistyped_alias(context: typer.Context) -> None:
+    """Raise UsageError where a model is to be loaded whose name is nearly that of an alias.
+
+    A Hub id has an owner before its name, but for a few of the Hub's first models.
+    """
+    model = str(context.params.get("model"))
+    if "device" not in context.params or classify(model) != "hub" or "/" in model:
+        return
+    if find_alias(model) is None and (near := close_aliases(model)):
+        raise UsageError(
+            f"there is no model {model!r}; did you mean {near[0]}? `kscli models` lists the "
+            "aliases; a Hub id is OWNER/NAME."
+        )
+
+
+def note_default_model(context: typer.Context) -> None:
+    """Say that the model is the default one, where the user may have meant another that he has."""
+    source = context.get_parameter_source("model")
+    if source is None or source.name != "DEFAULT":
+        return
+    directory = context.params["directory"]
+    named = [context.params.get(name) for name in NAMING_FILES]
+    if any(isinstance(each, (Path, list)) for each in named) or context.params.get("quiet"):
+        return
+    others = [name for name in measured_models(directory) if name != DEFAULT_MODEL]
+    if others:
+        from kscli.cli.console import ConsoleReporter
+
+        ConsoleReporter().note(
+            f"This is about {DEFAULT_MODEL}, as no --model is named; {directory} has "
+            f"{listed(others)} too."
+        )
 
 
 def open_pmatrices(paths: Sequence[Path], stack: ExitStack) -> list[PMatrixFile]:
@@ -217,7 +279,7 @@ def run_paths(
         if not found:
             raise ArtifactError(
                 f"{folder / 'edits'} holds no run of edits; "
-                f"`kscli edit --model {model} --layer 0` makes one."
+                f"{command_for('edit', model, directory)} makes one."
             )
         paths += found
     return paths

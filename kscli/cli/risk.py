@@ -13,7 +13,7 @@ import typer
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_line, print_rows
 from kscli.editing.editors import DEFAULT_EDITOR, find_editor
-from kscli.tables import FACTS_MOVED, RISK_BY_LAYER, sentence, sequence_columns
+from kscli.tables import FACTS_MOVED, PRICES, RISK_BY_LAYER, sentence, sequence_columns
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -37,7 +37,14 @@ def risk(
     editor: options.EditorOfP = None,
     seed: options.Seed = 0,
     by_layer: Annotated[
-        bool, typer.Option("--by-layer", help="Compare the layers, instead of the facts.")
+        bool,
+        typer.Option(
+            "--by-layer", help="Compare the layers, instead of the facts; so does --layers all."
+        ),
+    ] = False,
+    price: Annotated[
+        bool,
+        typer.Option("--price", help="List what it costs to protect all other facts, by edit."),
     ] = False,
     k: Annotated[
         str,
@@ -49,8 +56,8 @@ def risk(
             "--fail-above",
             metavar="X",
             min=0.0,
-            help="Exit with 3 when the largest damage passes X, listed or not: |p| of an edit, or "
-            "in a sequence the expected shift of a fact.",
+            help="Exit with 3 when the largest damage passes X, listed or not: |p| of an edit, in "
+            "a sequence the expected shift of a fact, or with --price the price.",
         ),
     ] = None,
     pmatrix: options.PMatrix = None,
@@ -71,18 +78,25 @@ def risk(
     deltas point in one direction (the sum of |p|). All edits move a fact that is not edited. Only
     later edits move a fact that is edited itself.
 
-    With --by-layer: which layer would do the least damage, by the rms of p. Read it with care. Some
-    layers need a longer delta than others. A late layer has few layers after it that can carry the
-    edit from the subject to the answer. The last layer has none, so an edit there works only if the
-    subject ends the prompt. "price" is what it would cost to move no other fact at its subject
-    (edit --protect all --protect-at subject): how many times as much as the plain edit such an edit
-    changes in all text, the median over the edited facts.
+    With --by-layer or --layers all: at which layer to edit. "rms p" is to the other facts, and
+    "p to paraphrases" to the fact's own, which says how far an edit generalises. The layer that is
+    chosen has the least rms p by p to paraphrases, of those that reach the answer: there an edit
+    that moves the paraphrases by 1 moves other facts the least. Read it with care. Some layers need
+    a longer delta than others. A late layer has few layers after it that can carry the edit from
+    the subject to the answer. The last layer has none, so an edit there works only if the subject
+    ends the prompt. `kscli verify --where` says how well p foretold what edits did.
+
+    "price" is what it would cost to move no other fact at its subject (edit --protect all
+    --protect-at subject): how many times as much as the plain edit such an edit changes in all
+    text, the median over the edited facts. With --price: the same of each edit, the dearest first.
+    "of all text" is the rms of p to all tokens of the corpus, 1 / the root of k' C^-1 k.
 
     p is that of the paper, of the bare prompts' keys. --editor takes p of another editor.
 
     Examples:
       kscli risk -m gpt2-small --layer 5 --fact "Patrick Rambaud"
-      kscli risk -m gpt2-small --fact "Patrick Rambaud" --fact 17 --by-layer
+      kscli risk -m gpt2-small --fact "Patrick Rambaud" --fact 17 --layers all
+      kscli risk -m gpt2-small --layer 5 --price
       kscli risk -m gpt-j --layer 5 --edits 100 --seed 1
       kscli risk -m gpt-j --edits 100 -k all -f json | jq -r 'map(select(.edit)) |
       sort_by(.edit_norm)[].subject'
@@ -96,8 +110,9 @@ def risk(
     from kscli.errors import UsageError
     from kscli.layers import select_layers
 
-    if by_layer and sequence:
-        raise UsageError("--by-layer and --sequence are two lists; ask for one.")
+    if sum((by_layer, sequence, price)) > 1:
+        raise UsageError("--by-layer, --price and --sequence are three lists; ask for one.")
+    by_layer = by_layer or (layer == "all" and not sequence and not price)
     reporter = ConsoleReporter(quiet=quiet)
     listed, drawn = number_or_all("-k", k), number_or_all("--edits", edits)
     with ExitStack() as stack:
@@ -112,7 +127,7 @@ def risk(
                 reporter.note(f"p is of layer {layer}, {why}; --layer names another.")
         layers = select_layers(layer, file.layers, str(file.path))
         m = len(file.facts)
-        if by_layer or (fact and not sequence):
+        if by_layer or price or (fact and not sequence):
             refuse_given(context, ("order",), "without a sequence")
         if fact and order != "random":
             refuse_given(context, ("seed",), "with --fact")
@@ -132,6 +147,8 @@ def risk(
             reporter.warn(f"{file.path} holds no other fact that an edit could damage.")
         if by_layer:
             largest = print_layers(file, layers, edited, output_format)
+        elif price:
+            largest = print_prices(file, layers, edited, listed, output_format)
         elif sequence or not fact:
             from kscli.editing.predicted_damage import sequence_risk
 
@@ -207,7 +224,32 @@ def print_layers(
         else f"What an edit of each of {len(edited)} facts moves{whose}, by its layer"
     )
     print_rows(rows, RISK_BY_LAYER, output_format, title)
+    chosen = next((row for row in rows if row["chosen"]), None)
+    if output_format is Format.table and chosen:
+        print_line(
+            f"Edit layer {chosen['layer']}: to move a fact's paraphrases by 1, an edit there moves "
+            f"other facts by {chosen['ratio']:.3f} in root mean square, the least of the layers "
+            "that reach the answer."
+        )
     return largest_of(row["largest"] for row in rows)
+
+
+def print_prices(
+    file: PMatrixFile,
+    layers: Sequence[int],
+    edited: Sequence[int],
+    k: int | None,
+    output_format: Format,
+) -> float:
+    """Print what it costs each edit to move no other fact at its subject; returns the largest."""
+    from kscli.editing.predicted_damage import price_rows
+    from kscli.errors import UsageError
+
+    if file.about.editor:
+        raise UsageError("--price is of the paper's p; leave --editor out.")
+    rows = [row for number in layers for row in price_rows(file, number, edited, k)]
+    print_rows(rows, PRICES, output_format, "What it costs to protect all other facts, by edit")
+    return largest_of(row["price"] for row in rows)
 
 
 def print_sequences(

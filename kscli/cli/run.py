@@ -11,8 +11,16 @@ from kscli.cli.topk import print_pairs
 from kscli.tables import STATISTICS
 
 if TYPE_CHECKING:
-    from kscli.artifacts import PMatrixFile
+    from kscli.artifacts import Existing, PMatrixFile
     from kscli.reporter import Reporter
+
+
+LESSON = (
+    "tiny is a GPT-2 of 4 layers that comes with kscli and knows 128 facts. The down-projection of "
+    "each layer finds by a key what the model knows of a subject. Facts of similar keys are bound: "
+    "an edit of one moves the other. This run measures which facts these are; -m names your model."
+)
+"""What a first run is, for the embedded model."""
 
 
 def run(
@@ -59,6 +67,15 @@ def run(
     from kscli.analysis.stats_file import statistics_of
     from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
     from kscli.cli.console import ConsoleReporter
+    from kscli.cli.explaining import (
+        EDIT,
+        REPORT,
+        RISK,
+        compare_kurtosis,
+        explain_columns,
+        explainer,
+        suggest,
+    )
     from kscli.cli.requests import corpus_for, facts_for, number_or_all
     from kscli.contexts import choose_contexts
     from kscli.editing.editors import ROME_CONTEXTS
@@ -80,14 +97,20 @@ def run(
         existing,
         reporter,
     )
+    told = explainer(reporter, output_format)
+    if model == options.DEFAULT_MODEL:
+        told.note(LESSON)
     chosen_facts = facts_for(model, facts, count, reporter, own_names)
+    told.note(f"1. C: which keys {model} has in text. The more text, the less p changes.")
     session.cache_cov(
-        corpus_for(model, corpus, text_field, shuffle),
+        corpus_for(model, corpus, text_field, shuffle, reporter),
         CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),
         places.path("cov"),
     )
     chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
+    told.note("2. Keys: what the model looks up at the last token of each fact's subject.")
     session.extract(chosen_facts, token, layers, places.path("keys"), chosen_contexts)
+    told.note("3. P: p of every pair of facts, its statistics, and the figures.")
     path = places.path("pmatrix")
     with CovarianceFile(places.path("cov")) as cov, KeysFile(places.path("keys")) as keys:
         write_pmatrix(
@@ -101,7 +124,7 @@ def run(
         )
     with PMatrixFile(path) as pm:
         described = statistics_of(pm, pm.layers, places.path("stats"), None, reporter, existing)
-        figures = draw_figures(pm, places.figures, force, reporter)
+        figures = draw_figures(pm, places.figures, existing, reporter)
         if said := caution(described, pm.facts):
             reporter.warn(said)
         statistics = described.rows()
@@ -118,11 +141,16 @@ def run(
     if output_format in (Format.csv, Format.tsv):
         print_rows(statistics, [], output_format)
         return
-    print_rows(statistics, STATISTICS, output_format, f"P of {model}, layer by layer")
+    print_rows(statistics, STATISTICS, output_format, f"p of {model}, layer by layer")
+    explain_columns(STATISTICS, statistics, told)
+    compare_kurtosis(statistics, told)
+    told.note("")
     title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
     print_pairs(pairs, output_format, title)
     for path in figures:
         print_line(str(path))
+    if pairs:
+        suggest((REPORT, RISK, EDIT), model, directory, told, pairs[0]["subject_i"])
 
 
 def refuse_ranks() -> None:
@@ -137,11 +165,13 @@ def refuse_ranks() -> None:
         )
 
 
-def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter) -> list[Path]:
+def draw_figures(
+    pm: PMatrixFile, folder: Path, existing: Existing, reporter: Reporter
+) -> list[Path]:
     """Draw every kind of figure that does not show `pm` already; returns all their paths."""
-    from kscli import __version__
+    from kscli.cli.plot import origin_of
     from kscli.figures import KINDS, Source
-    from kscli.figures.saving import save_figure, source_of_png
+    from kscli.figures.saving import save_figure
     from kscli.layers import default_layers
 
     paths = []
@@ -149,10 +179,8 @@ def draw_figures(pm: PMatrixFile, folder: Path, force: bool, reporter: Reporter)
         path = folder / f"{kind.name}.png"
         paths.append(path)
         layers = default_layers(kind.layers, pm.layers)
-        shows = f"kscli {__version__} {pm.fingerprint}"
-        if not force and source_of_png(path) == shows:
-            reporter.note(f"{path} is up to date.")
-            continue
-        drawn = kind.draw([Source(pm, layers, pm.about.n_layers)])
-        save_figure(drawn, path, force=True, source=shows)
+        origin = origin_of(kind, [pm], None)
+        if origin.must_make(path, existing, reporter):
+            drawn = kind.draw([Source(pm, layers, pm.about.n_layers)])
+            save_figure(drawn, path, force=True, source=origin.line)
     return paths

@@ -23,7 +23,9 @@ def show(
             show_default="tiny",
         ),
     ] = None,
+    model: options.Models = None,
     directory: options.Dir = Path("artifacts"),
+    quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
     """Say what an artifact holds and where it came from.
@@ -38,9 +40,8 @@ def show(
     from kscli.layers import format_layers
 
     descriptions = []
-    for path in [
-        path for name in what or [options.DEFAULT_MODEL] for path in _paths(name, directory)
-    ]:
+    named = [*(what or []), *(model or [])] or [options.DEFAULT_MODEL]
+    for path in [path for name in named for path in _paths(name, directory)]:
         with Artifact(path) as artifact:
             descriptions.append(
                 {
@@ -68,7 +69,7 @@ def show(
 
 
 def _paths(name: str, directory: Path) -> list[Path]:
-    from kscli.errors import ArtifactError
+    from kscli.errors import MissingError
     from kscli.places import Places
 
     path = Path(name)
@@ -77,7 +78,7 @@ def _paths(name: str, directory: Path) -> list[Path]:
     folder = Places(directory, name).folder
     found = sorted(folder.glob("*.h5"))
     if not found:
-        raise ArtifactError(f"{folder} holds no artifact; `kscli run --model {name}` makes them.")
+        raise MissingError(folder / "pmatrix.h5", "pmatrix")
     return found
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 def stats(
+    context: typer.Context,
     model: options.Models = None,
     editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
@@ -126,7 +127,21 @@ def stats(
     from kscli.analysis.statistics import caution
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths, require_finite
+    from kscli.cli.explaining import (
+        REPORT,
+        TOPK,
+        compare_kurtosis,
+        explain_columns,
+        explainer,
+        suggest,
+    )
+    from kscli.cli.requests import (
+        editor_of,
+        models_of,
+        open_pmatrices,
+        pmatrix_paths,
+        require_finite,
+    )
     from kscli.errors import UsageError
     from kscli.layers import select_layers
     from kscli.places import file_name
@@ -182,6 +197,12 @@ def stats(
             if routed and output_format not in FOR_MACHINES:
                 print_head("Experts that facts are routed to", output_format)
                 print_rows(routed, ROUTING, output_format)
+            told = explainer(reporter, output_format)
+            explain_columns(STATISTICS, rows, told)
+            if len(files) == 1:
+                compare_kurtosis(rows, told)
+                if not pmatrix:
+                    suggest((TOPK, REPORT), models_of(context)[0], directory, told)
             if len(files) > 1 and output_format not in FOR_MACHINES:
                 _print_scaling(chosen, resampling, output_format, reporter)
                 if comparable(files):
@@ -213,9 +234,10 @@ def _make(
 
 def _title(rows: Sequence[Row], editor: str) -> str:
     facts = {row["m"] for row in rows}
-    m = f", m = {facts.pop()}" if len(facts) == 1 else ""
-    what = f"p of {editor}" if editor else "P"
-    return f"{what} off the diagonal{m}; 95 % intervals from resampled facts"
+    m = f" between {facts.pop()} facts" if len(facts) == 1 else ""
+    whose = f" of {editor}" if editor else ""
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    return f"p{whose}{m}, layer by layer: {models}"
 
 
 def _print_scaling(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +16,16 @@ from kscli.cli import options
 from kscli.cli.output import Format, print_rows
 from kscli.tables import PAIRS, PAIRS_OF_LAYERS, Column, Row, sentence
 
+if TYPE_CHECKING:
+    from kscli.artifacts import PMatrixFile
+    from kscli.reporter import Reporter
+
+BOUND = 0.25
+"""From which |p| on a pair is counted as bound, as in `stats`."""
+
 
 def topk(
+    context: typer.Context,
     model: options.Models = None,
     layer: options.LayerOfPairs = None,
     k: options.TopPairs = 20,
@@ -35,6 +43,7 @@ def topk(
     editor: options.EditorOfP = None,
     pmatrix: options.PMatrices = None,
     directory: options.Dir = Path("artifacts"),
+    quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
     """List the pairs of facts that are bound most tightly: i is edited, j is moved.
@@ -49,9 +58,11 @@ def topk(
     """
     from kscli.analysis.pairs import pair_rows, strongest_rows
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import editor_of, open_pmatrices, pmatrix_paths
+    from kscli.cli.explaining import EDIT, REPORT, RISK, explain_columns, explainer, suggest
+    from kscli.cli.requests import models_of, open_pmatrices, pmatrix_paths
     from kscli.layers import default_layers, select_layers
 
+    reporter = ConsoleReporter(quiet=quiet)
     found: list[Sequence[Row]] = []
     with ExitStack() as stack:
         files = open_pmatrices(pmatrix_paths(model, pmatrix, directory, editor), stack)
@@ -67,13 +78,42 @@ def topk(
                 else [pair_rows(file, number, k, absolute, distinct_token) for number in layers]
             )
             if distinct_token and not any(of_file) and len(file.facts) > 1:
-                ConsoleReporter().warn(
+                reporter.warn(
                     f"{file.path}: all subjects end in the same token, so --distinct-token leaves "
                     "no pair."
                 )
             found += of_file
-        title = f"By p of {editor_of(files)}" if editor_of(files) else ""
+        title = pairs_title(files, "its strongest layer" if strongest else f"layer {layer or 0}")
         print_pairs(chain.from_iterable(found), output_format, title, show_layer=strongest)
+        told = explainer(reporter, output_format)
+        explain_columns(PAIRS, found[0], told)
+        if found[0] and len(files) == 1 and not pmatrix:
+            explain_size(files[0], found[0][0], told)
+            (name,) = models_of(context)
+            fact = found[0][0]["subject_i"]
+            suggest((RISK, EDIT, REPORT), name, directory, told, fact)
+
+
+def pairs_title(files: Sequence[PMatrixFile], where: str) -> str:
+    """What the pairs are of: the models, the layer, and whose p."""
+    models = ", ".join(dict.fromkeys(file.model for file in files))
+    from kscli.cli.requests import editor_of
+
+    editor = editor_of(files)
+    return f"The largest p{f' of {editor}' if editor else ''} of {models} at {where}"
+
+
+def explain_size(file: PMatrixFile, row: Row, reporter: Reporter) -> None:
+    """Say how rare a large p is at the layer of a pair."""
+    import numpy as np
+
+    P = np.abs(file.matrix("P", row["layer"]))
+    m = len(P)
+    share = (np.count_nonzero(P > BOUND) - np.count_nonzero(P.diagonal() > BOUND)) / (m * (m - 1))
+    reporter.note(
+        f"Of all pairs at layer {row['layer']}, {share:.1%} have |p| above {BOUND}; in "
+        "SmolLM2-135M it is 2.0% at the first layer and 15.3% at the last."
+    )
 
 
 def print_pairs(

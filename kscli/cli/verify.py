@@ -15,6 +15,7 @@ from kscli.tables import (
     PREDICTORS,
     RUN,
     THEORY,
+    WHERE,
     Column,
     Row,
     score_columns,
@@ -22,7 +23,9 @@ from kscli.tables import (
 )
 
 if TYPE_CHECKING:
+    from kscli.analysis.resampling import Resampling
     from kscli.editing.edits_file import EditsFile
+    from kscli.editing.where import Points
 
 
 def verify(
@@ -41,6 +44,12 @@ def verify(
             "--predictors", help="Compare p with other predictors of the answers that edits break."
         ),
     ] = False,
+    where: Annotated[
+        bool,
+        typer.Option(
+            "--where", help="Compare what p foretold of layers and facts with what edits did."
+        ),
+    ] = False,
     repeats: options.Repeats = 1000,
     seed: options.Seed = 0,
     directory: options.Dir = Path("artifacts"),
@@ -54,7 +63,10 @@ def verify(
     "at once": the share of edits right after which the first token of the new target was the
     model's first choice. "at the end": the same share after the last edit. "known facts kept": of
     the facts that the model knew and that were not edited, the share with the same answer as
-    before. "protected": the same of those that --protect names.
+    before. "protected": the same of those that --protect names. "paraphrased": the same of the
+    paraphrases of such facts that the model completed before. "KL": the divergence of the next
+    token of held-out text from what the clean model says, in nats. "all text": the mean square of
+    what the edits add to the values of the corpus, as a share of that of the values themselves.
 
     ES, PS, NS, S, GE, RS, "reliability", "generalisation", "locality" and "portability" are the
     scores of the field (`kscli guide edits` defines them). "says it": the share of edits whose new
@@ -71,12 +83,17 @@ def verify(
     log-probability. "AUC" is the area under the ROC curve for answers that flipped. It needs at
     least 10 flips.
 
+    With --where: is p right about where to edit? At each layer, and over all of them, the rank
+    correlation of p to a fact's own paraphrases with PS, and of the rms of p to the other facts
+    with NS and with the share of known facts whose answer flips (--protocol single).
+
     The 95 % intervals draw facts again. With --predictors they draw edits again, or the measured
     passes of a sequence.
 
     Examples:
       kscli verify -m gpt2-small
       kscli verify -m gpt2-small --predictors
+      kscli verify -m gpt2-small --where
       kscli verify artifacts/gpt-j/edits/rome-5-0.h5 artifacts/gpt-j/edits/memit-3-8-0.h5 -f csv
       kscli verify -m gpt-j --predictors -f json | jq '.[] | {layers, predictor, auc, flips}'
     """
@@ -87,19 +104,32 @@ def verify(
     from kscli.editing.edits_file import EditsFile
     from kscli.editing.predictors import predict_behaviour
     from kscli.editing.verification import verify as verify_run
+    from kscli.editing.where import points_of
+    from kscli.errors import UsageError
 
+    if where and predictors:
+        raise UsageError("--predictors and --where are two tables; ask for one.")
     reporter = ConsoleReporter(quiet=quiet)
     resampling = Resampling(repeats, seed)
+    points: list[tuple[dict[str, Any], Points]] = []
     rows: list[dict[str, Any]] = []
     for path in run_paths(model, files, directory):
         with EditsFile(path) as file:
             named, run = run_row(file), read_arrays(file)
-        if predictors:
+        if where:
+            points.append((named, points_of(run)))
+        elif predictors:
             found = predict_behaviour(run, resampling, reporter=reporter)
             rows += [named | prediction.row() for prediction in found]
         else:
             rows.append(named | verify_run(run, resampling).row())
+    if where:
+        print_where(points, resampling, output_format)
+        return
     print_runs(rows, output_format, predictors=predictors)
+
+
+ALIKE = ("model", "method", "protocol", "value", "order", "seed")
 
 
 def run_row(file: EditsFile) -> dict[str, Any]:
@@ -114,6 +144,32 @@ def run_row(file: EditsFile) -> dict[str, Any]:
         "order": file.about.order,
         "seed": file.about.seed,
     }
+
+
+def print_where(
+    points: Sequence[tuple[dict[str, Any], Points]],
+    resampling: Resampling,
+    output_format: Format,
+) -> None:
+    """Print what was foretold of each layer, and of all layers of runs that are else alike."""
+    from kscli.editing.where import together
+    from kscli.layers import format_layers
+
+    alike: dict[tuple[Any, ...], list[tuple[dict[str, Any], Points]]] = {}
+    for named, found in points:
+        alike.setdefault(tuple(named[name] for name in ALIKE), []).append((named, found))
+    rows = []
+    for group in alike.values():
+        group.sort(key=lambda each: each[0]["layers"])
+        rows += [named | found.row(resampling) for named, found in group]
+        if len({tuple(named["layers"]) for named, _ in group}) > 1:
+            layers = sorted({layer for named, _ in group for layer in named["layers"]})
+            pooled = together([found for _, found in group])
+            rows.append(group[0][0] | {"path": None, "layers": layers} | pooled.row(resampling))
+    if output_format is not Format.json:
+        rows = [{**row, "layers": format_layers(row["layers"])} for row in rows]
+    title = "Where to edit: what p foretold and what came of it; 95 % intervals"
+    print_rows(rows, [*RUN, *WHERE], output_format, title)
 
 
 def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import FactsFile
-from kscli.errors import FactsError
+from kscli.errors import UsageError, nearest
 
 Order = Literal["given", "random", "norm"]
 
@@ -25,7 +24,7 @@ def find_facts(file: FactsFile, wanted: Sequence[str]) -> list[int]:
     """The indexes of the facts that each of `wanted` names, in that order, each once.
 
     A subject names every fact about it; a number, where no subject is so called, the fact of that
-    index. Raises FactsError, with near names, where there is none.
+    index. Raises UsageError, with near names, where there is none.
     """
     found: dict[int, None] = {}
     for name in wanted:
@@ -36,11 +35,11 @@ def find_facts(file: FactsFile, wanted: Sequence[str]) -> list[int]:
 def choose_facts(file: FactsFile, count: int | None, seed: int) -> list[int]:
     """The indexes of `count` (None: all) facts of the file, drawn with `seed`, ascending.
 
-    Raises FactsError when there are fewer.
+    Raises UsageError when there are fewer.
     """
     m = len(file.facts)
     if (count or 0) > m:
-        raise FactsError(
+        raise UsageError(
             f"{count} edits were asked for, but {file.path} holds {m} facts; name fewer with "
             "--edits, or all."
         )
@@ -87,6 +86,6 @@ def _indexes(file: FactsFile, name: str) -> list[int]:
         return same
     if name.isascii() and name.isdecimal() and int(name) < len(subjects):
         return [int(name)]
-    near = ", ".join(map(repr, get_close_matches(name, dict.fromkeys(subjects), n=3)))
+    near = ", ".join(map(repr, nearest(name, subjects, n=3)))
     remedy = f"there is {near}" if near else f"its facts have the indexes 0 to {len(subjects) - 1}"
-    raise FactsError(f"{file.path} has no fact about {name!r}; {remedy}.")
+    raise UsageError(f"{file.path} has no fact about {name!r}; {remedy}.")

@@ -31,7 +31,8 @@ class EditArrays:
     (n, m): which facts an edit is about, its own and those of the same text, and which have their
     keys at the token of its own. Edits of one number in `batch` (n,), ascending, were made at
     once. `delta` (n, D) is over all edited layers; `logprob_new` and `rank_new` (s, n) are without
-    the edits that were kept out, and so are the `scores`, each (s, n), by name.
+    the edits that were kept out, and so are the `scores`, each (s, n), by name. The q paraphrases
+    are of the facts `paraphrase_fact` (q,).
     """
 
     single: bool
@@ -46,6 +47,7 @@ class EditArrays:
     gradient_cosine: Real
     hidden_cosine: Real
     editor_p: Real
+    paraphrase_p: Real
     measured: Real
     linear_error: Real
     live_error: Real
@@ -61,7 +63,12 @@ class EditArrays:
     logprob_new: Real
     rank_new: Whole
     perplexity: Real
+    kl: Real
+    text_change: Real
     scores: Mapping[str, Real]
+    paraphrase_fact: Whole
+    paraphrase_known: Mask
+    paraphrase_changed: Mask
 
 
 def read_arrays(file: EditsFile) -> EditArrays:
@@ -78,6 +85,9 @@ def read_arrays(file: EditsFile) -> EditArrays:
         "same_last_token": ~different_last_token(file.token_id)[edited],
         "delta": file.values("delta").reshape(n, -1),
         **{name: file.values(name)[:, made] for name in ("logprob_new", "rank_new")},
+        "paraphrase_fact": file.paraphrase_fact,
+        "paraphrase_known": file.values("paraphrase/known"),
+        "paraphrase_changed": file.values("paraphrase/changed"),
         "scores": {name: file.values(f"scores/{name}")[:, made] for name in SCORES},
     }
     names = [each.name for each in fields(EditArrays)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from kscli.editing.metrics import Cut, Metric, metric_of
 from kscli.editing.protected_facts import ProtectedFacts, Protection
 from kscli.editing.protection import Sparing, prices_of, require_room
 from kscli.editing.sources import EditSources
+from kscli.editing.text_change import TextChange
 from kscli.editing.weights import EditableWeight
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
@@ -99,7 +101,12 @@ class EditedLayers:
             for layer in layers:
                 self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
                 task.advance()
+        self._text = TextChange.measure(
+            [sources.cov.stored_second_moment(layer) for layer in layers],
+            [weight.original for weight in self._weights],
+        )
         self._protecting = list(self._metrics)
+        self._paraphrase_keys = [sources.keys.paraphrase_keys_of(layer) for layer in layers]
         self.keys = [self._clean_keys(layer, reporter) for layer in layers]
         self.clean()
 
@@ -147,6 +154,25 @@ class EditedLayers:
         for weight in self._weights:
             weight.restore()
 
+    @contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """The clean model, while the block runs; then the edited one, bit for bit."""
+        self.restore()
+        try:
+            yield
+        finally:
+            for weight, interference in zip(self._weights, self.interference, strict=True):
+                weight.set_change(interference.change)
+
+    @property
+    def text_change(self) -> float:
+        """How much of the values' size over all text has changed (`kscli.editing.text_change`)."""
+        return self._text.of_changes([each.change for each in self.interference])
+
+    def text_change_of(self, deltas: Array, directions: Array) -> float:
+        """The same of one edit alone, (layer, d) deltas along (layer, d_m) directions."""
+        return self._text.of_edit(deltas, directions)
+
     def state(self, facts: Sequence[int]) -> Array:
         """What the model now gives where values are sought, at the last edited layer: (b, d)."""
         read = hidden_states if self._editor.value.site == "hidden" else mlp_outputs
@@ -177,6 +203,12 @@ class EditedLayers:
         at = int(direction.any(axis=1).argmax())
         p: Array = self.keys[at] @ direction[at]
         return p
+
+    def p_to_paraphrases(self, fact: int, direction: Array) -> float:
+        """The mean p of such an edit to the paraphrases of its fact; NaN where it has none."""
+        at = int(direction.any(axis=1).argmax())
+        keys = self._paraphrase_keys[at]
+        return np.nan if keys is None else float(keys[fact] @ direction[at])
 
     def settle(self, facts: Sequence[int], deltas: Array, directions: Array) -> None:
         """Change every layer by (layer, b, d) deltas along (layer, b, d_m) directions, for good."""

@@ -35,8 +35,12 @@ class EditorOfP:
         """What decides the editor's p beside C and the keys."""
         return {"editor": self.name, "weight": self.weight, "null_space": asdict(self.null_space)}
 
-    def p(self, cov: CovarianceFile, keys: KeysFile, layer: int, inverse: Metric) -> Array:
-        """p of all pairs of facts at one layer, (m, m); `inverse` is the metric C^-1.
+    def p(
+        self, cov: CovarianceFile, keys: KeysFile, layer: int, inverse: Metric
+    ) -> tuple[Array, Array | None]:
+        """p of all pairs of facts at one layer, (m, m), and to each fact's own paraphrases, (m,).
+
+        `inverse` is the metric C^-1. The latter is None where no fact has a paraphrase.
 
         Raises ArtifactError where `keys` has no keys in contexts and the editor takes their mean,
         and NumericsError where the editor could write nothing.
@@ -46,7 +50,11 @@ class EditorOfP:
         if name != "second-moment":
             metric = metric_of(name, cov, layer, 0.0, self.null_space)
         stored = _StoredKeys(keys, layer)
-        return p_of_each(metric, self.editor.key(stored), stored.bare(), self.weight)
+        facts, paraphrases = self.editor.key(stored), keys.paraphrase_keys_of(layer)
+        p = p_of_each(metric, facts, stored.bare(), self.weight)
+        if paraphrases is None:
+            return p, None
+        return p, p_of_each(metric, facts, paraphrases, self.weight).diagonal()
 
 
 @dataclass(frozen=True)

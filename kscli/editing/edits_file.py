@@ -36,6 +36,7 @@ class EditLog:
 
     known: NDArray[np.bool_]
     protected: NDArray[np.bool_]
+    paraphrase_known: NDArray[np.bool_]
     of_edit: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _OF_EDIT})
     of_pass: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _OF_PASS})
     kept_out: list[tuple[int, int, str, str]] = field(default_factory=list)
@@ -87,7 +88,8 @@ class EditsFile(FactsFile):
 
     def log(self) -> EditLog:
         """The run so far, to go on from."""
-        log = EditLog(self.values("known"), self.values("protected"))
+        known, protected, paraphrased = map(self.values, ("known", "protected", "paraphrase/known"))
+        log = EditLog(known, protected, paraphrased)
         for columns in (log.of_edit, log.of_pass):
             for name in columns:
                 columns[name] = list(self.values(name))
@@ -120,9 +122,11 @@ class EditsFile(FactsFile):
             "prompt": fact.prompt,
             "target_true": fact.target,
             "target_new": row["target_new"],
+            "paraphrase_p": row["paraphrase_p"],
             "p_max_other": float(others[np.abs(others).argmax()]) if len(others) else None,
             "delta_norm": row["delta_norm"],
             "price": row["price"],
+            "own_text_change": row["own_text_change"],
             **{f"prob_{end}": math.exp(row[f"logprob_{end}"]) for end in _SCORED},
             **{f"rank_{end}": row[f"rank_{end}"] for end in _SCORED},
             "linear_error": row["linear_error"],
@@ -159,6 +163,7 @@ def write_edits(
         writer.facts(facts)
         writer.write("known", log.known)
         writer.write("protected", log.protected)
+        writer.write("paraphrase/known", log.paraphrase_known)
         for name, values in (log.of_edit | log.of_pass).items():
             writer.write(name, np.stack(values, axis=1) if name in _OF_LAYER else values)
         for column, name in enumerate(_KEPT_OUT):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kscli.batching import encode
 from kscli.completion import (
@@ -24,6 +26,8 @@ from kscli.errors import CorpusError
 from kscli.facts import Fact
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
+
+Clean = Callable[[], AbstractContextManager[None]]
 
 LOGITS_AT_ONCE = 512
 
@@ -109,22 +113,40 @@ class HeldOutText:
         if not self._sequences:
             raise CorpusError(f"the held-out text {corpus.name} gave no two tokens in a row.")
 
-    def perplexity(self, reporter: Reporter = SILENT) -> float:
-        """exp of the mean negative log-probability of a token given those before it."""
-        total, count = 0.0, 0
-        with torch.no_grad(), reporter.task("perplexity", len(self._sequences)) as task:
+    def measure(
+        self, clean: Clean | None = None, reporter: Reporter = SILENT
+    ) -> tuple[float, float]:
+        """The perplexity, and the KL divergence of the clean model's next token from this one's.
+
+        Perplexity is exp of the mean negative log-probability of a token given those before it. The
+        divergence is KL(clean || now), the mean over the same tokens, in nats; 0 without `clean`,
+        in whose block the model is the clean one.
+        """
+        total, divergence, count = 0.0, 0.0, 0
+        with torch.no_grad(), reporter.task("held-out text", len(self._sequences)) as task:
             for sequence in self._sequences:
-                ids = torch.tensor([sequence])
-                logits = self._model.decoder.logits(ids, len(sequence))[0, :-1]
+                logits = self._logits(sequence)
+                before = logits
+                if clean:
+                    with clean():
+                        before = self._logits(sequence)
                 targets = torch.tensor(sequence[1:], device=logits.device)
                 for start in range(0, len(targets), LOGITS_AT_ONCE):
                     piece = slice(start, start + LOGITS_AT_ONCE)
-                    of_tokens = logits[piece].float().log_softmax(-1)
-                    total -= float(of_tokens.gather(1, targets[piece, None]).double().sum())
+                    now = logits[piece].float().log_softmax(-1)
+                    total -= float(now.gather(1, targets[piece, None]).double().sum())
+                    if clean:
+                        then = before[piece].float().log_softmax(-1)
+                        divergence += float((then.exp() * (then - now)).sum(-1).double().sum())
                 count += len(targets)
                 task.advance()
         mean = total / count
-        return math.exp(mean) if mean < 700 else math.inf
+        return math.exp(mean) if mean < 700 else math.inf, max(divergence / count, 0.0)
+
+    def _logits(self, sequence: Sequence[int]) -> Tensor:
+        """The logits of what follows each token but the last, (tokens, vocabulary)."""
+        ids = torch.tensor([sequence])
+        return self._model.decoder.logits(ids, len(sequence))[0, :-1]
 
 
 def changed(

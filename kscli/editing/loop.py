@@ -24,6 +24,8 @@ from kscli.editing.edits_file import EditLog
 from kscli.editing.examination import Asked, Examination, FactsPass, HeldOutText, changed
 from kscli.editing.gradients import gradient_cosines
 from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs, outputs_of_keys
+from kscli.editing.other_values import OtherValues
+from kscli.editing.paraphrased import Paraphrases
 from kscli.editing.protected_facts import ProtectedFacts, Protection, say_protected
 from kscli.editing.scoring import Scoring, absent_scores
 from kscli.editing.sources import EditSources
@@ -55,12 +57,13 @@ class EditOptions:
 
     `method` is the editor, an entry of `EDITORS`. Its values are found as `find` says (None: as the
     editor does), also in contexts that the model makes up: `contexts` are their (number of tokens,
-    number of texts). `random_norm`: write a random value of that norm instead. `write`: how values
-    are written. `protection`: which facts no edit is to move. `batch`: how many edits are made at
-    once. In the protocol `single` every edit is made in the clean model and taken back. All facts
-    are asked after the first, the last and every `measure_every`-th edit (single: after each); the
-    `moved` facts of largest |p| (None: all) after each. `generations`: how many texts are made up
-    for each edited fact, at each such pass.
+    number of texts). `random_norm`: write a random value of that norm instead; `values`: those of
+    the run whose file has this fingerprint. `write`: how values are written. `protection`: which
+    facts no edit is to move. `batch`: how many edits are made at once. In the protocol `single`
+    every edit is made in the clean model and taken back. All facts are asked after the first, the
+    last and every `measure_every`-th edit (single: after each); the `moved` facts of largest |p|
+    (None: all) after each. `generations`: how many texts are made up for each edited fact, at each
+    such pass.
     """
 
     method: str = PAPERS_EDITOR
@@ -68,6 +71,7 @@ class EditOptions:
     find: ValueSearch | None = None
     contexts: tuple[tuple[int, int], ...] = ()
     random_norm: float | None = None
+    values: str = ""
     write: WriteOptions = field(default_factory=WriteOptions)
     protection: Protection | None = None
     batch: int = 1
@@ -92,6 +96,7 @@ class EditRun:
         options: EditOptions,
         reporter: Reporter,
         protected: Sequence[Fact] = (),
+        values: OtherValues | None = None,
     ) -> None:
         sources.check(model, reporter)
         self.model, self.sources, self.edits, self.options = model, sources, edits, options
@@ -103,7 +108,7 @@ class EditRun:
         self._layers = EditedLayers(model, sources, self._editor, options.write, self._prompts)
         self._examination = Examination(model, self._facts)
         self._held_out: HeldOutText | None = None
-        self._of_file = protected
+        self._of_file, self._values = protected, values
         self._find = options.find or self._editor.value
 
     def measure_perplexity_on(self, text: HeldOutText) -> None:
@@ -118,7 +123,7 @@ class EditRun:
         Everything is `prepare`d. Returns early, after an edit, when a signal was `held`.
         """
         if log is None:
-            log = EditLog(self._known, self._protected)
+            log = EditLog(self._known, self._protected, self._paraphrases.known)
             log.add_pass(self._clean_pass)
         self._replay(log)
         with self._reporter.task("edits", len(self.edits), "edits", log.tried) as task:
@@ -168,6 +173,7 @@ class EditRun:
                 for answer, cloze in zip(self._clean.answers, true, strict=True)
             ]
         )
+        self._paraphrases = Paraphrases(self.model, self._facts, self._known, self._reporter)
         self._protected = self._protect()
         self._moved = [self._moved_most(edit.fact) for edit in self.edits]
         self._clean_asked = self._ask_clean()
@@ -313,7 +319,11 @@ class EditRun:
             record |= {"delta": deltas[place], "direction": directions[place]}
             record["delta_norm"] = float(np.linalg.norm(deltas[place]))
             record["price"] = float(prices[place])
+            record["own_text_change"] = self._layers.text_change_of(
+                deltas[place], directions[place]
+            )
             record["editor_p"] = self._layers.p_of(directions[place])
+            record["paraphrase_p"] = self._layers.p_to_paraphrases(edited[place], directions[place])
             records.append(record)
         return records, found
 
@@ -372,6 +382,8 @@ class EditRun:
             shift = random_value(self._layers.d, options.random_norm, options.seed, number)
             return shift + self._layers.state([edit.fact])[0] if reach else shift
         layer, fact = self.sources.layers[at], self._facts[edit.fact]
+        if self._values:
+            return self._values.of(fact, edit.target_new)
         found = find_value(self.model, layer, fact, edit.target_new, self._find)
         return found.value + found.shift if reach else found.shift
 
@@ -401,9 +413,14 @@ class EditRun:
         asked = self._clean if step == 0 else self._examination.all_facts(self._reporter)
         new = self._examination.new_targets(self._own)
         scores = self._scoring.measure(scored, self._reporter)
+        clean = self._layers.taken_back if step else None
+        perplexity, kl = self._held_out.measure(clean) if self._held_out else (np.nan, np.nan)
         return {
             "step": step,
-            "perplexity": self._held_out.perplexity() if self._held_out else np.nan,
+            "perplexity": perplexity,
+            "kl": kl,
+            "text_change": self._layers.text_change,
+            "paraphrase/changed": self._paraphrases.changed(self._reporter),
             "logprob_true": asked.scores.logprob,
             "rank_true": asked.scores.rank,
             "answer_changed": changed(asked.answers, self._clean.answers),

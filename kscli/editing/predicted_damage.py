@@ -69,7 +69,8 @@ def layer_rows(
     largest |p|, with its two facts, and `harmful` the share of |p| above `HARMFUL`; NaN and None
     where there is no other fact. `reaches` is False at the last layer where a fact's key is not at
     its prompt's end: nothing reads there what the edit writes. `least` marks the layer of least rms
-    among those that reach the answer.
+    among those that reach the answer, and `chosen` is that of `chosen_layer`. `text_rms` is the rms
+    of p from the edited facts to all tokens of the corpus.
     """
     others = other_facts(pm)[list(edited)]
     rows = []
@@ -95,10 +96,86 @@ def layer_rows(
                     else _subjects(pm, i, j)
                 ),
                 "reaches": _reaches(pm, layer, edited),
+                **_reach_of_paraphrases(pm, layer, edited, others),
+                "text_rms": _text_rms(pm, layer, edited),
             }
         )
-    least = least_layer(rows)
-    return [{**row, "least": row["layer"] == least} for row in rows]
+    least, chosen = least_layer(rows), chosen_layer(rows)
+    return [
+        {**row, "least": row["layer"] == least, "chosen": row["layer"] == chosen} for row in rows
+    ]
+
+
+def chosen_layer(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The layer to edit: of least `ratio` among `layer_rows` that reach the answer.
+
+    An edit moves a fact's paraphrases by p to them, times delta, and another fact by p to that. So
+    to move the paraphrases by 1 it moves another fact by the `ratio`, in root mean square. None
+    where no edited fact has a paraphrase.
+    """
+    able = [row for row in rows if row["reaches"] and row["ratio"] is not None]
+    return min(able, key=lambda row: row["ratio"])["layer"] if able else None
+
+
+def price_rows(
+    pm: PMatrixFile, layer: int, edited: Sequence[int], k: int | None = None
+) -> list[dict[str, Any]]:
+    """Of the edits that protect all other facts at their subjects the `k` (None: all) dearest.
+
+    Flat records: `price` as `protection_prices`, `text_rms`, the rms of p from the fact to the
+    tokens of the corpus, `rms` that to the other facts, and the mean p to its paraphrases.
+    """
+    prices, P = protection_prices(pm, layer, edited), pm.matrix("P", layer)
+    others, paraphrase_p = other_facts(pm), pm.paraphrase_p(layer)
+    rows = []
+    for rank, at in enumerate(np.argsort(-prices, kind="stable")[:k].tolist(), 1):
+        index = edited[at]
+        fact, moved = pm.facts[index], P[index][others[index]]
+        rows.append(
+            {
+                "model": pm.model,
+                "layer": layer,
+                "rank": rank,
+                "price": float(prices[at]),
+                "text_rms": _text_rms(pm, layer, [index]),
+                "rms": math.sqrt(float((moved**2).mean())) if len(moved) else None,
+                "paraphrase_p": None
+                if math.isnan(paraphrase_p[index])
+                else float(paraphrase_p[index]),
+                "fact": index,
+                "subject": fact.subject,
+                "prompt": fact.prompt,
+                "target": fact.target,
+            }
+        )
+    return rows
+
+
+def _reach_of_paraphrases(
+    pm: PMatrixFile, layer: int, edited: Sequence[int], others: Mask
+) -> dict[str, float | None]:
+    """The median p to the edited facts' paraphrases, and the rms of p to others by that median.
+
+    Both are None where there is no paraphrase; the ratio also where they are not reached, p <= 0.
+    """
+    own = pm.paraphrase_p(layer)[list(edited)]
+    own = own[~np.isnan(own)]
+    if not len(own) or not others.any():
+        return {"paraphrase_p": None, "ratio": None}
+    median = float(np.median(own))
+    squares = pm.matrix("P", layer)[list(edited)][others] ** 2
+    ratio = math.sqrt(float(squares.mean())) / median if median > 0 else None
+    return {"paraphrase_p": median, "ratio": ratio}
+
+
+def _text_rms(pm: PMatrixFile, layer: int, edited: Sequence[int]) -> float | None:
+    """The rms of p from edited facts to all tokens of the corpus; of the paper's p only.
+
+    E (d^T k)^2 = d^T C d over the corpus, which is 1 / k_i^T C^-1 k_i for d = C^-1 k_i over that.
+    """
+    if pm.about.editor:
+        return None
+    return math.sqrt(float((1 / pm.leverage(layer)[list(edited)]).mean()))
 
 
 def least_layer(rows: Sequence[dict[str, Any]]) -> int | None:

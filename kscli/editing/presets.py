@@ -9,12 +9,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kscli.editing.editors import Editor
-from kscli.errors import UsageError
+from kscli.errors import UsageError, no_such
 from kscli.layers import format_layers
 from kscli.models.aliases import find_alias
 
@@ -119,9 +118,7 @@ def named_preset(method: str, name: str) -> Preset:
     """
     found = preset_for(method, name)
     if found is None:
-        there = presets_of(method)
-        near = get_close_matches(name, there, n=1)
-        known = f"did you mean {near[0]}? There are" if near else "there are"
-        remedy = f"{known} {', '.join(there)}" if there else "no settings are published for it"
-        raise UsageError(f"--preset {name!r} is no preset of {method}; {remedy}.")
+        if there := presets_of(method):
+            raise no_such(f"preset of {method}", name, there)
+        raise UsageError(f"there is no preset of {method}: no settings are published for it.")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kscli.editing.editors import editors_where, find_editor
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
 from kscli.editing.loop import Edit, EditOptions, EditRun
+from kscli.editing.other_values import OtherValues, read_values
 from kscli.editing.saving import save_edited_model
 from kscli.editing.sources import EditSources, require_about
 from kscli.editing.weights import EditableWeight
@@ -51,6 +52,7 @@ class EditPlan:
     options: EditOptions
     held_out: HeldOut | None = None
     protected: tuple[Fact, ...] = ()
+    values: OtherValues | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class EditRequest:
     `facts` are subjects or indexes; without them `count` (None: all) facts are drawn with the
     options' seed. `target_new` is the target for all, with or without `text:` before it, or
     `field:NAME` of the facts' records in `target_source` (None: where keys.h5 has its facts from).
+    Values are those of the run in the file `values_of`, where one is named.
     """
 
     facts: tuple[str, ...]
@@ -70,6 +73,7 @@ class EditRequest:
     options: EditOptions
     held_out: HeldOut | None = None
     protected: tuple[Fact, ...] = ()
+    values_of: Path | None = None
 
     def plan(self, sources: EditSources) -> EditPlan:
         """The edits that are asked for.
@@ -87,7 +91,11 @@ class EditRequest:
         chosen = edit_order(self.order, leverage, chosen, seed)
         targets = new_targets(sources.pm, chosen, self.target_new, self.target_source)
         edits = tuple(map(Edit, chosen, targets))
-        return EditPlan(edits, self.order, self.options, self.held_out, self.protected)
+        options, values = self.options, None
+        if self.values_of:
+            values = read_values(self.values_of, sources, options.method)
+            options = replace(options, values=values.identity)
+        return EditPlan(edits, self.order, options, self.held_out, self.protected, values)
 
     def _check(self, sources: EditSources) -> None:
         options, layers = self.options, sources.layers
@@ -215,6 +223,7 @@ def edit_model(
         )
     held_out = plan.held_out.corpus.files if plan.held_out else ()
     read = [file.path for file in (sources.cov, sources.keys, sources.pm)]
+    read += [plan.values.path] if plan.values else []
     require_other(path, [*read, *held_out, *session.located.files])
     check_held_out(plan, sources, reporter)
     recipe = edits_recipe(sources, plan, session.dtype)
@@ -254,7 +263,7 @@ def make_edits(
     checkpoint = checkpoint_of(path)
     log = _log_so_far(checkpoint, recipe, force)
     about = _about(model, sources, plan, recipe)
-    run = EditRun(model, sources, plan.edits, plan.options, reporter, plan.protected)
+    run = EditRun(model, sources, plan.edits, plan.options, reporter, plan.protected, plan.values)
     if plan.held_out:
         # An imported C does not say at which length its documents were cut.
         length = sources.cov.about.max_length or model.max_length
@@ -339,6 +348,12 @@ def _log_so_far(checkpoint: Path, recipe: Recipe, force: bool) -> EditLog | None
     return None
 
 
+def _whose_value(options: EditOptions) -> str:
+    if options.values:
+        return "another run's"
+    return "optimised" if options.random_norm is None else "random"
+
+
 def _about(model: LoadedModel, sources: EditSources, plan: EditPlan, recipe: Recipe) -> EditsAbout:
     options = plan.options
     return sources.pm.about.derive(
@@ -349,7 +364,7 @@ def _about(model: LoadedModel, sources: EditSources, plan: EditPlan, recipe: Rec
         method=options.method,
         protocol=options.protocol,
         order=plan.order,
-        value="optimised" if options.random_norm is None else "random",
+        value=_whose_value(options),
         weight=options.write.weight,
         batch=options.batch,
         planned=len(plan.edits),

@@ -61,8 +61,10 @@ class Outcomes:
     same of all edits at the last pass, None for single edits. `kept`: known facts that no edit is
     about which still have their answer, of `known`, at each pass of `kept_by_pass`, and
     after the last (single: on average over the edits, of the facts that each is not about);
-    `kept_protected`: the same of those that were protected, `known_protected` of them. So
-    with `perplexity_after` and `weight_change`, the Frobenius norm of W_n - W_0.
+    `kept_protected`: the same of those that were protected, `known_protected` of them;
+    `kept_paraphrased` and `kept_protected_paraphrased` the same of their paraphrases that the clean
+    model completes. So with `perplexity_after`, `kl`, `text_change`, which is that of
+    `kscli.editing.text_change`, and `weight_change`, the Frobenius norm of W_n - W_0.
     """
 
     edits: int
@@ -75,8 +77,12 @@ class Outcomes:
     kept_by_pass: tuple[float | None, ...]
     known_protected: int
     kept_protected: float | None
+    kept_paraphrased: float | None
+    kept_protected_paraphrased: float | None
     perplexity_before: float | None
     perplexity_after: float | None
+    kl: float | None
+    text_change: float | None
     weight_change: float | None
 
 
@@ -129,12 +135,14 @@ def verify(run: EditArrays, resampling: Resampling | None = None) -> Verificatio
 
 def measure_outcomes(run: EditArrays) -> Outcomes:
     """What became of the edits and of what the model knew."""
+    about_none = tested_facts(run)
     by_pass, of_protected = (
-        tuple(
-            _share(~changed[tested])
-            for changed, tested in zip(run.answer_changed, tested_facts(run) & among, strict=True)
-        )
-        for among in (True, run.protected)
+        _kept(run.answer_changed, about_none & among) for among in (True, run.protected)
+    )
+    asked = about_none[:, run.paraphrase_fact] & run.paraphrase_known
+    paraphrased, protected_paraphrased = (
+        _kept(run.paraphrase_changed, asked & among)
+        for among in (True, run.protected[run.paraphrase_fact])
     )
     made = slice(0, int(run.step[-1]))
     retained, likelier = run.rank_new[-1, made] == 1, run.logprob_new[-1, made]
@@ -151,8 +159,12 @@ def measure_outcomes(run: EditArrays) -> Outcomes:
         kept_by_pass=by_pass,
         known_protected=int((run.known & run.protected).sum()),
         kept_protected=_mean_of_shares(of_protected[after]),
+        kept_paraphrased=_mean_of_shares(paraphrased[after]),
+        kept_protected_paraphrased=_mean_of_shares(protected_paraphrased[after]),
         perplexity_before=plain(float(run.perplexity[0])),
         perplexity_after=_mean(run.perplexity[after]),
+        kl=_mean(run.kl[after]),
+        text_change=_mean(run.text_change[after]),
         weight_change=_mean(run.weight_change if run.single else run.weight_change[-1:]),
     )
 
@@ -243,6 +255,11 @@ def _slopes(x: Real, sums: Real, weights: Real) -> Real:
 def _worst(errors: Real) -> float | None:
     defined = errors[~np.isnan(errors)]
     return float(defined.max()) if defined.size else None
+
+
+def _kept(changed: Mask, tested: Mask) -> tuple[float | None, ...]:
+    """Of what is tested at each pass, (s, n), the share of answers that are as they were."""
+    return tuple(_share(~now[asked]) for now, asked in zip(changed, tested, strict=True))
 
 
 def _share(held: Mask) -> float | None:

@@ -75,17 +75,6 @@ def _metadata(extension: str, source: str) -> dict[str, str | None]:
     return _METADATA[extension] | ({_SOURCE[extension]: source} if source else {})
 
 
-def source_of_png(path: Path) -> str:
-    """What the PNG figure at `path` says that it shows; empty where it says nothing."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return str(image.info.get("Source", ""))
-    except (OSError, UnidentifiedImageError):
-        return ""
-
-
 def save_figure(fig: Figure, path: Path, force: bool = False, source: str = "") -> None:
     """Write the figure to `path`, renamed into place; raises as `check_target` does."""
     content = render(fig, check_target(path, force), source)
@@ -93,17 +82,19 @@ def save_figure(fig: Figure, path: Path, force: bool = False, source: str = "") 
         beside.write_bytes(content)
 
 
-def save_pages(pages: Sequence[Figure], path: Path, force: bool = False) -> list[Path]:
+def save_pages(
+    pages: Sequence[Figure], path: Path, force: bool = False, source: str = ""
+) -> list[Path]:
     """Write the pages of a figure as `page_paths` says, and return these; raises as `check_target`.
 
-    Nothing is written where one of the files may not be.
+    Nothing is written where one of the files may not be. Each says that it shows `source`.
     """
     paths = page_paths(path, len(pages))
     extensions = [check_target(one, force) for one in paths]
     contents = (
-        [render_pdf(pages)]
+        [render_pdf(pages, source)]
         if len(pages) > 1 and len(paths) == 1
-        else [render(fig, extension) for fig, extension in zip(pages, extensions, strict=True)]
+        else [render(fig, each, source) for fig, each in zip(pages, extensions, strict=True)]
     )
     for one, content in zip(paths, contents, strict=True):
         with replace_file(one, force=force) as beside:

@@ -55,6 +55,7 @@ class Wanted:
 
     `unreachable` and `offline` end the sentences that begin with the Hub out of reach and with
     HF_HUB_OFFLINE set; `hint` follows where the name may be wrong. `error` is what is raised.
+    `doing` is what cannot be done: it is fetched, or written.
     """
 
     kind: Literal["model", "data set"]
@@ -64,6 +65,7 @@ class Wanted:
     unreachable: str
     offline: str
     hint: str = ""
+    doing: Literal["fetched", "written"] = "fetched"
 
 
 def ask(question: Callable[[float], Answer]) -> Answer:
@@ -125,7 +127,7 @@ def require_sound_token(error: type[KscliError]) -> None:
 
 def explain(error: Exception, wanted: Wanted) -> KscliError:
     """The error that says what `error` means for what was wanted, and what to do about it."""
-    wrapped = isinstance(error, LocalEntryNotFoundError | ConnectionError)
+    wrapped = isinstance(error, LocalEntryNotFoundError | ConnectionError | RuntimeError)
     if wrapped and isinstance(error.__cause__, Exception):
         error = error.__cause__
     text = next(text for signs, text in _EXPLANATIONS if any(_has(error, sign) for sign in signs))
@@ -154,8 +156,9 @@ def is_out_of_reach(error: BaseException | None) -> bool:
     return isinstance(error, (*no_answer, HTTPError))
 
 
-def _is_bad_token(error: Exception) -> bool:
-    return isinstance(error, HfHubHTTPError) and error.response.status_code == 401
+def _has_status(*codes: int) -> Callable[[Exception], bool]:
+    """Whether the Hub answers with one of these codes of HTTP."""
+    return lambda error: isinstance(error, HfHubHTTPError) and error.response.status_code in codes
 
 
 def _has(error: Exception, sign: Sign) -> bool:
@@ -166,7 +169,7 @@ def _has(error: Exception, sign: Sign) -> bool:
     return isinstance(error, sign) if isinstance(sign, type) else sign(error)
 
 
-_FAILED = "{hub_id} cannot be fetched: {reason}."
+_FAILED = "{hub_id} cannot be {doing}: {reason}."
 
 # The first row with a sign that an error has explains it; GatedRepoError is a
 # RepositoryNotFoundError too. Strings are for what `datasets` and hf_xet say in any class.
@@ -196,7 +199,12 @@ _EXPLANATIONS: tuple[tuple[tuple[Sign, ...], str], ...] = (
         (errno.EACCES, errno.EPERM, errno.EROFS),
         "The cache {cache} cannot be written; set HF_HOME to a folder that can.",
     ),
-    ((_is_bad_token,), "The Hub rejects your token; log in again with `hf auth login`."),
+    ((_has_status(401),), "The Hub rejects your token; log in again with `hf auth login`."),
+    (
+        (_has_status(402, 403),),
+        "{hub_id} cannot be {doing} with your token ({reason}); use one that may.",
+    ),
+    ((_has_status(409, 412),), "{hub_id} changed meanwhile; run the command again."),
     ((is_offline,), "HF_HUB_OFFLINE is set{offline}"),
     ((is_out_of_reach,), "The Hub at {endpoint} cannot be reached ({reason}){unreachable}"),
     (

@@ -72,7 +72,7 @@ def _download(options: ModelOptions, info: ModelInfo, reporter: Reporter) -> Pat
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
 
     def read(name: str) -> str:
-        path = hf_hub_download(options.model, name, revision=commit, tqdm_class=_bar_class(Task()))
+        path = hf_hub_download(options.model, name, revision=commit, tqdm_class=bar_class(Task()))
         return Path(path).read_text("utf-8")
 
     files = model_files(sizes, read, f"{options.model} at {options.revision}", options).all
@@ -85,7 +85,7 @@ def _download(options: ModelOptions, info: ModelInfo, reporter: Reporter) -> Pat
             options.model,
             revision=options.revision,
             allow_patterns=files,
-            tqdm_class=_bar_class(task),
+            tqdm_class=bar_class(task),
         )
     return Path(folder)
 
@@ -131,7 +131,7 @@ def _cached_file(hub_id: str, name: str, revision: str | None) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _bar_class(task: Task) -> type[tqdm]:
+def bar_class(task: Task) -> type[tqdm]:
     """A stand-in for the Hub's progress bars that draws nothing and advances `task`.
 
     The Hub shows two bars of bytes, received and written; whichever is ahead counts.

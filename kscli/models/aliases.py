@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kscli.errors import nearest
+
 ModelKind = Literal["embedded", "hub", "folder", "gguf"]
 
 
@@ -53,9 +55,7 @@ def find_alias(name: str) -> Alias | None:
 
 def close_aliases(name: str) -> list[str]:
     """Aliases that look like a mistyped `name`, or like the last part of a Hub id; best first."""
-    import difflib
-
-    return difflib.get_close_matches(name.rpartition("/")[2].lower(), _BY_NAME, n=3, cutoff=0.75)
+    return nearest(name.rpartition("/")[2], _BY_NAME, n=3, cutoff=0.75)
 
 
 def classify(model: str) -> ModelKind:

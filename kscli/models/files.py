@@ -58,9 +58,9 @@ def model_files(
 ) -> ModelFiles:
     """The files to read among `names`; `read` gives the text of one.
 
-    There are no weights among them where `options` do without. Weights are safetensors; pickled
-    ones only where `options` allow them and there are no others. Python files count only where
-    `options` trust them.
+    Weights are safetensors; pickled ones only where `options` allow them and there are no others.
+    Python files count only where `options` trust them. Where `options` want no weights there are
+    none.
 
     The adapter's files count only where `options` merge it.
 
@@ -81,9 +81,7 @@ def model_files(
     return ModelFiles(
         config=[CONFIG, *code],
         tokenizer=sorted(filter(_is_tokenizer_file, names)),
-        weights=[]
-        if options.without_weights
-        else _weight_files(names, read, where, options.allow_pickle),
+        weights=_weight_files(names, read, where, options.allow_pickle) if options.weights else [],
         adapter=adapter,
     )
 

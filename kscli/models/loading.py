@@ -196,6 +196,19 @@ def load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
     return tokenizer
 
 
+def read_tokenizer(options: ModelOptions, reporter: Reporter = SILENT) -> tuple[Any, int]:
+    """A model's tokenizer and the default length of a document, without the model's weights.
+
+    Raises ModelError as `load_model` does, as far as these two are concerned.
+    """
+    options = replace(options, weights=False)
+    located = locate_model(options, reporter)
+    with quiet_transformers(), gguf_read_once(located):
+        config = load_config(located, options)
+        tokenizer = load_tokenizer(located, options)
+    return tokenizer, default_length(positions_of(config.get_text_config()))
+
+
 def _device_arguments(device: str, spread: MemorySplit | None) -> dict[str, Any]:
     if spread:
         from kscli.resources import free_on_devices, measure_resources

@@ -21,7 +21,7 @@ from kscli.reporter import SILENT, Reporter
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, from where, and how it is to be run; `without_weights`: it is only planned."""
+    """Which model, from where, and how it is to be run; without `weights`, its tokenizer alone."""
 
     model: str
     revision: str | None = None
@@ -30,7 +30,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     merge_adapter: bool = False
-    without_weights: bool = False
+    weights: bool = True
 
 
 @dataclass(frozen=True)

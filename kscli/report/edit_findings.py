@@ -49,6 +49,14 @@ def risk(examined: Examined) -> list[str]:
             else "."
         )
     ]
+    chosen = next((row for row in able if row["chosen"]), None)
+    if chosen:
+        sentences.append(
+            f"p to a fact's own paraphrases, {number(chosen['paraphrase_p'], 2)} in the median at "
+            f"layer {chosen['layer']}, says how far an edit generalises. There an edit that moves "
+            f"the paraphrases by 1 moves other facts by {number(chosen['ratio'], 3)}, the least of "
+            "the layers that reach the answer: by this rule it is the layer to edit."
+        )
     if examined.file.about.editor:
         return sentences  # that no order saves more is proved of the paper's P
     saved = [share(end(row["saved"] for row in able)) for end in (min, max)]
@@ -91,10 +99,21 @@ def _outcome(run: ExaminedRun) -> list[str]:
         if found.kept_protected is not None:
             of_known = f"{of_known[:-1]}, and {share(found.kept_protected)} of those protected."
         sentences.append(of_known)
+    if found.kept_paraphrased is not None:
+        sentences.append(
+            f"Of their paraphrases that it completed {share(found.kept_paraphrased)} have the same "
+            "answer."
+        )
+    if found.text_change is not None:
+        sentences.append(
+            "What the edits add to the values of all text is, in the mean square, "
+            f"{share(found.text_change)} of these values themselves."
+        )
     before, after = found.perplexity_before, found.perplexity_after
     if before is not None and after is not None:
         sentences.append(
-            f"Perplexity of held-out text goes from {number(before, 2)} to {number(after, 2)}."
+            f"Perplexity of held-out text goes from {number(before, 2)} to {number(after, 2)}"
+            + ("." if found.kl is None else f", its KL divergence to {number(found.kl, 3)}.")
         )
     return sentences
 

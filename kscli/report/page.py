@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from kscli import __version__
-from kscli.artifacts import UNKNOWN, PMatrixFile
+from kscli.artifacts import UNKNOWN, Artifact, Existing, PMatrixFile
 from kscli.editing.edits_file import EditsFile
+from kscli.errors import ArtifactError
 from kscli.files import replace_file, require_other, require_writable
+from kscli.origin import Origin
 from kscli.places import file_name
 from kscli.report import comparison, sections
 from kscli.report.edits import edits, risk
@@ -69,23 +71,47 @@ def write_report(
 ) -> None:
     """Write the page on the open files of one or several models to `path`.
 
-    `command` is said to have made it. Raises ArtifactError where the file exists, unless
-    `force`, and where it cannot be written.
+    `command` is said to have made it. A page that is up to date is kept, and one whose inputs have
+    changed is made again. Raises ArtifactError where another file exists, unless `force`, and where
+    it cannot be written.
     """
     for source in sources:
         matrices = source.pmatrix.path
         stats = file_name("stats", source.pmatrix.about.editor)
         others = [matrices.with_name(name) for name in ("cov.h5", "keys.h5", stats)]
         require_other(path, [matrices, *others, *(run.path for run in source.runs)])
-    require_writable(path, force=force)
+    require_writable(path, force=True)
+    origin = _origin(sources, seed)
+    if not origin.must_make(path, Existing.FORCE if force else Existing.REFUSE, reporter):
+        return
     models = [
         examine(files.pmatrix, f"model-{at}", seed, reporter, files.runs)
         for at, files in enumerate(sources, start=1)
     ]
     parts = model_parts(models, reporter)
-    content = document(_title(models), parts, command)
-    with replace_file(path, force=force) as beside:
+    content = document(_title(models), parts, command, origin.line)
+    with replace_file(path, force=True) as beside:
         beside.write_text(content, encoding="utf-8")
+
+
+def _origin(sources: Sequence[ModelFiles], seed: int) -> Origin:
+    """What the page is made from: P, the files beside it, and the runs."""
+    inputs = []
+    for source in sources:
+        inputs += [source.pmatrix.fingerprint, *(run.fingerprint for run in source.runs)]
+        stats = file_name("stats", source.pmatrix.about.editor)
+        inputs += [_fingerprint(source.pmatrix.path.with_name(name)) for name in ("cov.h5", stats)]
+    about = [source.pmatrix.about for source in sources]
+    return Origin(("report", seed, [(each.model, each.editor) for each in about]), inputs)
+
+
+def _fingerprint(path: Path) -> str:
+    """The fingerprint of an artifact; empty where there is none that can be read."""
+    try:
+        with Artifact(path) as artifact:
+            return artifact.fingerprint
+    except ArtifactError:
+        return ""
 
 
 def model_parts(models: Sequence[Examined], reporter: Reporter = SILENT) -> list[Part]:
@@ -115,8 +141,11 @@ def _builders(examined: Examined) -> tuple[Builder, ...]:
     return (sections.summary, *of_pairs, sections.provenance)
 
 
-def document(title: str, parts: Sequence[Part], command: str = "") -> str:
-    """The HTML of the page, which loads nothing and runs no script but its own."""
+def document(title: str, parts: Sequence[Part], command: str = "", origin: str = "") -> str:
+    """The HTML of the page, which loads nothing and runs no script but its own.
+
+    `origin` is the line that says what it was made from.
+    """
     style, script = _own_file("style.css"), _own_file("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Figures bring their colours in style attributes, which no hash allows.
@@ -129,7 +158,7 @@ def document(title: str, parts: Sequence[Part], command: str = "") -> str:
         void("meta", charset="utf-8"),
         void("meta", http_equiv="Content-Security-Policy", content=policy),
         void("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        void("meta", name="generator", content=f"kscli {__version__}"),
+        void("meta", name="generator", content=origin or f"kscli {__version__}"),
         tag("title", title),
         tag("style", Html(style)),
     )

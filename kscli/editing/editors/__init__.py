@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from kscli.errors import UsageError
+from kscli.errors import no_such
 
 if TYPE_CHECKING:
     import numpy as np
@@ -215,9 +214,7 @@ class Editor:
 def find_editor(name: str) -> Editor:
     """The editor of that name. Raises UsageError, naming those there are, for another name."""
     if name not in EDITORS:
-        near = get_close_matches(name, EDITORS, n=1)
-        remedy = f"did you mean {near[0]}? There are" if near else "there are"
-        raise UsageError(f"{name!r} is no editor; {remedy} {', '.join(EDITORS)}.")
+        raise no_such("editor", name, EDITORS)
     found: Editor = import_module(EDITORS[name]).EDITOR
     return found
 

@@ -1,0 +1,70 @@
+"""What a person is told beside a table: what p and its columns mean, what is high, what is next.
+
+All of it are notes on stderr: `--quiet` leaves them out, and so does a format for machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kscli.cli.output import Format
+from kscli.cli.remedies import command_for, listed
+from kscli.reporter import SILENT, Reporter
+from kscli.tables import Column, Row, shown
+
+P_MEANS = (
+    "p(i, j): how much of what an edit writes into fact i reaches fact j; 0 is nothing, 1 is all."
+)
+# The first and the last layer; the authors' run of 100,000 articles, and `kscli guide reproduce`.
+KURTOSIS_ELSEWHERE = (
+    "GPT-2 small has 72.7 at its first layer and 7.8 at its last (the paper's authors), "
+    "SmolLM2-135M 47.5 and 5.1, a Gaussian 0."
+)
+
+
+def explainer(reporter: Reporter, output_format: Format) -> Reporter:
+    """The reporter of explanations: nobody reads them beside a format for machines."""
+    return reporter if output_format is Format.table else SILENT
+
+
+def explain_columns(columns: Sequence[Column], rows: Sequence[Row], reporter: Reporter) -> None:
+    """Say what p is, and what the columns of a table are whose headings do not say it."""
+    reporter.note(P_MEANS)
+    for column in shown(columns, rows):
+        if column.meaning:
+            reporter.note(f"{column.title}: {column.meaning}")
+
+
+def compare_kurtosis(rows: Sequence[Row], reporter: Reporter) -> None:
+    """Say where the kurtosis is largest and least, and what it is in models that were measured."""
+    by_kurtosis = sorted(
+        (row for row in rows if row["kurtosis"] == row["kurtosis"]), key=lambda row: row["kurtosis"]
+    )
+    if by_kurtosis:
+        least, most = by_kurtosis[0], by_kurtosis[-1]
+        here = f"The kurtosis here is {most['kurtosis']:.1f} at layer {most['layer']}"
+        if least is not most:
+            here += f" and {least['kurtosis']:.1f} at layer {least['layer']}"
+        reporter.note(f"{here}; {KURTOSIS_ELSEWHERE}")
+
+
+def suggest(
+    steps: Sequence[tuple[str, str]],
+    model: str,
+    directory: Path,
+    reporter: Reporter,
+    fact: str | None = None,
+) -> None:
+    """Say which commands come next, each with what it shows; of a fact where one is named."""
+    words = []
+    for verb, what in steps:
+        of_fact = ("--fact", fact) if fact and verb in ("risk", "edit") else ()
+        words.append(f"{command_for(verb, model, directory, *of_fact)} {what}")
+    reporter.note(f"Next: {listed(words)}.")
+
+
+REPORT = ("report", "(all figures and findings on one page)")
+RISK = ("risk", "(what an edit of it would move)")
+EDIT = ("edit", "(edit it in a copy of the model, and see what it moved)")
+TOPK = ("topk", "(the pairs of facts that are bound)")

@@ -1,0 +1,99 @@
+"""How a table is fitted to a terminal: which columns it has, and how wide each is.
+
+No word is broken and no number is wrapped. Where there is not room to read all columns with ease,
+those marked `spare` go, the most spare first; where there is room left, those marked `wide` come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kscli.tables import Column
+
+EASY_TEXT = 16  # a text that is narrower is hard to read
+LONGEST_WORD = 40  # what is longer, a path or a digest, may be broken
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns that a table has, by their indexes; their widths; and the gap between them."""
+
+    kept: tuple[int, ...]
+    widths: tuple[int, ...]
+    gap: int
+
+    @property
+    def width(self) -> int:
+        """The width of the whole table."""
+        return sum(self.widths) + self.gap * (len(self.widths) - 1)
+
+
+def fit(
+    columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int | None
+) -> Layout | None:
+    """The layout of `cells`, the headings first, in `room` columns of a terminal (None: any).
+
+    None where no layout fits.
+    """
+    natural = [max(map(_width, of_column)) for of_column in zip(*cells, strict=True)]
+    if room is None:
+        plain = tuple(at for at, column in enumerate(columns) if not column.wide)
+        return Layout(plain, tuple(natural[at] for at in plain), 2)
+    least = [
+        _least(column, of_column)
+        for column, of_column in zip(columns, zip(*cells, strict=True), strict=True)
+    ]
+    easy = [
+        width if column.right else max(width, min(own, EASY_TEXT))
+        for column, width, own in zip(columns, least, natural, strict=True)
+    ]
+    kept = [at for at, column in enumerate(columns) if not column.wide]
+    while _total(easy, kept, 1) > room:
+        spare = [at for at in kept if columns[at].spare]
+        if not spare:
+            break
+        kept.remove(max(spare, key=lambda at: (columns[at].spare, at)))
+    if _total(least, kept, 1) > room:
+        return None
+    for at in range(len(columns)):
+        more = sorted([*kept, at])
+        if at not in kept and columns[at].wide and _total(natural, more, 2) <= room:
+            kept = more
+    gap = 2 if _total(least, kept, 2) <= room else 1
+    left = room - _total(least, kept, gap)
+    widths = _shared([least[at] for at in kept], [natural[at] for at in kept], left)
+    return Layout(tuple(kept), tuple(widths), gap)
+
+
+def _total(widths: Sequence[int], kept: Sequence[int], gap: int) -> int:
+    return sum(widths[at] for at in kept) + gap * max(len(kept) - 1, 0)
+
+
+def _least(column: Column, cells: Sequence[str]) -> int:
+    """The least width of a column: a number is whole, and so is every word of a text."""
+    heading, *values = cells
+    words = [word for text in values for word in text.split(" ")]
+    if column.right:
+        words = list(values)
+    longest = max(map(_width, words), default=0)
+    if not column.right:
+        longest = min(longest, LONGEST_WORD)
+    return max([longest, *map(_width, heading.split(" "))])
+
+
+def _shared(least: Sequence[int], natural: Sequence[int], left: int) -> list[int]:
+    """The widths after the room that is left went, bit by bit, to who lacks most of his own."""
+    widths = list(least)
+    for _ in range(left):
+        lacking = [at for at in range(len(widths)) if widths[at] < natural[at]]
+        if not lacking:
+            break
+        widths[max(lacking, key=lambda at: natural[at] / widths[at])] += 1
+    return widths
+
+
+def _width(text: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(text)

@@ -1,0 +1,98 @@
+"""What a user can do about a mistake: the command that makes a file, the name that was meant."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kscli.cli.settings import find_settings
+from kscli.errors import MADE_BY, ArtifactError, MissingError, nearest
+from kscli.models.aliases import ALIASES, classify
+from kscli.places import Places
+
+DEFAULT_DIR = Path("artifacts")
+
+
+def command_for(verb: str, model: str, directory: Path, *more: str) -> str:
+    """A command as the user would write it for a model, as `kscli run --model gpt-j`."""
+    words = ["kscli", *verb.split(), "--model", model, *more]
+    if directory != DEFAULT_DIR and str(directory) != os.environ.get("KSCLI_DIR"):
+        words += ["--dir", str(directory)]
+    return f"`{shlex.join(words)}`"
+
+
+def measured_models(directory: Path) -> list[str]:
+    """The folders of a `--dir` that hold artifacts, in alphabetical order."""
+    if not directory.is_dir():
+        return []
+    return sorted(path.name for path in directory.iterdir() if any(path.glob("*.h5")))
+
+
+def meant_model(model: str, directory: Path) -> str | None:
+    """The alias, or the model that was measured, that a name which is neither looks like."""
+    if classify(model) != "hub" or "/" in model:
+        return None
+    known = [*measured_models(directory), *(alias.name for alias in ALIASES)]
+    near = nearest(model, known, cutoff=0.75)
+    return near[0] if near and near[0] != model else None
+
+
+def of_models(error: MissingError, models: Sequence[str], directory: Path) -> ArtifactError:
+    """The error that names the command with the user's own model, where the file is that one's."""
+    for model in models:
+        places = Places(directory, model)
+        if places.folder not in error.path.parents:
+            continue
+        made_by = MADE_BY.get(error.kind, "run")
+        if error.kind == "pmatrix" and all(places.path(of).exists() for of in ("cov", "keys")):
+            made_by = "pmatrix"
+        meant = meant_model(model, directory)
+        others = [name for name in measured_models(directory) if name != places.folder.name]
+        if meant:
+            return ArtifactError(f"{error.path} does not exist; did you mean {meant}?")
+        remedy = f"{command_for(made_by, model, directory)} makes it"
+        there = f" ({directory} has {listed(others)})" if others else ""
+        return ArtifactError(f"{error.path} does not exist; {remedy}{there}.")
+    return error
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names as in `a, b and 4 others`."""
+    if len(names) > most + 1:
+        names = [*names[:most], f"{len(names) - most} others"]
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
+
+
+def usage_mistake(error: Any) -> str:
+    """What Typer found wrong with a command line, in one line that says what was meant."""
+    option = getattr(error, "option_name", None)
+    if option is not None and "No such option" in error.message:
+        return _no_option(option, error)
+    parameter = getattr(error, "param", None)
+    text = " ".join(error.format_message().split()).replace("Value error, ", "")
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}{_where(error, parameter)}."
+
+
+def _where(error: Any, parameter: Any) -> str:
+    """Where a wrong value is from, if not from the command line."""
+    source = error.ctx.get_parameter_source(parameter.name) if parameter and error.ctx else None
+    if source is None or source.name not in ("ENVIRONMENT", "DEFAULT_MAP"):
+        return ""
+    if source.name == "ENVIRONMENT":
+        return f" (from {next(name for name in parameter.envvar if os.environ.get(name))})"
+    settings = find_settings(Path.cwd())
+    return f" (from {settings.path})" if settings else ""
+
+
+def _no_option(option: str, error: Any) -> str:
+    context = error.ctx
+    own = [name for each in context.command.params for name in each.opts]
+    above = context.parent.command.params if context.parent else []
+    if any(option in each.opts for each in above):
+        return f"{option} stands before the command: kscli {option} {context.info_name}."
+    near = nearest(option, own)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"there is no option {option}; {meant}`{context.command_path} --help` lists them all."

@@ -1,0 +1,86 @@
+"""`kscli trace`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kscli.cli import options
+from kscli.cli.output import Format, print_rows
+from kscli.tables import TRACED
+
+
+def trace(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model before: as --model of other commands.")
+    ],
+    edited: Annotated[
+        str, typer.Argument(metavar="EDITED", help="What it became: a folder, a Hub id or a file.")
+    ],
+    facts: options.Facts = None,
+    count: options.Count = None,
+    prompt_field: options.PromptField = None,
+    subject_field: options.SubjectField = None,
+    target_field: options.TargetField = None,
+    contexts: options.Contexts = None,
+    k: Annotated[
+        str,
+        typer.Option("-k", metavar="K|all", help="How many facts to list at each layer."),
+    ] = "20",
+    cov: options.Cov = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_pickle: options.AllowPickle = False,
+    directory: options.Dir = Path("artifacts"),
+    seed: options.Seed = 0,
+    quiet: options.Quiet = False,
+    output_format: options.OutputFormat = Format.table,
+) -> None:
+    """Find out which facts of an edited model were edited, and by which editor.
+
+    Compares the weights of two models, and reads cov.h5 of the first. An edit of fact i changes W
+    along its direction d_i (C^-1 k for the paper and ROME). So d_i lies in the row space of the
+    change. "share" is the part of d_i that lies there. "p-value" is the part of decoys that lie
+    there as far: keys of the prompts' other tokens, and permuted keys. A fact counts as edited
+    where most of its direction lies there, and more than chance allows over all facts (Benjamini
+    and Hochberg, 5 %). A fact that lies there only because it is bound to an edited one is marked
+    so.
+
+    The directions of all editors are tried. The kind that explains most of the change is shown.
+    Nothing is written.
+
+    --contexts says over which texts an editor's mean key is taken. 0, the default, is the bare
+    prompt alone.
+
+    Examples:
+      kscli trace gpt2-small edited/ --facts counterfact --count 256
+      kscli trace gpt-j ./downloaded --facts mine.jsonl -f json | jq '.[] | select(.edited).subject'
+    """
+    from kscli.artifacts import CovarianceFile, Existing
+    from kscli.cli.console import ConsoleReporter
+    from kscli.cli.requests import facts_for, number_or_all
+    from kscli.contexts import choose_contexts
+    from kscli.models.locating import ModelOptions
+    from kscli.pipeline import Session
+    from kscli.places import Places
+    from kscli.tracing.stage import say_what_differs, trace_models
+
+    reporter = ConsoleReporter(quiet=quiet)
+    listed = number_or_all("-k", k)
+    own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}
+    chosen = choose_contexts(contexts or "0", ())
+    candidates = facts_for(base, facts, count, reporter, own_names)
+    of_base = ModelOptions(base, revision, device, dtype, trust_remote_code, allow_pickle)
+    of_edited = replace(of_base, model=edited, revision=None)
+    with CovarianceFile(cov or Places(directory, base).path("cov")) as file:
+        before, after = (
+            Session(each, Existing.REFUSE, reporter).model for each in (of_base, of_edited)
+        )
+        found = trace_models(before, after, file, candidates, chosen, reporter, seed)
+    say_what_differs(found, edited, reporter)
+    print_rows(found.rows(listed), TRACED, output_format)
