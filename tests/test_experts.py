@@ -19,10 +19,12 @@ from experts_kit import (
 from families import GROUPED, LAYERS, save_model
 from torch import Tensor, nn
 
-from kscli.errors import ModelError
+from kscli.errors import ModelError, UsageError
+from kscli.models.down_projections import find_down_projections, select_alike
 from kscli.models.experts import RoutedKeys
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
+from kscli.reporter import Reporter
 
 
 def load(folder: Path, dtype: str = "float32") -> LoadedModel:
@@ -149,3 +151,42 @@ def test_what_cannot_be_measured_is_refused(
     save_model(model_type, GROUPED | settings, tmp_path)
     with pytest.raises(ModelError, match=reason):
         load(tmp_path)
+
+
+def test_layers_that_differ_in_size_are_kept_apart() -> None:
+    layers = nn.ModuleList(
+        nn.ModuleDict({"up": nn.Linear(8, n), "down": nn.Linear(n, 8)}) for n in (16, 24, 24)
+    )
+    found = find_down_projections(nn.ModuleDict({"layers": layers}), 8, 3)
+    assert {layer: each.d_m for layer, each in found.items()} == {0: 16, 1: 24, 2: 24}
+    assert tuple(select_alike(found, "all", "toy")) == (1, 2)
+    assert tuple(select_alike(found, "0", "toy")) == (0,)
+    with pytest.raises(UsageError, match="layers 0 and 1-2 of toy differ"):
+        select_alike(found, "0-2", "toy")
+
+
+def test_dense_layers_among_experts_are_layers_of_their_own(tmp_path: Path) -> None:
+    save_experts("deepseek-v3", tmp_path, first_k_dense_replace=1, num_hidden_layers=3)
+    notes: list[str] = []
+
+    class Notes(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    loaded = load(tmp_path)
+    of_experts = loaded.of_layers("all", Notes())
+    assert of_experts.decoder.layers == (1, 2)
+    assert of_experts.provenance()["hook"] == "model.layers.{}.mlp.experts.down_proj"
+    assert "left out: layer 0 of" in notes[0]
+    dense = loaded.of_layers("0")
+    assert dense.provenance()["n_experts"] is None
+    assert dense.provenance()["hook"] == "model.layers.{}.mlp.down_proj"
+    keys = dense.decoder.keys_of(0, torch.arange(100, 1300, 30)[None])
+    assert keys.shape == (1, 40, dense.decoder.d_m)
+
+
+def test_layers_without_an_mlp_are_left_out() -> None:
+    with_mlp = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+    layers = nn.ModuleList([nn.ModuleDict({"self_attn": nn.Linear(8, 8)}), with_mlp])
+    found = find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
+    assert list(found) == [1]

@@ -72,6 +72,18 @@ def _check_kind(located: LocatedModel, config: Any) -> None:
         )
 
 
+def sizes_of(config: Any) -> tuple[int, int]:
+    """A decoder's hidden size and number of layers; ModelError where a configuration says none."""
+    text = config.get_text_config()
+    found: list[Any] = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers")]
+    if not all(isinstance(size, int) for size in found):
+        raise ModelError(
+            f"a {config.model_type} has no single hidden size and number of layers; kscli measures "
+            "decoders with one list of layers."
+        )
+    return found[0], found[1]
+
+
 def default_length(positions: int | None) -> int:
     """The default length of a document: a model's positions, `LONGEST_DOCUMENT` at most."""
     return min(positions or LONGEST_DOCUMENT, LONGEST_DOCUMENT)
