@@ -48,7 +48,7 @@ class Keys:
     those over a fact's paraphrases, NaN for a fact without; None where no fact has any. Of layers
     of experts `keys` are (layer, m, slot, d_m), multiplied by the gates, of the `experts` (layer,
     m, slot) that a fact is routed to, -1 being none, and `shared_keys` (layer, m, d_shared) those
-    of shared experts.
+    of shared experts; there are no means.
     """
 
     facts: tuple[Fact, ...]

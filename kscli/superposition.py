@@ -47,9 +47,9 @@ class Superposition:
     `solve_residual` the largest |C (C^-1 k) - k| / |k| over the keys: how exactly the arithmetic
     did what Appendix B proves. `storage_error` estimates how far p is moved because C was stored
     in float32 (the standard error, `Whitening.storage_variance`, of the pair that is moved most).
-    `paraphrase_p` (m,) is the mean p from each fact to its own paraphrases; NaN for a fact without
-    any, None where there are none. Of a layer of experts `condition` and the residuals are the
-    largest of its blocks', and `dead_coordinates` are counted over all.
+    Of a layer of experts `condition` and the residuals are the largest of its blocks', and
+    `dead_coordinates` are counted over all. `paraphrase_p` (m,) is the mean p from each fact to its
+    own paraphrases; NaN for a fact without any, None where there are none.
     """
 
     P: NDArray[np.float64]
@@ -99,11 +99,11 @@ def superposition_in(
 
     Raises NumericsError for a key that is 0, not finite, or not 0 where C is.
     """
-    result = superposition_of_blocks([Block(white, keys, np.arange(len(keys)))], len(keys))
+    found = superposition_of_blocks([Block(white, keys, np.arange(len(keys)))], len(keys))
     if paraphrases is None:
-        return result
-    p_to_own = _p_to_own(white, white.whiten(keys), result.leverage, paraphrases)
-    return replace(result, paraphrase_p=p_to_own)
+        return found
+    own = _p_to_own(white, keys, found.leverage, paraphrases)
+    return replace(found, paraphrase_p=own)
 
 
 @dataclass(frozen=True)
@@ -154,19 +154,19 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
 
 def _p_to_own(
     white: Whitening,
-    whitened: NDArray[np.float64],
+    keys: NDArray[np.float64],
     leverage: NDArray[np.float64],
     others: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """p from each fact to a key of its own in `others` (m, d_m).
+    """p from each fact, by its key (m, d_m), to a key of its own in `others` (m, d_m).
 
     That is k_i^T C^-1 k'_i / k_i^T C^-1 k_i; NaN where the key is, and where it is not 0 in a
     coordinate that was 0 on every token.
     """
     found = np.full(len(others), np.nan)
     defined = np.isfinite(others).all(axis=1) & ~(others[:, white.dead] != 0).any(axis=1)
-    products = whitened[:, defined] * white.whiten(others[defined])
-    found[defined] = products.sum(axis=0) / leverage[defined]
+    products = keys[defined] * white.solve(white.whiten(others[defined]))
+    found[defined] = products.sum(axis=1) / leverage[defined]
     return found
 
 

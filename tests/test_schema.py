@@ -39,6 +39,7 @@ from kscli.artifacts.schema import (
 from kscli.cli.commands import COMMANDS
 from kscli.editing.edits_file import EditsFile
 from kscli.errors import ArtifactError
+from kscli.tiny import MODEL_DIR
 
 READERS: dict[str, Callable[[Path], Artifact]] = {
     "cov": CovarianceFile,
@@ -272,8 +273,11 @@ def test_a_spoiled_file_is_one_sentence_of_the_command_that_reads_it(
 
 # What was imported, which does not know of weights or text
 
-# These read no file of kscli's, or have one of their own below.
-READ_NONE = {"editors", "models", "facts", "extract", "import-cov", "guide"}
+# These read no file of kscli's, or have one of their own below; test_sharing.py is about the Hub.
+READ_NONE = {
+    *("editors", "models", "facts", "extract", "import-cov", "guide", "help", "corpus"),
+    *("push", "pull"),
+}
 HELD_OUT = "the river of a city in the north of a land. " * 50
 
 
@@ -305,6 +309,7 @@ def test_what_was_imported_goes_through_every_command(measured_tiny: Path, tmp_p
         "verify": at,
         "risk": (*at, "--layer", "0"),
         "report": at,
+        "trace": ("tiny", MODEL_DIR, "--dir", tmp_path, "--count", "4", "--dtype", "float32"),
         "show": ("tiny", "--dir", tmp_path),
         "export-cov": (*at, "--for", "memit", "-o", tmp_path / "t"),
         "run": (*at, "--count", "4", "--dtype", "float32"),

@@ -120,6 +120,11 @@ class Artifact:
                 found[name] |= {"least": ends[0], "largest": ends[1]}
         return found
 
+    def check(self) -> None:
+        """Compare all of the file with its seal; raises ArtifactError where it was changed."""
+        for name in self._file.arrays:
+            self._file.check(name)
+
     def require_dense(self) -> None:
         """Raise ArtifactError where the file is of a mixture of experts."""
         if self.about.n_experts:
@@ -127,11 +132,6 @@ class Artifact:
                 f"{self.path} is of a mixture of {self.about.n_experts} experts, which this "
                 "command does not take yet; pmatrix, and what reads pmatrix.h5, do."
             )
-
-    def check(self) -> None:
-        """Compare all of the file with its seal; raises ArtifactError where it was changed."""
-        for name in self._file.arrays:
-            self._file.check(name)
 
     def require_layers(self, layers: Sequence[int]) -> None:
         """Raise ArtifactError naming the first of `layers` that the file lacks."""
@@ -405,15 +405,15 @@ class PMatrixFile(FactsFile):
                     )
             return values
 
-    def experts_of(self, layer: int) -> NDArray[np.int64] | None:
-        """The experts that each fact is routed to, (m, slot), -1: no more; None where dense."""
-        return self._of_layer("experts", layer) if self.about.n_experts else None
-
     def paraphrase_p(self, layer: int) -> NDArray[np.float64]:
         """The mean p from each fact to its own paraphrases, (m,); NaN where it has none."""
         if "paraphrase_p" not in self._file.arrays:
             return np.full(len(self.facts), np.nan)
         return self._of_layer("paraphrase_p", layer)
+
+    def experts_of(self, layer: int) -> NDArray[np.int64] | None:
+        """The experts that each fact is routed to, (m, slot), -1: no more; None where dense."""
+        return self._of_layer("experts", layer) if self.about.n_experts else None
 
     def leverage(self, layer: int) -> NDArray[np.float64]:
         """k^T C^-1 k of every fact, (m,)."""

@@ -142,8 +142,8 @@ VALUES: dict[str, _Rules] = {
         "whitened_cosine": (FINITE, NOT_BEYOND_1),
         "Q": (FINITE, DIAGONAL_NOT_NEGATIVE),
         "leverage": (POSITIVE,),
-        "experts": (_EXPERT,),
         "paraphrase_p": (NOT_INFINITE,),
+        "experts": (_EXPERT,),
         "dead_coordinates": (_at_least(0),),
         **dict.fromkeys(
             ("condition", "whitening_residual", "solve_residual", "storage_error"), (NOT_NEGATIVE,)

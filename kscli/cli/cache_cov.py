@@ -85,7 +85,7 @@ def cache_cov(
                 allow_pickle,
                 merge_adapter,
                 # An adapter's base model is found by its weights.
-                weights=not dry_run or merge_adapter,
+                weights=merge_adapter or not dry_run,
             ),
             Existing.FORCE if force else Existing.REFUSE,
             reporter,

@@ -58,9 +58,9 @@ def model_files(
 ) -> ModelFiles:
     """The files to read among `names`; `read` gives the text of one.
 
-    Weights are safetensors; pickled ones only where `options` allow them and there are no others.
-    Python files count only where `options` trust them. Where `options` want no weights there are
-    none.
+    There are no weights among them where `options` do without. Weights are safetensors; pickled
+    ones only where `options` allow them and there are no others. Python files count only where
+    `options` trust them.
 
     The adapter's files count only where `options` merge it.
 

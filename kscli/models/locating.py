@@ -21,7 +21,10 @@ from kscli.reporter import SILENT, Reporter
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, from where, and how it is to be run; without `weights`, its tokenizer alone."""
+    """Which model, from where, and how it is to be run; without `weights` it is only planned.
+
+    Then only its configuration and its tokenizer are fetched.
+    """
 
     model: str
     revision: str | None = None
