@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from experts_kit import (
     stacked_keys,
 )
 from families import GROUPED, LAYERS, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kscli.errors import ModelError, UsageError
@@ -190,3 +192,46 @@ def test_layers_without_an_mlp_are_left_out() -> None:
     layers = nn.ModuleList([nn.ModuleDict({"self_attn": nn.Linear(8, 8)}), with_mlp])
     found = find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
     assert list(found) == [1]
+
+
+# The values of the 4-bit floating-point numbers of MXFP4 (OCP Microscaling, E2M1), by their codes.
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_experts_in_mxfp4_are_dequantised(tmp_path: Path) -> None:
+    """As gpt-oss lies on the Hub: two numbers a byte, an exponent for each 32."""
+    save_experts("gpt-oss", tmp_path, intermediate_size=32)
+    random = np.random.default_rng(0)
+    state = load_file(tmp_path / "model.safetensors")
+    exact = {}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state.pop(name).shape
+        codes = random.integers(0, 16, (experts, outputs, inputs))
+        scales = random.integers(121, 125, (experts, outputs, inputs // 32))
+        values = np.array(E2M1 + [-value for value in E2M1])[codes]
+        exact[name] = (values * np.repeat(2.0 ** (scales - 127), 32, axis=2)).transpose(0, 2, 1)
+        packed = (codes[..., 0::2] | codes[..., 1::2] << 4).reshape(*scales.shape, 16)
+        state[f"{name}_blocks"] = torch.from_numpy(packed.astype(np.uint8))
+        state[f"{name}_scales"] = torch.from_numpy(scales.astype(np.uint8))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in tmp_path.glob("*.json"):
+        (plain / path.name).write_bytes(path.read_bytes())
+    weights = {name: torch.from_numpy(values.copy()).float() for name, values in exact.items()}
+    unpacked = {k: v for k, v in state.items() if not k.endswith(("_blocks", "_scales"))}
+    save_file(unpacked | weights, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    ids = torch.arange(100, 1300, 30)[None]
+    found: dict[int, RoutedKeys] = {}
+    load(tmp_path).decoder.run(ids, [0], found.__setitem__)
+    true = stacked_keys("gpt-oss", in_float64(plain), ids[0].tolist(), 0)
+    for part, of_definition in zip(stacked(found[0], ids.numel()), true, strict=True):
+        largest = np.abs(of_definition).max()
+        np.testing.assert_allclose(part, of_definition, rtol=0, atol=1e-4 * largest)

@@ -50,6 +50,11 @@ def load_config(located: LocatedModel, options: ModelOptions) -> Any:
     with model_errors(located):
         config = AutoConfig.from_pretrained(**reading(located, options))
     _check_kind(located, config)
+    # In MXFP4 (gpt-oss) experts are run by kernels that show no keys; their weights are exact in
+    # bfloat16.
+    quantised = getattr(config, "quantization_config", None)
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
+        quantised["dequantize"] = True
     # A configuration may name an attention that is fetched from the Hub. None lets transformers
     # choose its own: scaled_dot_product_attention where the model has it, else eager.
     config._attn_implementation = None
