@@ -162,3 +162,6 @@ def test_stats_and_topk_say_how_facts_are_routed(tmp_path: Path) -> None:
             assert f"{alone:.1%} of the pairs of facts have no expert in common" in top.stderr
             largest = P[off_diagonal].max()
             assert json.loads(top.stdout)[0]["p"] == pytest.approx(largest, abs=2e-5)
+    page = tmp_path / "report.html"
+    run(tmp_path, "report", "-m", tmp_path / "moe", "-o", page)
+    assert f"{100 * rows[0]['no_common_expert']:.1f} %" in page.read_text("utf-8")
