@@ -22,8 +22,10 @@ from kscli.interrupts import InterruptedRunError
 from kscli.models.experts import RoutedKeys
 from kscli.models.loading import load_model
 from kscli.models.locating import ModelOptions
+from kscli.reporter import Task
 from kscli.second_moment.covariance import CovarianceOptions, one_pass, second_moments
 from kscli.second_moment.expert_moments import ExpertMoments, new_moment
+from kscli.second_moment.single_layers import join_layers, write_layer
 
 DOCUMENTS, MAX_LENGTH = 100, 40
 
@@ -102,6 +104,16 @@ def test_shards_merge_to_the_whole(whole: Path) -> None:
             arrays_of(whole / "whole.h5", layer), arrays_of(whole / "merged.h5", layer), strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max())
+
+
+def test_passed_on_layer_by_layer_it_is_the_same_file(whole: Path, tmp_path: Path) -> None:
+    with CovarianceFile(whole / "whole.h5") as cov:
+        for layer in range(LAYERS):
+            write_layer(cov, layer, tmp_path / f"{layer}.h5")
+        parts = [tmp_path / f"{layer}.h5" for layer in range(LAYERS)]
+        join_layers(tmp_path / "all.h5", range(LAYERS), parts.__getitem__, {}, "all", Task())
+        with CovarianceFile(tmp_path / "all.h5") as joined:
+            assert joined.fingerprint == cov.fingerprint
 
 
 @pytest.mark.parametrize("groups", [((0, 1),), ((0,), (1,))])

@@ -144,13 +144,24 @@ def test_an_expert_that_saw_too_little_is_named(tmp_path: Path) -> None:
     run(tmp_path, "pmatrix", *model, "--ridge", "1e-3")
 
 
-def test_stats_and_topk_read_it(tmp_path: Path) -> None:
+def test_stats_and_topk_say_how_facts_are_routed(tmp_path: Path) -> None:
     save_experts("olmoe", tmp_path / "moe")
     path = measure(tmp_path)
     rows = json.loads(run(tmp_path, "stats", "--pmatrix", path, "-f", "json").stdout)
-    assert [row["layer"] for row in rows] == list(range(LAYERS))
-    pairs = json.loads(
-        run(tmp_path, "topk", "--pmatrix", path, "--layer", "0", "-f", "json").stdout
-    )
-    with h5py.File(path) as file:
-        assert pairs[0]["p"] == pytest.approx(np.max(file["P"][0] - 2 * np.eye(FACTS)), abs=1e-6)
+    top = run(tmp_path, "topk", "--pmatrix", path, "--layer", "0", "-f", "json")
+    off_diagonal = ~np.eye(FACTS, dtype=bool)
+    for row in rows:
+        P, common = true_matrices("olmoe", tmp_path / "moe", row["layer"])
+        alone = (common == 0)[off_diagonal].mean()
+        assert row["no_common_expert"] == pytest.approx(alone)
+        assert row["common_experts"] == pytest.approx(common[off_diagonal].mean())
+        of_others = P[off_diagonal & (common > 0)]
+        assert row["std_common"] == pytest.approx(of_others.std(), abs=2e-5)
+        assert row["std"] == pytest.approx(P[off_diagonal].std(), abs=2e-5)
+        if row["layer"] == 0:
+            assert f"{alone:.1%} of the pairs of facts have no expert in common" in top.stderr
+            largest = P[off_diagonal].max()
+            assert json.loads(top.stdout)[0]["p"] == pytest.approx(largest, abs=2e-5)
+    page = tmp_path / "report.html"
+    run(tmp_path, "report", "-m", tmp_path / "moe", "-o", page)
+    assert f"{100 * rows[0]['no_common_expert']:.1f} %" in page.read_text("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from experts_kit import (
     stacked_keys,
 )
 from families import GROUPED, LAYERS, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kscli.errors import ModelError
+from kscli.errors import ModelError, UsageError
+from kscli.models.down_projections import find_down_projections, select_alike
 from kscli.models.experts import RoutedKeys
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
+from kscli.reporter import Reporter
 
 
 def load(folder: Path, dtype: str = "float32") -> LoadedModel:
@@ -149,3 +153,85 @@ def test_what_cannot_be_measured_is_refused(
     save_model(model_type, GROUPED | settings, tmp_path)
     with pytest.raises(ModelError, match=reason):
         load(tmp_path)
+
+
+def test_layers_that_differ_in_size_are_kept_apart() -> None:
+    layers = nn.ModuleList(
+        nn.ModuleDict({"up": nn.Linear(8, n), "down": nn.Linear(n, 8)}) for n in (16, 24, 24)
+    )
+    found = find_down_projections(nn.ModuleDict({"layers": layers}), 8, 3)
+    assert {layer: each.d_m for layer, each in found.items()} == {0: 16, 1: 24, 2: 24}
+    assert tuple(select_alike(found, "all", "toy")) == (1, 2)
+    assert tuple(select_alike(found, "0", "toy")) == (0,)
+    with pytest.raises(UsageError, match="layers 0 and 1-2 of toy differ"):
+        select_alike(found, "0-2", "toy")
+
+
+def test_dense_layers_among_experts_are_layers_of_their_own(tmp_path: Path) -> None:
+    save_experts("deepseek-v3", tmp_path, first_k_dense_replace=1, num_hidden_layers=3)
+    notes: list[str] = []
+
+    class Notes(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    loaded = load(tmp_path)
+    of_experts = loaded.of_layers("all", Notes())
+    assert of_experts.decoder.layers == (1, 2)
+    assert of_experts.provenance()["hook"] == "model.layers.{}.mlp.experts.down_proj"
+    assert "left out: layer 0 of" in notes[0]
+    dense = loaded.of_layers("0")
+    assert dense.provenance()["n_experts"] is None
+    assert dense.provenance()["hook"] == "model.layers.{}.mlp.down_proj"
+    keys = dense.decoder.keys_of(0, torch.arange(100, 1300, 30)[None])
+    assert keys.shape == (1, 40, dense.decoder.d_m)
+
+
+def test_layers_without_an_mlp_are_left_out() -> None:
+    with_mlp = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+    layers = nn.ModuleList([nn.ModuleDict({"self_attn": nn.Linear(8, 8)}), with_mlp])
+    found = find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
+    assert list(found) == [1]
+
+
+# The values of the 4-bit floating-point numbers of MXFP4 (OCP Microscaling, E2M1), by their codes.
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_experts_in_mxfp4_are_dequantised(tmp_path: Path) -> None:
+    """As gpt-oss lies on the Hub: two numbers a byte, an exponent for each 32."""
+    save_experts("gpt-oss", tmp_path, intermediate_size=32)
+    random = np.random.default_rng(0)
+    state = load_file(tmp_path / "model.safetensors")
+    exact = {}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state.pop(name).shape
+        codes = random.integers(0, 16, (experts, outputs, inputs))
+        scales = random.integers(121, 125, (experts, outputs, inputs // 32))
+        values = np.array(E2M1 + [-value for value in E2M1])[codes]
+        exact[name] = (values * np.repeat(2.0 ** (scales - 127), 32, axis=2)).transpose(0, 2, 1)
+        packed = (codes[..., 0::2] | codes[..., 1::2] << 4).reshape(*scales.shape, 16)
+        state[f"{name}_blocks"] = torch.from_numpy(packed.astype(np.uint8))
+        state[f"{name}_scales"] = torch.from_numpy(scales.astype(np.uint8))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in tmp_path.glob("*.json"):
+        (plain / path.name).write_bytes(path.read_bytes())
+    weights = {name: torch.from_numpy(values.copy()).float() for name, values in exact.items()}
+    unpacked = {k: v for k, v in state.items() if not k.endswith(("_blocks", "_scales"))}
+    save_file(unpacked | weights, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    ids = torch.arange(100, 1300, 30)[None]
+    found: dict[int, RoutedKeys] = {}
+    load(tmp_path).decoder.run(ids, [0], found.__setitem__)
+    true = stacked_keys("gpt-oss", in_float64(plain), ids[0].tolist(), 0)
+    for part, of_definition in zip(stacked(found[0], ids.numel()), true, strict=True):
+        largest = np.abs(of_definition).max()
+        np.testing.assert_allclose(part, of_definition, rtol=0, atol=1e-4 * largest)

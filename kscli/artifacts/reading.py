@@ -248,6 +248,20 @@ class CovarianceFile(Artifact):
             found.append(("shared_second_moment", 1, width))
         return found
 
+    def stored_layer(self, layer: int) -> dict[str, NDArray[Any]]:
+        """All that the file holds of a layer, as it is stored, by the names of the datasets."""
+        found: dict[str, NDArray[Any]] = {}
+        for name, count, width in self.second_moments():
+            C = np.empty((count, width, width), dtype=np.float32)
+            for number, matrix in enumerate(C):
+                self._read_rows(name, layer, number * width, matrix)
+                with self._reading():
+                    self._checked(name, matrix, layer)
+            found[name] = C if self.about.n_experts and name == "second_moment" else C[0]
+        if self.about.n_experts:
+            found["routed"] = self.routed(layer)
+        return found
+
     def read_rows(
         self,
         layer: int,

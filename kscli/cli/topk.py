@@ -60,7 +60,7 @@ def topk(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.explaining import EDIT, REPORT, RISK, explain_columns, explainer, suggest
     from kscli.cli.requests import models_of, open_pmatrices, pmatrix_paths
-    from kscli.layers import default_layers, select_layers
+    from kscli.layers import default_layers, layers_text, select_layers
 
     reporter = ConsoleReporter(quiet=quiet)
     found: list[Sequence[Row]] = []
@@ -83,7 +83,9 @@ def topk(
                     "no pair."
                 )
             found += of_file
-        title = pairs_title(files, "its strongest layer" if strongest else f"layer {layer or 0}")
+            explain_routing(file, layers, reporter)
+        where = "its strongest layer" if strongest else layers_text(layers)
+        title = pairs_title(files, where)
         print_pairs(chain.from_iterable(found), output_format, title, show_layer=strongest)
         told = explainer(reporter, output_format)
         explain_columns(PAIRS, found[0], told)
@@ -101,6 +103,22 @@ def pairs_title(files: Sequence[PMatrixFile], where: str) -> str:
 
     editor = editor_of(files)
     return f"The largest p{f' of {editor}' if editor else ''} of {models} at {where}"
+
+
+def explain_routing(file: PMatrixFile, layers: Sequence[int], reporter: Reporter) -> None:
+    """Say, of a mixture of experts, how many pairs of facts have no expert in common."""
+    import numpy as np
+
+    from kscli.analysis.matrices import common_experts
+
+    for layer in layers:
+        experts = file.experts_of(layer)
+        if experts is not None and len(experts) > 1:
+            common = common_experts(experts)[~np.eye(len(experts), dtype=bool)]
+            reporter.note(
+                f"{file.model}, layer {layer}: {np.mean(common == 0):.1%} of the pairs of facts "
+                "have no expert in common."
+            )
 
 
 def explain_size(file: PMatrixFile, row: Row, reporter: Reporter) -> None:

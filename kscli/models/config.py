@@ -50,6 +50,11 @@ def load_config(located: LocatedModel, options: ModelOptions) -> Any:
     with model_errors(located):
         config = AutoConfig.from_pretrained(**reading(located, options))
     _check_kind(located, config)
+    # In MXFP4 (gpt-oss) experts are run by kernels that show no keys; their weights are exact in
+    # bfloat16.
+    quantised = getattr(config, "quantization_config", None)
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
+        quantised["dequantize"] = True
     # A configuration may name an attention that is fetched from the Hub. None lets transformers
     # choose its own: scaled_dot_product_attention where the model has it, else eager.
     config._attn_implementation = None
@@ -70,6 +75,18 @@ def _check_kind(located: LocatedModel, config: Any) -> None:
             f"{located.identity.model_id} is a {what}; kscli measures decoder-only causal "
             "language models."
         )
+
+
+def sizes_of(config: Any) -> tuple[int, int]:
+    """A decoder's hidden size and number of layers; ModelError where a configuration says none."""
+    text = config.get_text_config()
+    found: list[Any] = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers")]
+    if not all(isinstance(size, int) for size in found):
+        raise ModelError(
+            f"a {config.model_type} has no single hidden size and number of layers; kscli measures "
+            "decoders with one list of layers."
+        )
+    return found[0], found[1]
 
 
 def default_length(positions: int | None) -> int:

@@ -156,7 +156,9 @@ class Decoder:
         return taken[0].reshape(*input_ids.shape, -1)
 
     def keys_of(self, layer: int, input_ids: Tensor) -> Tensor:
-        """The keys of one layer, (batch, length, d_m), in the model's dtype."""
+        """The keys of one dense layer, (batch, length, d_m), in the model's dtype."""
+        if isinstance(self.projections[layer], ExpertLayer):
+            raise ModelError(f"layer {layer} of this model has experts; its keys are not one each.")
         taken: list[Tensor] = []
         self.run(input_ids, [layer], lambda _, keys: taken.append(keys))
         return taken[0]

@@ -16,6 +16,7 @@ from kscli.models.config import (
     positions_of,
     quiet_transformers,
     reading,
+    sizes_of,
 )
 from kscli.models.locating import LocatedModel, ModelIdentity, ModelOptions, locate_model
 from kscli.reporter import SILENT, Reporter
@@ -119,7 +120,7 @@ def load_model(
         tokenizer = load_tokenizer(located, options)
     located.require_unchanged()
     text = config.get_text_config()
-    decoder = Decoder(model, text.hidden_size, text.num_hidden_layers)
+    decoder = Decoder(model, *sizes_of(config))
     return LoadedModel(
         identity=located.identity,
         decoder=decoder,

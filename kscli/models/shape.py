@@ -13,6 +13,7 @@ from kscli.models.config import (
     model_errors,
     positions_of,
     quiet_transformers,
+    sizes_of,
 )
 from kscli.models.down_projections import Projection, find_down_projections, select_alike
 from kscli.models.experts import ExpertLayer
@@ -88,15 +89,16 @@ def model_shape(located: LocatedModel, options: ModelOptions, layers: str = "all
                 config, trust_remote_code=options.trust_remote_code
             )
     text = config.get_text_config()
-    found = find_down_projections(model, text.hidden_size, text.num_hidden_layers)
+    hidden_size, n_layers = sizes_of(config)
+    found = find_down_projections(model, hidden_size, n_layers)
     projections = select_alike(found, layers, located.identity.model_id)
     layer, first = next(iter(projections.items()))
     within = first.name.partition(f".{layer}.")[0]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     return ModelShape(
-        n_layers=text.num_hidden_layers,
+        n_layers=n_layers,
         d_m=first.d_m,
-        hidden_size=text.hidden_size,
+        hidden_size=hidden_size,
         parameters=sum(sizes.values()),
         layer_parameters=sum(n for name, n in sizes.items() if name.startswith(f"{within}.")),
         max_length=default_length(positions_of(text)),

@@ -20,6 +20,7 @@ from kscli.tables import (
     OVERLAPS,
     PAIRS_OF_LAYERS,
     RELATIONS_BY_LAYER,
+    ROUTING,
     SAME_TOKEN,
     STATISTICS,
     relation_columns,
@@ -74,7 +75,14 @@ def depth(examined: Examined) -> Section:
         "half: the least number of pairs of facts that carry half of the fourth moment"
     )
     rows = examined.statistics.rows()
-    return Section("depth", "Kurtosis over depth", join([figure, table(rows, STATISTICS, caption)]))
+    parts = [figure, table(rows, STATISTICS, caption)]
+    if "no_common_expert" in examined.statistics.values:
+        routed = (
+            "Experts that facts are routed to: the share of pairs without a common one, the mean "
+            "number in common, and p of all pairs beside that of the pairs with a common one"
+        )
+        parts.append(table(rows, ROUTING, routed))
+    return Section("depth", "Kurtosis over depth", join(parts))
 
 
 def distribution(examined: Examined) -> Section:

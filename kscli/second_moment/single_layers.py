@@ -26,7 +26,8 @@ def write_layer(cov: CovarianceFile, layer: int, path: Path) -> None:
         writer.write("count", cov.count)
         for name, values in cov.settling.items():
             writer.write(name, values)
-        writer.put("second_moment", 0, cov.stored_second_moment(layer))
+        for name, values in cov.stored_layer(layer).items():
+            writer.put(name, 0, values)
 
 
 def join_layers(
@@ -53,7 +54,8 @@ def join_layers(
             for index, layer in enumerate(layers):
                 with CovarianceFile(file_of(layer)) if index else nullcontext(first) as part:
                     _require_alike(first, part, layer)
-                    writer.put("second_moment", index, part.stored_second_moment(layer))
+                    for name, values in part.stored_layer(layer).items():
+                        writer.put(name, index, values)
                 task.advance()
 
 

@@ -40,7 +40,7 @@ def compare_models(base: LoadedModel, edited: LoadedModel) -> Differences:
     _require_alike(base, before, edited, after)
     different = {name for name, weight in before.items() if _differs(weight, after[name])}
     changes, sizes = {}, {}
-    for layer in range(base.decoder.n_layers):
+    for layer in base.decoder.layers:
         name = f"{base.decoder.projections[layer].name}.weight"
         if name not in different:
             continue
