@@ -61,7 +61,11 @@ def find_files(name: str, field: str) -> CorpusFiles | None:
     fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     if fixed == path:
         return None
-    matching = [each for each in fixed.glob(str(path.relative_to(fixed))) if each.is_file()]
+    matching = [
+        each
+        for each in fixed.glob(str(path.relative_to(fixed)))
+        if each.is_file() and not any(map(_is_hidden, each.relative_to(fixed).parts))
+    ]
     return _of_folder(fixed, matching, field) if matching else None
 
 
@@ -123,12 +127,16 @@ def _walk(root: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
         here = Path(folder)
-        shown = sorted(name for name in subfolders if not name.startswith("."))
+        shown = sorted(name for name in subfolders if not _is_hidden(name))
         # Of a folder and links to it, itself is read.
         shown.sort(key=lambda name: (here / name).is_symlink())
         subfolders[:] = [name for name in shown if is_new(here / name)]
-        found += [here / name for name in names if not name.startswith(".")]
+        found += [here / name for name in names if not _is_hidden(name)]
     return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _inside(path: Path) -> str:
