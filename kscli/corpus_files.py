@@ -22,8 +22,7 @@ from kscli.records import format_inside, format_of, known_formats, lone_object, 
 NAMED = 3  # files of a reason that are named
 # Texts that stand beside data and are about it.
 _ABOUT = re.compile(
-    r"(read_?me|licen[cs]e|copying|copyright|notice|authors|contributors|citation|changelog|"
-    r"changes|history|requirements)([._-].*)?\.txt(\..*)?",
+    r"(read_?me|licen[cs]e|copying|copyright|notice|changelog|requirements)([._-].*)?\.txt(\..*)?",
     re.IGNORECASE,
 )
 _SPLITS = re.compile(r"(train|test|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -199,13 +198,11 @@ def _describes(path: Path, field: str) -> bool:
     """Whether a file holds one JSON object that is no document, such as `dataset_infos.json`."""
     try:
         record = lone_object(path, CorpusError)
-        if record is not None:
-            look_up(record, field)
+        return record is not None and isinstance(look_up(record, field), Mapping)
     except KeyError:
         return True
     except CorpusError:
         return False  # reading it will say what is wrong
-    return False
 
 
 def _listed(left: Mapping[str, Sequence[Path]], root: Path, before: str = "") -> str:

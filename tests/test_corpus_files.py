@@ -64,6 +64,7 @@ def of_the_hub(root: Path) -> None:
     [
         ("dataset_infos.json", json.dumps({"default": {"features": {"text": {}}}})),
         ("dataset_infos.json", json.dumps({"default": {"features": {"text": {}}}}, indent=2)),
+        ("dataset_infos.json", json.dumps({"text": {"features": {"text": {}}}})),
         ("data/croissant.json", json.dumps({"@type": "sc:Dataset", "name": "x"}, indent=1)),
         ("LICENSE.txt", "Apache License"),
         ("LICENSE", "Apache License"),
