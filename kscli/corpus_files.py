@@ -22,8 +22,7 @@ from kscli.records import format_inside, format_of, known_formats, lone_object, 
 NAMED = 3  # files of a reason that are named
 # Texts that stand beside data and are about it.
 _ABOUT = re.compile(
-    r"(read_?me|licen[cs]e|copying|copyright|notice|authors|contributors|citation|changelog|"
-    r"changes|history|requirements)([._-].*)?\.txt(\..*)?",
+    r"(read_?me|licen[cs]e|copying|copyright|notice|changelog|requirements)([._-].*)?\.txt(\..*)?",
     re.IGNORECASE,
 )
 _SPLITS = re.compile(r"(train|test|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
@@ -61,7 +60,11 @@ def find_files(name: str, field: str) -> CorpusFiles | None:
     fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     if fixed == path:
         return None
-    matching = [each for each in fixed.glob(str(path.relative_to(fixed))) if each.is_file()]
+    matching = [
+        each
+        for each in fixed.glob(str(path.relative_to(fixed)))
+        if each.is_file() and not any(map(_is_hidden, each.relative_to(fixed).parts))
+    ]
     return _of_folder(fixed, matching, field) if matching else None
 
 
@@ -123,12 +126,16 @@ def _walk(root: Path) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
         here = Path(folder)
-        shown = sorted(name for name in subfolders if not name.startswith("."))
+        shown = sorted(name for name in subfolders if not _is_hidden(name))
         # Of a folder and links to it, itself is read.
         shown.sort(key=lambda name: (here / name).is_symlink())
         subfolders[:] = [name for name in shown if is_new(here / name)]
-        found += [here / name for name in names if not name.startswith(".")]
+        found += [here / name for name in names if not _is_hidden(name)]
     return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _inside(path: Path) -> str:
@@ -191,13 +198,11 @@ def _describes(path: Path, field: str) -> bool:
     """Whether a file holds one JSON object that is no document, such as `dataset_infos.json`."""
     try:
         record = lone_object(path, CorpusError)
-        if record is not None:
-            look_up(record, field)
+        return record is not None and isinstance(look_up(record, field), Mapping)
     except KeyError:
         return True
     except CorpusError:
         return False  # reading it will say what is wrong
-    return False
 
 
 def _listed(left: Mapping[str, Sequence[Path]], root: Path, before: str = "") -> str:

@@ -64,6 +64,7 @@ def of_the_hub(root: Path) -> None:
     [
         ("dataset_infos.json", json.dumps({"default": {"features": {"text": {}}}})),
         ("dataset_infos.json", json.dumps({"default": {"features": {"text": {}}}}, indent=2)),
+        ("dataset_infos.json", json.dumps({"text": {"features": {"text": {}}}})),
         ("data/croissant.json", json.dumps({"@type": "sc:Dataset", "name": "x"}, indent=1)),
         ("LICENSE.txt", "Apache License"),
         ("LICENSE", "Apache License"),
@@ -161,6 +162,7 @@ def test_a_pattern_names_files(tmp_path: Path) -> None:
     assert read(tmp_path) == ["a test", *TEXTS]
     assert read(tmp_path / "data" / "train-*") == TEXTS
     assert read(f"{tmp_path}/**/t*.parquet") == ["a test", *TEXTS]
+    assert read(f"{tmp_path}/**/*") == ["a test", *TEXTS]
     whole, part = opened(tmp_path / "*" / "train-*"), opened(tmp_path / "*" / "t*-00000-*")
     assert whole.identity != part.identity
     assert "no corpus file" in refusal(lambda: opened(tmp_path / "data" / "valid*"))

@@ -42,4 +42,7 @@ def pull(
         reporter=reporter,
     )
     for path, holding in pulled:
-        reporter.note(f"wrote {path}, of {repository} (fingerprint {holding.fingerprint}).")
+        reporter.note(
+            f"wrote {path}, of {repository}, to which a file of fingerprint {holding.fingerprint} "
+            "was pushed."
+        )
