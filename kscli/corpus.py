@@ -97,6 +97,7 @@ class Corpus:
     `name` is what is shown; `identity` is another string when the documents are others; `records`
     opens the stream of records whose `field` is the text. With `shuffle`, a seed, the documents of
     the stream are drawn in a random order. `notes` say what is not read of what was named.
+    `count` is the number of documents, where that is known.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Corpus:
     shuffle: int | None = None
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    count: int | None = None
 
     @property
     def seed(self) -> str:
@@ -259,9 +261,15 @@ def _open_hub(spec: CorpusSpec, source: HubSource) -> Corpus:
 def _open_tiny(spec: CorpusSpec) -> Corpus:
     from kscli.tiny import corpus
 
-    text = json.dumps(list(corpus.documents()))
-    identity = f"tiny:sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    return Corpus("tiny", identity, spec.field, lambda: (("tiny", d) for d in corpus.documents()))
+    texts = list(corpus.documents())
+    identity = f"tiny:sha256:{hashlib.sha256(json.dumps(texts).encode()).hexdigest()}"
+    return Corpus(
+        "tiny",
+        identity,
+        spec.field,
+        lambda: (("tiny", text) for text in corpus.documents()),
+        count=len(texts),
+    )
 
 
 class _StandardInput:

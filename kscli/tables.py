@@ -527,9 +527,9 @@ THEORY = (
     Column("linear_error", "error", ".0e"),
     Column("live_error", "live", ".0e", "The error in the live model."),
     Column("exponent_original", "exponent, original facts", ".2f", interval=True),
-    Column("walk_original", "of a random walk", ".2f", interval=True),
+    Column("walk_original", "of a random walk", ".2f", interval=True, spare=1),
     Column("exponent_edited", "edited facts", ".2f", interval=True),
-    Column("walk_edited", "of a random walk", ".2f", interval=True),
+    Column("walk_edited", "of a random walk", ".2f", interval=True, spare=1),
     Column("by_age", "edit number and shift", ".2f", interval=True),
 )
 PREDICTOR_NAMES = {
@@ -558,6 +558,6 @@ PREDICTORS = (
     Column("auc", "AUC", ".2f", interval=True),
     Column("flips", spec="d"),
     Column("spearman_distinct", f"{_DIFFERENT}: Spearman", ".2f", interval=True),
-    Column("auc_distinct", "AUC", ".2f", interval=True),
-    Column("flips_distinct", "flips", "d"),
+    Column("auc_distinct", "AUC", ".2f", interval=True, spare=1),
+    Column("flips_distinct", "flips", "d", spare=1),
 )

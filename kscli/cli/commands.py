@@ -73,6 +73,10 @@ class Command(TyperCommand):
 
         note_default_model(ctx)
         refuse_mistyped_alias(ctx)
+        if "device" in ctx.params and not ctx.params.get("quiet"):
+            from kscli.cli.stderr import say_at_once
+
+            say_at_once(f"{ctx.command_path} begins: PyTorch is loaded, then the model.")
         try:
             return super().invoke(ctx)
         except MissingError as error:

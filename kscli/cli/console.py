@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +17,10 @@ from kscli.reporter import Reporter, Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+BAR_SHARE = 6
+"""A bar takes one of so many parts of the terminal."""
 
 
 def stderr_console() -> Console:
@@ -38,23 +43,17 @@ class ConsoleReporter(Reporter):
         if self.quiet or not self.console.is_terminal:
             yield Task()
             return
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[done]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=self.console.width // BAR_SHARE),
+            TextColumn("{task.fields[done]}", markup=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[status]}", markup=False, table_column=rest),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as progress:
             yield _BarTask(progress, escaped(label), total, unit, done)
 
     def note(self, text: str) -> None:
@@ -73,8 +72,9 @@ class _BarTask(Task):
     ) -> None:
         self._progress = progress
         self._unit = unit
-        self._done = done
+        self._before = self._done = done
         self._total = total
+        self._began = time.monotonic()
         self._id = progress.add_task(label, total=total, completed=int(done), done="", status="")
 
     def advance(self, amount: float = 1.0, status: str = "") -> None:
@@ -82,14 +82,36 @@ class _BarTask(Task):
 
     def reach(self, done: float, total: float | None, status: str = "") -> None:
         self._done, self._total = done, total
-        of = f"/{total:,.0f}" if total is not None else ""
+        seconds = time.monotonic() - self._began
         self._progress.update(
             self._id,
             completed=done,
             total=total,
-            done=f"{done:,.0f}{of} {self._unit}",
+            done=progress_text(done, total, self._unit, done - self._before, seconds),
             status=escaped(status),
         )
+
+
+def progress_text(done: float, total: float | None, unit: str, newly: float, seconds: float) -> str:
+    """How much is done, the rate, and the time left, of which `newly` was done in `seconds`.
+
+    The rate is that of the whole time, and so is the time left that follows from it.
+    """
+    of = f"/{total:,.0f}" if total is not None else ""
+    parts = [f"{done:,.0f}{of} {unit}".rstrip()]
+    if newly > 0 and seconds > 0:
+        rate = newly / seconds
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+        if total is not None:
+            parts.append(f"{clock(max(total - done, 0) / rate)} left")
+    return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """A time as `0:42` or `3:05:00`."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
 
 
 def print_error(text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kscli.tables import Column
 
 EASY_TEXT = 16  # a text that is narrower is hard to read
+INTERVAL = " ["  # where a number ends and its interval begins, which may stand below it
 LONGEST_WORD = 40  # what is longer, a path or a digest, may be broken
 
 
@@ -28,6 +29,13 @@ class Layout:
         """The width of the whole table."""
         return sum(self.widths) + self.gap * (len(self.widths) - 1)
 
+    def placed(self, cells: Sequence[str]) -> list[str]:
+        """The cells of a line that are kept; an interval is below its number for want of room."""
+        return [
+            cells[at].replace(INTERVAL, "\n[") if _width(cells[at]) > width else cells[at]
+            for at, width in zip(self.kept, self.widths, strict=True)
+        ]
+
 
 def fit(
     columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int | None
@@ -40,13 +48,11 @@ def fit(
     if room is None:
         plain = tuple(at for at, column in enumerate(columns) if not column.wide)
         return Layout(plain, tuple(natural[at] for at in plain), 2)
-    least = [
-        _least(column, of_column)
-        for column, of_column in zip(columns, zip(*cells, strict=True), strict=True)
-    ]
+    of_columns = list(zip(columns, zip(*cells, strict=True), natural, strict=True))
+    least = [_least(column, of_column) for column, of_column, _ in of_columns]
     easy = [
-        width if column.right else max(width, min(own, EASY_TEXT))
-        for column, width, own in zip(columns, least, natural, strict=True)
+        max(_least(column, of_column), _easy(column, of_column, own))
+        for column, of_column, own in of_columns
     ]
     kept = [at for at, column in enumerate(columns) if not column.wide]
     while _total(easy, kept, 1) > room:
@@ -54,16 +60,24 @@ def fit(
         if not spare:
             break
         kept.remove(max(spare, key=lambda at: (columns[at].spare, at)))
-    if _total(least, kept, 1) > room:
-        return None
     for at in range(len(columns)):
         more = sorted([*kept, at])
         if at not in kept and columns[at].wide and _total(natural, more, 2) <= room:
             kept = more
-    gap = 2 if _total(least, kept, 2) <= room else 1
-    left = room - _total(least, kept, gap)
-    widths = _shared([least[at] for at in kept], [natural[at] for at in kept], left)
+    start = easy if _total(easy, kept, 1) <= room else least
+    if _total(start, kept, 1) > room:
+        return None
+    gap = 2 if _total(start, kept, 2) <= room else 1
+    left = room - _total(start, kept, gap)
+    widths = _shared([start[at] for at in kept], [natural[at] for at in kept], left)
     return Layout(tuple(kept), tuple(widths), gap)
+
+
+def _easy(column: Column, cells: Sequence[str], natural: int) -> int:
+    """A width that is read with ease: of a number with its interval, of a text some words."""
+    if column.right:
+        return max(map(_width, cells[1:]), default=0)
+    return min(natural, EASY_TEXT)
 
 
 def _total(widths: Sequence[int], kept: Sequence[int], gap: int) -> int:
@@ -75,7 +89,7 @@ def _least(column: Column, cells: Sequence[str]) -> int:
     heading, *values = cells
     words = [word for text in values for word in text.split(" ")]
     if column.right:
-        words = list(values)
+        words = [part for text in values for part in text.replace(INTERVAL, "\n[").split("\n")]
     longest = max(map(_width, words), default=0)
     if not column.right:
         longest = min(longest, LONGEST_WORD)

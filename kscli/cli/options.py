@@ -380,6 +380,12 @@ TopPairs = Annotated[
         "-k", metavar="K", min=1, help="The number of pairs to take, the strongest first."
     ),
 ]
+TopFacts = Annotated[
+    str,
+    typer.Option(
+        "-k", metavar="K|all", help="How many facts to list at each layer, the foremost first."
+    ),
+]
 Repeats = Annotated[
     int,
     typer.Option(

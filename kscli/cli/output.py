@@ -250,7 +250,7 @@ def _table(
             width=width,
         )
     for line in cells[1:]:
-        table.add_row(*(Text(line[at]) for at in layout.kept))
+        table.add_row(*map(Text, layout.placed(line)))
     with console.capture() as capture:
         if title:
             console.width = heading_room

@@ -46,10 +46,7 @@ def risk(
         bool,
         typer.Option("--price", help="List what it costs to protect all other facts, by edit."),
     ] = False,
-    k: Annotated[
-        str,
-        typer.Option("-k", metavar="K|all", help="How many facts to list, the most damaged first."),
-    ] = "20",
+    k: options.TopFacts = "20",
     fail_above: Annotated[
         float | None,
         typer.Option(

@@ -60,6 +60,13 @@ def install() -> None:
         sys.stderr = Stderr(sys.stderr)
 
 
+def say_at_once(text: str) -> None:
+    """Say something on a terminal before anything large is imported, which takes seconds."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 def for_rich() -> IO[str]:
     """The stream for a Rich console, whose texts are escaped before they are handed to it."""
     if isinstance(sys.stderr, Stderr):

@@ -26,10 +26,7 @@ def trace(
     subject_field: options.SubjectField = None,
     target_field: options.TargetField = None,
     contexts: options.Contexts = None,
-    k: Annotated[
-        str,
-        typer.Option("-k", metavar="K|all", help="How many facts to list at each layer."),
-    ] = "20",
+    k: options.TopFacts = "20",
     cov: options.Cov = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

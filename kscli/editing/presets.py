@@ -34,7 +34,8 @@ class Preset:
     """The settings published for some methods and one model.
 
     `search` are fields of `ValueSearch` by name; `weight` is lambda, None where the methods have
-    none. The model has `n_layers` layers and keys of length `d_m`.
+    none. The model has `n_layers` layers and keys of length `d_m`. `without_contexts`: no text is
+    put before its prompts, for it has read none there.
     """
 
     methods: tuple[str, ...]
@@ -46,6 +47,7 @@ class Preset:
     search: Mapping[str, int | float]
     weight: float | None
     source: str
+    without_contexts: bool = False
 
     def apply(self, editor: Editor) -> Editor:
         """The editor with these settings for its own."""
@@ -53,7 +55,8 @@ class Preset:
         if self.weight is not None:
             direction = replace(direction, weight=self.weight)
         value = replace(editor.value, **self.search)  # type: ignore[arg-type]
-        return replace(editor, value=value, direction=direction)
+        contexts = () if self.without_contexts else editor.contexts
+        return replace(editor, value=value, direction=direction, contexts=contexts)
 
     def require_fits(self, model: str, n_layers: int, d_m: int) -> None:
         """Raise UsageError where the preset is for a model of another shape."""
@@ -72,7 +75,16 @@ def _preset(row: Mapping[str, str]) -> Preset:
     search |= {name: float(row[name]) for name in _REAL}
     weight = float(row["weight"]) if row["weight"] else None
     methods = tuple(row["methods"].split())
-    return Preset(methods, row["model"], *of_model, row["layers"], search, weight, row["source"])
+    return Preset(
+        methods,
+        row["model"],
+        *of_model,
+        row["layers"],
+        search,
+        weight,
+        row["source"],
+        without_contexts=row["contexts"] == "0",
+    )
 
 
 with Path(__file__).with_name("presets.csv").open(encoding="utf-8", newline="") as _rows:

@@ -8,7 +8,6 @@ each group of layers. After any batch it can be saved and gone on with (`checkpo
 from __future__ import annotations
 
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -48,7 +47,6 @@ class _Pass:
     settling: Settling | None
     position: Position = field(default_factory=Position)
     before: int = 0
-    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         watched = self.settling.layers if self.settling else ()
@@ -286,10 +284,8 @@ class CovarianceRun:
 
     def _show(self, current: _Pass, stream: TokenStream, task: Task) -> None:
         position = current.position
-        rate = (position.tokens - current.before) / (time.monotonic() - current.began)
         words = [
             f"{position.documents:,} documents",
-            f"{rate:,.0f} tokens/s",
             f"{1 - position.tokens / position.padded:.1%} padding",
         ]
         if current.settling and current.settling.history:
@@ -303,9 +299,10 @@ class CovarianceRun:
             return read.tokens
         if share.tokens is not None:
             return share.tokens / share.shard.count
-        if share.samples is None or read.documents == 0:
+        limits = [each for each in (share.samples, self.corpus.count) if each is not None]
+        if not limits or read.documents == 0:
             return None
-        return read.tokens * share.samples / read.documents
+        return read.tokens * min(limits) / read.documents
 
     def _checkpoint(self, current: _Pass) -> Checkpoint:
         return Checkpoint(

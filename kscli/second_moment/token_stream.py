@@ -187,11 +187,13 @@ def expected_tokens(tokenizer: Any, corpus: Corpus, options: CovarianceOptions) 
     ended = len(lengths) <= most
     lengths = lengths[:most]
     mean = sum(lengths) / max(len(lengths), 1)
-    documents = len(lengths) if ended else options.samples
+    limits = [each for each in (options.samples, corpus.count) if each is not None]
+    documents = len(lengths) if ended else min(limits, default=None)
     tokens = None if documents is None else mean * documents
     if options.tokens is not None:
         tokens = min(tokens or options.tokens, options.tokens)
-    return Expected(None if tokens is None else tokens / options.shard.count, mean, not ended)
+    at_most = not ended and corpus.count is None
+    return Expected(None if tokens is None else tokens / options.shard.count, mean, at_most)
 
 
 @dataclass(frozen=True)
