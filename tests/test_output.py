@@ -219,7 +219,7 @@ def test_a_real_terminal_of_80_columns_shows_every_number(toy: Path) -> None:
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    command = [sys.executable, "-m", "kscli", "topk", "-m", "toy", "--dir", str(toy)]
+    command = [sys.executable, "-m", "kscli", "topk", "-m", "toy", "-q", "--dir", str(toy)]
     done = subprocess.run(
         command, stdin=theirs, stdout=theirs, env=environment, check=False, timeout=60
     )
@@ -265,7 +265,7 @@ def test_a_signal_at_any_time_is_one_line(number: signal.Signals, word: str, toy
 def run_topk(program: str, toy: Path) -> subprocess.CompletedProcess[str]:
     """`topk` of the toy by a program that has changed something of it."""
     return subprocess.run(
-        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
+        [sys.executable, "-c", program, "topk", "-m", "toy", "-q", "--dir", str(toy)],
         capture_output=True,
         text=True,
         check=False,
@@ -350,7 +350,7 @@ def test_a_signal_that_was_swallowed_is_told_at_the_end(toy: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", program, "topk", "-m", "toy", "--dir", str(toy)],
+        [sys.executable, "-c", program, "topk", "-m", "toy", "-q", "--dir", str(toy)],
         capture_output=True,
         text=True,
         check=False,

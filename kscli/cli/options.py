@@ -129,13 +129,7 @@ OnlyKinds = Annotated[
     ),
 ]
 LayersOfC = Annotated[
-    str,
-    typer.Option(
-        "--layers",
-        metavar="LAYERS",
-        help="The layers of C: all, 0, 0,3,5-8 or -1 (the last). Other files are not divided.",
-        autocompletion=complete_layers,
-    ),
+    str, _layer("The layers of C: all, 0, 0,3,5-8 or -1 (the last). Other files are not divided.")
 ]
 
 # How the model is loaded and run
