@@ -227,6 +227,22 @@ def test_layers_without_an_mlp_are_left_out() -> None:
     assert list(found) == [1]
 
 
+def test_a_linear_map_without_a_way_up_is_no_mlp() -> None:
+    """As in Zamba, whose hybrid layers have one from the hidden size to itself."""
+    layers = nn.ModuleList(
+        [nn.ModuleDict({"mamba": nn.Linear(8, 8)}), nn.ModuleDict({"linear": nn.Linear(8, 8)})]
+    )
+    with pytest.raises(ModelError, match="no list of 2 layers with a linear map from an MLP"):
+        find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
+
+
+def test_an_mlp_that_layers_share_is_refused() -> None:
+    mlp = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+    layers = nn.ModuleList(nn.ModuleDict({"mlp": mlp}) for _ in range(2))
+    with pytest.raises(ModelError, match="share one MLP"):
+        find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
+
+
 # The values of the 4-bit floating-point numbers of MXFP4 (OCP Microscaling, E2M1), by their codes.
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
