@@ -111,6 +111,22 @@ def test_keys_of_some_tokens(tmp_path: Path) -> None:
     np.testing.assert_array_equal(part[-1], whole[-1][wanted])
 
 
+@pytest.mark.parametrize("family", ["gpt-oss", "llama4", "deepseek-v3"])
+def test_no_key_depends_on_what_else_is_in_the_batch(family: str, tmp_path: Path) -> None:
+    save_experts(family, tmp_path)
+    decoder = load(tmp_path).decoder
+    random = np.random.default_rng(0)
+    ids = torch.from_numpy(random.integers(5, 2900, (4, 24)))
+    found: dict[int, RoutedKeys] = {}
+    decoder.run(ids, [1], found.__setitem__)
+    together = [part.reshape(4, 24, -1) for part in stacked(found[1], ids.numel())]
+    for row, length in enumerate((24, 17, 3, 1)):
+        decoder.run(ids[row : row + 1, :length], [1], found.__setitem__)
+        for all_rows, alone in zip(together, stacked(found[1], length), strict=True):
+            atol = 1e-5 * np.abs(all_rows).max()
+            np.testing.assert_allclose(alone, all_rows[row, :length], rtol=0, atol=atol)
+
+
 class _Halved(nn.Module):
     """A router whose weights the block then uses in another way than it says."""
 
@@ -133,6 +149,23 @@ def test_experts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     for layer in model.model.layers:
         layer.mlp = _Halved(layer.mlp)
     with pytest.raises(ModelError, match=r"layers\.0\.mlp.*do not add up to what _Halved gives"):
+        Decoder(model, 32, LAYERS)
+
+
+def test_a_token_that_is_routed_to_one_expert_twice_is_refused(tmp_path: Path) -> None:
+    from kscli.models.forward import Decoder
+
+    save_experts("mixtral", tmp_path)
+    model = in_float64(tmp_path).float()
+    gate = model.model.layers[1].mlp.gate
+    route = gate.forward
+
+    def twice(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, gates, index = route(hidden)
+        return logits, gates, index[:, :1].expand_as(index)
+
+    gate.forward = twice
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp.* routes a token to one expert twice"):
         Decoder(model, 32, LAYERS)
 
 
@@ -192,6 +225,22 @@ def test_layers_without_an_mlp_are_left_out() -> None:
     layers = nn.ModuleList([nn.ModuleDict({"self_attn": nn.Linear(8, 8)}), with_mlp])
     found = find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
     assert list(found) == [1]
+
+
+def test_a_linear_map_without_a_way_up_is_no_mlp() -> None:
+    """As in Zamba, whose hybrid layers have one from the hidden size to itself."""
+    layers = nn.ModuleList(
+        [nn.ModuleDict({"mamba": nn.Linear(8, 8)}), nn.ModuleDict({"linear": nn.Linear(8, 8)})]
+    )
+    with pytest.raises(ModelError, match="no list of 2 layers with a linear map from an MLP"):
+        find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
+
+
+def test_an_mlp_that_layers_share_is_refused() -> None:
+    mlp = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+    layers = nn.ModuleList(nn.ModuleDict({"mlp": mlp}) for _ in range(2))
+    with pytest.raises(ModelError, match="share one MLP"):
+        find_down_projections(nn.ModuleDict({"layers": layers}), 8, 2)
 
 
 # The values of the 4-bit floating-point numbers of MXFP4 (OCP Microscaling, E2M1), by their codes.

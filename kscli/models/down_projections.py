@@ -53,9 +53,10 @@ def find_down_projections(
 ) -> dict[int, Projection]:
     """The down-projections of the model's `n_layers` decoder layers, by the layer's number.
 
-    They are those of the list of modules in which the most layers have one. Of a model that sees or
-    hears, too, only the language model is looked at. Raises ModelError where no layer has one, and
-    for experts whose keys cannot be read.
+    They are those of the list of modules in which the most layers have one. Where not all have,
+    only what has a way up beside it is taken for an MLP's. Of a model that sees or hears, too, only
+    the language model is looked at. Raises ModelError where no layer has one, where several layers
+    share one, and for experts whose keys cannot be read.
     """
     language = getattr(model, "get_decoder", lambda: None)() or model
     prefix = next((name for name, module in model.named_modules() if module is language), "")
@@ -67,7 +68,18 @@ def find_down_projections(
                 for index, layer in enumerate(module)
                 if (projection := _projection(f"{name}.{index}", layer, hidden_size))
             }
+            if len(found) < n_layers:
+                found = {
+                    index: projection
+                    for index, projection in found.items()
+                    if _has_way_up(module[index], projection)
+                }
             most = max(most, found, key=len)
+    if len({id(projection.module) for projection in most.values()}) < len(most):
+        raise ModelError(
+            f"several layers of {type(model).__name__} share one MLP; kscli measures decoders in "
+            "which each has its own."
+        )
     if not most:
         raise ModelError(
             f"{type(model).__name__} has no list of {n_layers} layers with a linear map from an "
@@ -144,6 +156,21 @@ def _widest(candidates: list[DownProjection]) -> DownProjection | None:
     # Where up- and down-projection have one shape, the last one registered is the way down.
     widest = max((candidate.d_m for candidate in candidates), default=0)
     return next((each for each in reversed(candidates) if each.d_m == widest), None)
+
+
+def _has_way_up(layer: nn.Module, projection: Projection) -> bool:
+    """Whether a linear map from the hidden size to d_m or twice that is beside the way down."""
+    if isinstance(projection, ExpertLayer):
+        return True
+    _, hidden_size = _linear_shape(projection.module) or (0, 0)
+    beside = next(
+        parent
+        for parent in reversed([*layer.modules()])
+        if any(child is projection.module for child in parent.children())
+    )
+    others = [module for module in beside.children() if module is not projection.module]
+    shapes = [_linear_shape(module) for module in others]
+    return any((hidden_size, n * projection.d_m) in shapes for n in (1, 2))
 
 
 def attention_output(layer: nn.Module, projection: nn.Module) -> nn.Module | None:

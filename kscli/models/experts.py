@@ -145,7 +145,7 @@ class ExpertLayer:
         """
         errors: list[float] = []
 
-        def compare(_: RoutedKeys, value: Tensor, output: Tensor) -> None:
+        def compare(keys: RoutedKeys, value: Tensor, output: Tensor) -> None:
             error = float((value - output).abs().max() / output.abs().max())
             errors.append(error)
             if not error <= (1e-4 if output.dtype == torch.float32 else 0.03):
@@ -153,6 +153,11 @@ class ExpertLayer:
                     f"the keys, gates and weights of {self.name} do not add up to what "
                     f"{type(self.module).__name__} gives (by {error:.1g} of its largest output); "
                     "kscli does not measure this mixture of experts."
+                )
+            if torch.bincount(keys.token * keys.n_experts + keys.expert).max() > 1:
+                raise ModelError(
+                    f"{self.name} routes a token to one expert twice; kscli does not measure this "
+                    "mixture of experts."
                 )
 
         with self._watch(compare):
