@@ -6,7 +6,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from cli_kit import kscli
+from cli_kit import kscli, kscli_process
 from transformers import AutoTokenizer
 
 from kscli.tiny import MODEL_DIR
@@ -67,3 +67,15 @@ def test_the_weights_are_not_read(texts: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     embedded = kscli("corpus", "peek", texts, "--text-field", "body.en", "-f", "json")
     assert result.stdout == embedded.stdout
+
+
+def test_the_default_model_and_a_mistyped_one(texts: Path, tmp_path: Path) -> None:
+    """Beside the artifacts of other models, with no folder of artifacts to speak of."""
+    (tmp_path / "artifacts" / "other").mkdir(parents=True)
+    (tmp_path / "artifacts" / "other" / "cov.h5").touch()
+    asked = ("corpus", "peek", texts, "--text-field", "body.en")
+    found = kscli_process(*asked, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    mistyped = kscli_process(*asked, "-m", "gpt2-smal", cwd=tmp_path)
+    assert mistyped.returncode == 2
+    assert "did you mean gpt2-small?" in mistyped.stderr

@@ -186,6 +186,10 @@ def test_private_is_asked_for(hub: WritableHub, toy: Path) -> None:
 
 def test_the_only_model_needs_no_name(hub: WritableHub, toy: Path, tmp_path: Path) -> None:
     push(toy)
+    found = kscli("pull", REPOSITORY, "--dir", toy)
+    assert found.exit_code == 0
+    assert "keys.h5 is there already" in found.stderr
+    assert "tiny" not in found.stderr  # which other commands take where no model is named
     assert kscli("pull", REPOSITORY, "--dir", tmp_path / "a").exit_code == 0
     assert (tmp_path / "a" / "toy" / "keys.h5").exists()
     shutil.copytree(toy / "toy", toy / "second")

@@ -227,7 +227,7 @@ def refuse_mistyped_alias(context: typer.Context) -> None:
     A Hub id has an owner before its name, but for a few of the Hub's first models.
     """
     model = str(context.params.get("model"))
-    if "device" not in context.params or classify(model) != "hub" or "/" in model:
+    if "trust_remote_code" not in context.params or classify(model) != "hub" or "/" in model:
         return
     if find_alias(model) is None and (near := close_aliases(model)):
         raise UsageError(
@@ -239,7 +239,10 @@ def refuse_mistyped_alias(context: typer.Context) -> None:
 def note_default_model(context: typer.Context) -> None:
     """Say that the model is the default one, where the user may have meant another that he has."""
     source = context.get_parameter_source("model")
-    if source is None or source.name != "DEFAULT":
+    if source is None or source.name != "DEFAULT" or "directory" not in context.params:
+        return
+    (model,) = (each for each in context.command.params if each.name == "model")
+    if DEFAULT_MODEL not in (model.default, getattr(model, "show_default", None)):
         return
     directory = context.params["directory"]
     named = [context.params.get(name) for name in NAMING_FILES]
