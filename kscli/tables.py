@@ -342,7 +342,7 @@ def _perplexity(row: Row) -> str | None:
 PRICES = (
     replace(LAYER, varying=True),
     RANK,
-    Column("price", spec=".2f", meaning="To move no other fact at its subject."),
+    Column("price", spec=".3g", meaning="To move no other fact at its subject."),
     Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus: 1 / √kᵀC⁻¹k."),
     Column("rms", "rms p", ".3f"),
     Column("paraphrase_p", "p to paraphrases", ".2f", optional=True),
@@ -353,11 +353,13 @@ RISK_BY_LAYER = (
     LAYER,
     Column("rms", "rms p", ".4f"),
     Column("largest", "largest |p|", ".3f"),
-    Column("pair", "moved most", value=_largest_pair, long=True),
-    Column("harmful", "|p|>0.25", ".1%"),
+    Column("pair", "moved most", value=_largest_pair, long=True, spare=3),
+    Column("harmful", "|p|>0.25", ".1%", spare=1),
     Column("paraphrase_p", "p to paraphrases", ".2f", "The median.", optional=True),
     Column("ratio", "by that", ".3f", "rms p by p to paraphrases.", optional=True),
-    Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus.", optional=True),
+    Column(
+        "text_rms", "of all text", ".3f", "rms p to all tokens of text.", optional=True, spare=2
+    ),
     Column("price", spec=".1f", meaning="To move no other fact at its subject.", optional=True),
     Column("saved", "the order saves", ".1%", wide=True),
     Column("verdict", "note", value=_verdict),
@@ -478,6 +480,7 @@ OUTCOMES = (
         ".0%",
         "The same of protected facts after paraphrases.",
         optional=True,
+        spare=3,
     ),
     Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
     Column(
@@ -486,9 +489,10 @@ OUTCOMES = (
         ".3g",
         "Of the next token of held-out text, from the clean model.",
         optional=True,
+        spare=2,
     ),
     Column("text_change", "all text", ".1%", "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ)."),
-    Column("weight_change", "|W_n - W_0|", ".3g"),
+    Column("weight_change", "|W_n - W_0|", ".3g", spare=2),
 )
 SCORED = (
     *(Column(name, spec=".1%", interval=True) for name in ("S", "ES", "PS", "NS")),
@@ -546,9 +550,9 @@ WHERE = (
     Column("paraphrase_p", "p to paraphrases", ".2f", "The median over the edited facts."),
     Column("PS", spec=".0%"),
     Column("spearman_PS", "foretells PS", ".2f", "Rank correlation.", interval=True),
-    Column("rms_p", "rms p", ".3f", "To the other facts, the median over the edited facts."),
-    Column("NS", spec=".0%"),
-    Column("spearman_NS", "foretells NS", ".2f", interval=True),
+    Column("rms_p", "rms p", ".3f", "To the other facts, the median over them.", spare=1),
+    Column("NS", spec=".0%", spare=3),
+    Column("spearman_NS", "foretells NS", ".2f", interval=True, spare=3),
     Column("flipped", spec=".1%", meaning="Known facts whose answer an edit changes."),
     Column("spearman_flipped", "foretells flips", ".2f", interval=True),
 )
