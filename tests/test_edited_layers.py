@@ -363,6 +363,7 @@ def test_the_command_line_alone_does_what_they_did(
     """Values found at their hyper-parameters and in their contexts; what is on file is replayed."""
     peer, path = Peer(peers, name), tmp_path / "run.h5"
     arguments = [*PEERS[name], "--dir", four_facts.parent, "--moved", 1, "-o", path, "-q"]
+    arguments += ["--preset", "none"]
     contexts = "bare.txt" if name.endswith("early") else "contexts.txt"
     arguments += ["--contexts", four_facts / contexts]
     if find_editor(options_of(PEERS[name])["--method"]).at_once:
@@ -392,6 +393,7 @@ def test_wilke_edits_at_the_layer_that_rome_would_change_least(
     measured_tiny: Path, tmp_path: Path
 ) -> None:
     how = ("edit", "--dir", measured_tiny.parent, "--fact", 3, "--contexts", 2, "--steps", 5, "-q")
+    how += ("--preset", "none")
     changes, W = [], [weight_of(fresh_tiny(), layer) for layer in range(3)]
     for layer in range(3):
         path = tmp_path / f"{layer}.h5"

@@ -136,6 +136,20 @@ def test_a_model_is_edited_with_the_settings_published_for_it(
     assert "memit edits layer 0-1, an eighth to a quarter of the depth" in said
 
 
+def test_most_edits_of_tiny_take_with_what_is_set_for_it(
+    measured_tiny: Path, tmp_path: Path
+) -> None:
+    command = ("edit", "--dir", measured_tiny.parent, "--edits", 8, "--moved", 1)
+    path = tmp_path / "edits.h5"
+    done = kscli(*command, "--generations", 0, "-f", "json", "-o", path)
+    assert done.exit_code == 0, done.stderr
+    took = [row["rank_new_after"] == 1 for row in json.loads(done.stdout)]
+    assert sum(took) > len(took) / 2
+    with EditsFile(path) as file:
+        assert file.about.recipe["layers"] == "0"
+        assert file.about.recipe["find"]["contexts"] == []
+
+
 @dataclass
 class Holds:
     """A file of a model of 12 layers that holds some of them."""
