@@ -331,7 +331,7 @@ def test_a_file_that_was_changed_is_not_pushed(hub: WritableHub, toy: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(401, "rejects your token"), (403, "use one that may")]
+    ("status", "said"), [(401, "rejects your token"), (403, "Use a token that may.")]
 )
 def test_a_token_that_may_not_write(hub: WritableHub, toy: Path, status: int, said: str) -> None:
     hub.put(REPOSITORY, {})

@@ -200,10 +200,7 @@ _EXPLANATIONS: tuple[tuple[tuple[Sign, ...], str], ...] = (
         "The cache {cache} cannot be written; set HF_HOME to a folder that can.",
     ),
     ((_has_status(401),), "The Hub rejects your token; log in again with `hf auth login`."),
-    (
-        (_has_status(402, 403),),
-        "{hub_id} cannot be {doing} with your token ({reason}); use one that may.",
-    ),
+    ((_has_status(402, 403),), f"{_FAILED} Use a token that may."),
     ((_has_status(409, 412),), "{hub_id} changed meanwhile; run the command again."),
     ((is_offline,), "HF_HUB_OFFLINE is set{offline}"),
     ((is_out_of_reach,), "The Hub at {endpoint} cannot be reached ({reason}){unreachable}"),
