@@ -17,6 +17,7 @@ from kscli.tables import (
     PREDICTORS,
     RISK_BY_LAYER,
     THEORY,
+    WHERE,
     Column,
     Row,
     score_columns,
@@ -75,6 +76,7 @@ def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
     rows = [{"run": run.name} | run.verification.row() for run in runs]
     predictions = [{"run": run.name} | each.row() for run in runs for each in run.predictions]
     scored = score_rows(rows)
+    reached = [{"run": run.name} | run.where for run in runs if run.where["PS"] is not None]
     return [
         table(rows, (_RUN, *OUTCOMES), "What became of the edits"),
         table(scored, (_RUN, *score_columns(scored)), "The scores of the edits, before and after"),
@@ -89,6 +91,11 @@ def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
             (_RUN, *PREDICTORS),
             "What predicts the damage to known facts: Spearman's correlation with the fall of the "
             "true target's log-probability, and ROC-AUC for answers that flipped",
+        ),
+        *(
+            [table(reached, (_RUN, *WHERE), "Where to edit: what p foretold, and what came of it")]
+            if reached
+            else []
         ),
     ]
 

@@ -23,6 +23,7 @@ from kscli.editing.edits_file import EditsFile
 from kscli.editing.predicted_damage import layer_rows, sequence_risk
 from kscli.editing.predictors import Prediction, predict_behaviour
 from kscli.editing.verification import Verification, verify
+from kscli.editing.where import points_of
 from kscli.errors import ArtifactError, FactsError
 from kscli.figures import Source
 from kscli.figures.edit_runs import run_names
@@ -48,12 +49,16 @@ class Corpus:
 
 @dataclass(frozen=True)
 class ExaminedRun:
-    """A run of edits, tested; `name` tells it from the model's other runs."""
+    """A run of edits, tested; `name` tells it from the model's other runs.
+
+    `where` is the row of what p foretold of its layer (`kscli.editing.where`).
+    """
 
     name: str
     file: EditsFile
     verification: Verification
     predictions: tuple[Prediction, ...]
+    where: dict[str, Any]
 
     @property
     def predicts(self) -> bool:
@@ -227,7 +232,8 @@ def _runs(
             arrays = read_arrays(run)
             verified = verify(arrays, resampling)
             predictions = predict_behaviour(arrays, resampling)
-            found.append(ExaminedRun(", ".join(name), run, verified, predictions))
+            where = points_of(arrays).row(resampling)
+            found.append(ExaminedRun(", ".join(name), run, verified, predictions, where))
             task.advance()
     return tuple(found)
 
