@@ -17,7 +17,7 @@ from kscli.artifacts import (
     require_same_identity,
 )
 from kscli.errors import ArtifactError
-from kscli.layers import select_layers
+from kscli.layers import format_layers, select_layers
 from kscli.places import Places
 from kscli.reporter import Reporter
 
@@ -110,6 +110,9 @@ def _require_subject_last(pm: PMatrixFile) -> None:
 
 def require_about(file: Artifact, model: LoadedModel) -> None:
     """Raise ArtifactError unless a file is about `model`, in whatever dtype."""
+    # Of a model whose layers differ in size, a file is about those of one size.
+    if set(file.layers) <= set(model.decoder.layers):
+        model = model.of_layers(format_layers(file.layers))
     live = model.provenance()
     for name in IDENTITY:
         held = getattr(file.about, name)
