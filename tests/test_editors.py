@@ -213,9 +213,12 @@ def test_p_of_an_editor_is_asked_for_by_its_name(measured_tiny: Path, tmp_path: 
     (papers,) = objects_of(kscli("topk", "-k", 1, "-f", "json", *place))
     assert papers["model"] == "tiny"
     assert (papers["i"], papers["j"], papers["p"]) != (row["i"], row["j"], row["p"])
-    assert "By p of rome" in kscli("topk", "--editor", "rome", *place).stdout
+    assert (
+        "The largest p at layer 0: tiny, p of rome"
+        in kscli("topk", "--editor", "rome", *place).stdout
+    )
     table = kscli("stats", "--editor", "rome", "--repeats", 100, *place).stdout
-    assert "p of rome off the diagonal" in table
+    assert "layer by layer: tiny, p of rome" in table
     assert (tmp_path / "tiny" / "stats-rome.h5").exists()
     assert not (tmp_path / "tiny" / "stats.h5").exists()
     figure = kscli("plot", "heatmap", "--editor", "rome", *place)

@@ -105,7 +105,8 @@ def chosen_editor(
     name = name or PAPERS_EDITOR
     editor = find_editor(name)
     if preset := preset_for(name, model):
-        editor = preset.apply(editor)
+        # The contexts are those of keys.h5, whatever an edit of this model takes.
+        editor = replace(preset.apply(editor), contexts=editor.contexts)
     for idle, names, reason in without_effect(editor):
         if idle:
             refuse_given(context, names, reason)

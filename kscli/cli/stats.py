@@ -136,7 +136,6 @@ def stats(
         suggest,
     )
     from kscli.cli.requests import (
-        editor_of,
         models_of,
         open_pmatrices,
         pmatrix_paths,
@@ -192,7 +191,7 @@ def stats(
                 said = caution(statistics, file.facts)
                 if said:
                     reporter.warn(said)
-            print_rows(rows, STATISTICS, output_format, _title(rows, editor_of(files)))
+            print_rows(rows, STATISTICS, output_format, _title(rows))
             routed = [row for row in rows if "no_common_expert" in row]
             if routed and output_format not in FOR_MACHINES:
                 print_head("Experts that facts are routed to", output_format)
@@ -232,12 +231,11 @@ def _make(
         return statistics_of(file, layers, None, resampling, reporter)
 
 
-def _title(rows: Sequence[Row], editor: str) -> str:
+def _title(rows: Sequence[Row]) -> str:
     facts = {row["m"] for row in rows}
     m = f" between {facts.pop()} facts" if len(facts) == 1 else ""
-    whose = f" of {editor}" if editor else ""
     models = ", ".join(dict.fromkeys(row["model"] for row in rows))
-    return f"p{whose}{m}, layer by layer: {models}"
+    return f"p{m}, layer by layer: {models}"
 
 
 def _print_scaling(

@@ -97,12 +97,9 @@ def topk(
 
 
 def pairs_title(files: Sequence[PMatrixFile], where: str) -> str:
-    """What the pairs are of: the models, the layer, and whose p."""
+    """What the pairs are of: the layer, and the models, whose names say whose p it is."""
     models = ", ".join(dict.fromkeys(file.model for file in files))
-    from kscli.cli.requests import editor_of
-
-    editor = editor_of(files)
-    return f"The largest p{f' of {editor}' if editor else ''} of {models} at {where}"
+    return f"The largest p at {where}: {models}"
 
 
 def explain_routing(file: PMatrixFile, layers: Sequence[int], reporter: Reporter) -> None:

@@ -49,7 +49,7 @@ class EditorOfP:
         metric = inverse
         if name != "second-moment":
             metric = metric_of(name, cov, layer, 0.0, self.null_space)
-        stored = _StoredKeys(keys, layer, with_contexts=bool(self.editor.contexts))
+        stored = _StoredKeys(keys, layer)
         facts, paraphrases = self.editor.key(stored), keys.paraphrase_keys_of(layer)
         p = p_of_each(metric, facts, stored.bare(), self.weight)
         if paraphrases is None:
@@ -63,7 +63,6 @@ class _StoredKeys:
 
     file: KeysFile
     layer: int
-    with_contexts: bool
 
     def stored(self) -> Array:
         return self.bare()
@@ -72,6 +71,4 @@ class _StoredKeys:
         return self.file.keys_of(self.layer)
 
     def in_contexts(self) -> tuple[Array, int]:
-        if not self.with_contexts:
-            return self.bare(), 0
         return self.file.context_keys_of(self.layer), len(self.file.contexts)
