@@ -528,7 +528,8 @@ def test_edits_are_not_replayed_in_another_model(folder: Path, tmp_path: Path) -
     sources = [
         word for kind in ("cov", "keys", "pmatrix") for word in (f"--{kind}", folder / f"{kind}.h5")
     ]
-    command = (*sources, "--edits", 1, "--value", "random", "-o", path)
+    # The copy has no settings of its own, as tiny has.
+    command = (*sources, "--edits", 1, "--value", "random", "--preset", "none", "-o", path)
     assert edit(folder, *command).exit_code == 0
     found = edit(folder, *command, "-m", other, "--save-model", tmp_path / "saved")
     assert found.exit_code == 1

@@ -230,7 +230,9 @@ def test_topk_strongest_takes_all_layers_unless_told(toy: Path) -> None:
     assert {row["layer"] for row in two} <= {1, 2}
     one = json.loads(topk(toy, "-k", "4", "-f", "json", "--strongest", "--layer", "1"))
     assert one == json.loads(topk(toy, "-k", "4", "-f", "json", "--layer", "1"))
-    assert topk(toy, "-k", "1", "--strongest", "--layer", "1").split()[0] == "layer"
+    title, *table = topk(toy, "-k", "1", "--strongest", "--layer", "1").splitlines()
+    assert title.startswith("The largest p at its strongest layer: ")
+    assert table[0].split()[0] == "layer"
 
 
 def test_topk_without_options_is_layer_0(toy: Path) -> None:
