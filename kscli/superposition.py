@@ -127,6 +127,8 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
     for block in map(_without_zeros, blocks):
         white, keys = block.white, block.keys
         _check_keys(block)
+        if not len(keys):
+            continue
         whitened = white.whiten(keys)
         both = np.ix_(block.rows, block.rows)
         G[both] += whitened.T @ whitened

@@ -713,12 +713,12 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (("--fact", "Atlantis"), 1, "has no fact about 'Atlantis'"),
-        (("--fact", "Japn"), 1, "there is 'Japan'"),
+        (("--fact", "Atlantis"), 2, "has no fact about 'Atlantis'"),
+        (("--fact", "Japn"), 2, "there is 'Japan'"),
         (("--fact", "0", "--target-new", "text: "), 1, "--target-new is empty"),
         (("--fact", "0", "--target-new", "field:nothing"), 1, "nothing of 'The capital of France"),
         (("--target-new", "field:"), 1, "is missing or empty"),
-        (("--edits", "97"), 1, "97 edits were asked for, but .* holds 96"),
+        (("--edits", "97"), 2, "97 edits were asked for, but .* holds 96"),
         (("--edits", "some"), 2, "positive number, or all"),
         (("--layer", "0,1"), 2, "rome edits one layer"),
         (("--layer", "9"), 2, "9"),

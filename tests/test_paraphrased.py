@@ -71,7 +71,7 @@ def test_known_and_changed_are_what_greedy_decoding_says(tiny: LoadedModel) -> N
 
     torch.manual_seed(0)
     with torch.no_grad():
-        for projection in tiny.decoder.projections:
+        for projection in tiny.decoder.projections.values():
             weight = projection.module.weight
             weight += 2 * weight.std() * torch.randn_like(weight)
     changed = [

@@ -519,7 +519,7 @@ def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(measured_tiny, tmp_path / "tiny")
     none = kscli("verify", "--dir", tmp_path)
     assert none.exit_code == 1
-    assert "`kscli edit --model tiny --layer 0` makes one" in one_sentence(none.stderr)
+    assert f"`kscli edit --model tiny --dir {tmp_path}` makes one" in one_sentence(none.stderr)
     for more in (("--measure-every", 2), ("--protocol", "single", "--seed", 1)):
         made = kscli(
             *("edit", "--dir", tmp_path, "--edits", 6, "--value", "random", "--value-norm", 5),

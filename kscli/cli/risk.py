@@ -120,7 +120,8 @@ def risk(
             layer = "all"
             if not by_layer:
                 method = editor or DEFAULT_EDITOR
-                layer, why = default_layers(find_editor(method), preset_for(method, model), file)
+                published = preset_for(method, file.about.model if pmatrix else model)
+                layer, why = default_layers(find_editor(method), published, file)
                 reporter.note(f"p is of layer {layer}, {why}; --layer names another.")
         layers = select_layers(layer, file.layers, str(file.path))
         m = len(file.facts)
