@@ -145,8 +145,8 @@ def test_what_is_absent_is_said_once(measured_tiny: Path, tmp_path: Path) -> Non
     how = ("--dir", measured_tiny.parent, "--edits", 3, "--measure-every", 1, "--steps", 2)
     done = kscli("edit", *how, "--contexts", 0, "--layer", 1, "-o", tmp_path / "edits.h5")
     assert done.exit_code == 0, done.stderr
-    assert done.stderr.count("have no questions of these kinds") == 1
-    assert "paraphrase: no PS, generalisation" in done.stderr
+    assert done.stderr.count("the facts have no such questions") == 1
+    assert "PS and generalisation (paraphrase)" in done.stderr
     table = kscli("verify", tmp_path / "edits.h5")
     assert "reliability" in table.stdout
     assert "PS" not in table.stdout

@@ -420,15 +420,17 @@ class PMatrixFile(FactsFile):
         return self._of_layer("leverage", layer)
 
 
-def require_same_identity(first: Artifact, second: Artifact) -> list[str]:
+def require_same_identity(
+    first: Artifact, second: Artifact, passing_over: Sequence[str] = ()
+) -> list[str]:
     """Raise ArtifactError unless both are about the same model; returns lesser differences.
 
     The lesser ones, dtype, special tokens, and what an imported file does not know of its
-    weights and tokenizer, are sentences for a warning.
+    weights and tokenizer, are sentences for a warning, but for those `passing_over`.
     """
     differences = []
     unchecked = []
-    for name in IDENTITY + EXPECTED_EQUAL:
+    for name in (name for name in IDENTITY + EXPECTED_EQUAL if name not in passing_over):
         a, b = getattr(first.about, name), getattr(second.about, name)
         if a is None or b is None:
             unchecked.append(name)

@@ -232,8 +232,8 @@ class EditRun:
     def _say_what_is_absent(self) -> None:
         absent = absent_scores([self._facts[edit.fact] for edit in self.edits])
         if absent:
-            kinds = "; ".join(f"{kind}: no {', '.join(names)}" for kind, names in absent.items())
-            self._reporter.note(f"the edited facts have no questions of these kinds. {kinds}.")
+            kinds = ", ".join(f"{' and '.join(of)} ({kind})" for kind, of in absent.items())
+            self._reporter.note(f"not scored, since the facts have no such questions: {kinds}.")
 
     def _moved_most(self, fact: int) -> list[int]:
         """The other facts, by predicted damage: |p|, largest first."""

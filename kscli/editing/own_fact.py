@@ -84,9 +84,8 @@ def own_files(
         facts, spec = FactSet((fact, *others), SOURCE), format_layers(layers)
         session.extract(facts, "subject-last", spec, made, ContextChoice())
         with KeysFile(made) as of_facts:
-            write_pmatrix(
-                cov, of_facts, matrices, layers=layers, ridge=ridge, reporter=session.reporter
-            )
+            # What there is to say of C and these keys, `EditSources.check` says.
+            write_pmatrix(cov, of_facts, matrices, layers=layers, ridge=ridge)
         yield made, matrices
 
 

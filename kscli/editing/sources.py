@@ -76,7 +76,9 @@ class EditSources:
 
     def check(self, model: LoadedModel, reporter: Reporter) -> None:
         """Raise ArtifactError unless all are about `model`; warn where that is not known."""
-        for warning in require_same_identity(self.cov, self.keys):
+        # Keys in the dtype of the edit are as they should be, whatever C was measured in.
+        fits = self.keys.about.dtype == model.dtype
+        for warning in require_same_identity(self.cov, self.keys, ("dtype",) if fits else ()):
             reporter.warn(warning)
         require_about(self.keys, model)
 
