@@ -155,7 +155,8 @@ def risk(
         else:
             largest = print_moved(file, layers, edited, listed, output_format)
     if fail_above is not None and largest > fail_above:
-        reporter.warn(f"the largest damage, {largest:.3f}, passes --fail-above {fail_above:g}.")
+        what = "price" if price else "damage"
+        reporter.warn(f"the largest {what}, {largest:.3f}, passes --fail-above {fail_above:g}.")
         raise typer.Exit(PASSED)
 
 

@@ -78,6 +78,7 @@ def layer_rows(
         P = pm.matrix("P", layer)[list(edited)]
         size = np.where(others, np.abs(P), 0.0)
         pairs = int(others.sum())
+        rms = math.sqrt(float(np.square(size).sum()) / pairs) if pairs else math.nan
         row, column = np.unravel_index(int(size.argmax()), size.shape)
         i, j = (edited[int(row)], int(column)) if pairs else (None, None)
         rows.append(
@@ -85,7 +86,7 @@ def layer_rows(
                 "model": pm.model,
                 "layer": layer,
                 "edits": len(edited),
-                "rms": math.sqrt(float(np.square(size).sum()) / pairs) if pairs else math.nan,
+                "rms": rms,
                 "largest": float(size.max()) if pairs else math.nan,
                 "harmful": float((size > HARMFUL).sum()) / pairs if pairs else math.nan,
                 "i": i,
@@ -96,7 +97,7 @@ def layer_rows(
                     else _subjects(pm, i, j)
                 ),
                 "reaches": _reaches(pm, layer, edited),
-                **_reach_of_paraphrases(pm, layer, edited, others),
+                **_reach_of_paraphrases(pm, layer, edited, rms),
                 "text_rms": _text_rms(pm, layer, edited),
             }
         )
@@ -152,20 +153,19 @@ def price_rows(
 
 
 def _reach_of_paraphrases(
-    pm: PMatrixFile, layer: int, edited: Sequence[int], others: Mask
+    pm: PMatrixFile, layer: int, edited: Sequence[int], rms: float
 ) -> dict[str, float | None]:
-    """The median p to the edited facts' paraphrases, and the rms of p to others by that median.
+    """The median p to the edited facts' paraphrases, and the `rms` of p to others by that median.
 
-    Both are None where there is no paraphrase; the ratio also where they are not reached, p <= 0.
+    Both are None where there is no paraphrase, or no other fact (`rms` is NaN); the ratio also
+    where the paraphrases are not reached, p <= 0.
     """
     own = pm.paraphrase_p(layer)[list(edited)]
     own = own[~np.isnan(own)]
-    if not len(own) or not others.any():
+    if not len(own) or math.isnan(rms):
         return {"paraphrase_p": None, "ratio": None}
     median = float(np.median(own))
-    squares = pm.matrix("P", layer)[list(edited)][others] ** 2
-    ratio = math.sqrt(float(squares.mean())) / median if median > 0 else None
-    return {"paraphrase_p": median, "ratio": ratio}
+    return {"paraphrase_p": median, "ratio": rms / median if median > 0 else None}
 
 
 def _text_rms(pm: PMatrixFile, layer: int, edited: Sequence[int]) -> float | None:
