@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from hub_kit import Answering
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import api
@@ -95,7 +96,7 @@ PLAIN = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"
 PLAIN += ["tokenizer_config.json"]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering, BaseHTTPRequestHandler):
     """The few routes of the Hub that a download uses."""
 
     asked: list[str]
@@ -139,18 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
         body = REPOSITORIES[repository][name]
         etag = hashlib.sha256(name.encode() + body).hexdigest()
         self._answer(200, body, X_Repo_Commit=COMMIT, ETag=f'"{etag}"')
-
-    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
 
 
 class LocalHub:
