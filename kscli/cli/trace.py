@@ -25,7 +25,16 @@ def trace(
     prompt_field: options.PromptField = None,
     subject_field: options.SubjectField = None,
     target_field: options.TargetField = None,
-    contexts: options.Contexts = None,
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            "--contexts",
+            metavar="FILE|N",
+            help="The texts over which an editor's mean key is taken, the bare prompt among them: "
+            "a file with {} for the prompt, or the number of texts that the model makes up.",
+            show_default="0",
+        ),
+    ] = None,
     k: options.TopFacts = "20",
     cov: options.Cov = None,
     device: options.Device = "auto",
@@ -38,7 +47,7 @@ def trace(
     quiet: options.Quiet = False,
     output_format: options.OutputFormat = Format.table,
 ) -> None:
-    """Find out which facts of an edited model were edited, and by which editor.
+    """Find out which facts of an edited model were edited, and by which kind of editor.
 
     Compares the weights of two models, and reads cov.h5 of the first. An edit of fact i changes W
     along its direction d_i (C^-1 k for the paper and ROME). So d_i lies in the row space of the
@@ -50,9 +59,6 @@ def trace(
 
     The directions of all editors are tried. The kind that explains most of the change is shown.
     Nothing is written.
-
-    --contexts says over which texts an editor's mean key is taken. 0, the default, is the bare
-    prompt alone.
 
     Examples:
       kscli trace gpt2-small edited/ --facts counterfact --count 256
