@@ -334,6 +334,16 @@ Contexts = Annotated[
         show_default="20 as ROME has them, made up",
     ),
 ]
+ContextsOfMean = Annotated[
+    str | None,
+    typer.Option(
+        "--contexts",
+        metavar="FILE|N",
+        help="The texts over which an editor's mean key is taken, the bare prompt among them: a "
+        "file with {} for the prompt, or the number of texts that the model makes up.",
+        show_default="0",
+    ),
+]
 Layers = Annotated[
     str,
     typer.Option(

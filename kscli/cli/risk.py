@@ -79,9 +79,9 @@ def risk(
     "p to paraphrases" to the fact's own, which says how far an edit generalises. The layer that is
     chosen has the least rms p divided by p to paraphrases, of those that reach the answer: there
     an edit that moves the paraphrases by 1 moves other facts the least. Read it with care. Some
-    layers need a longer delta than others. A late layer has few layers after it that can carry the edit from
-    the subject to the answer. The last layer has none, so an edit there works only if the subject
-    ends the prompt. `kscli verify --where` says how well p foretold what edits did.
+    layers need a longer delta than others. A late layer has few layers after it that can carry the
+    edit from the subject to the answer. The last layer has none, so an edit there works only if the
+    subject ends the prompt. `kscli verify --where` says how well p foretold what edits did.
 
     "price" is what it would cost to move no other fact at its subject (edit --protect all
     --protect-at subject): how many times as much as the plain edit such an edit changes in all

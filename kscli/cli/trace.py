@@ -25,16 +25,7 @@ def trace(
     prompt_field: options.PromptField = None,
     subject_field: options.SubjectField = None,
     target_field: options.TargetField = None,
-    contexts: Annotated[
-        str | None,
-        typer.Option(
-            "--contexts",
-            metavar="FILE|N",
-            help="The texts over which an editor's mean key is taken, the bare prompt among them: "
-            "a file with {} for the prompt, or the number of texts that the model makes up.",
-            show_default="0",
-        ),
-    ] = None,
+    contexts: options.ContextsOfMean = None,
     k: options.TopFacts = "20",
     cov: options.Cov = None,
     device: options.Device = "auto",
