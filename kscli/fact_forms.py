@@ -8,7 +8,7 @@ files that is usual. A record of plain fields is never left out, it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,6 +168,7 @@ def _zsre(record: Fields) -> Fields:
         "target_new": _text(record, "alt") or None,
         "case_id": record.get("case_id"),
         "paraphrase_prompts": list(_texts(record.get("rephrase"))),
+        "portability": list(_grouped(record.get("portability"))),
         "locality": [{"prompt": f"{locality.rstrip('?')}?", "target": loc_answer}]
         if locality
         else [],
@@ -201,7 +202,10 @@ def _tracing(record: Fields) -> Fields:
 
 
 def _knowedit(record: Fields) -> Fields:
-    """KnowEdit's (Zhang et al. 2024): groups of questions under portability and locality."""
+    """KnowEdit's (Zhang et al. 2024): groups of questions under portability and locality.
+
+    EasyEdit's own files of the kind have one question of each, in fields of their own.
+    """
     subject = _text(record, "subject") or _text(record, "concept")
     prompt = _text(record, "prompt") or _text(record, "text")
     new = next(_texts(record.get("target_new") or record.get("labels")), "")
@@ -217,24 +221,39 @@ def _knowedit(record: Fields) -> Fields:
         "target_new": new or None,
         "case_id": record.get("case_id"),
         "paraphrase_prompts": list(_texts(rephrased)),
-        "portability": list(_grouped(record.get("portability"))),
-        "locality": list(_grouped(record.get("locality"))),
+        **{kind: list(_asked_of(record, kind)) for kind in ("portability", "locality")},
     }
 
 
+def _asked_of(record: Fields, kind: str) -> Iterator[Fields]:
+    """The questions of a kind, in groups or in `KIND_prompt` and `KIND_ground_truth`."""
+    yield from _grouped(record.get(kind))
+    yield from _asked(record.get(f"{kind}_prompt"), record.get(f"{kind}_ground_truth"))
+
+
 def _grouped(groups: object) -> Iterator[Fields]:
-    """The questions of all groups, each a list of objects of prompt and ground_truth."""
+    """The questions of all groups: of each a list of objects, or an object of lists."""
     if not isinstance(groups, Mapping):
         return
+    # EasyEdit's zsRE has one question beside what it recalls.
+    yield from _asked(groups.get("New Question"), groups.get("New Answer"))
     for questions in groups.values():
-        listed = questions if isinstance(questions, Sequence) else []
-        for asked in listed:
+        listed = [questions] if isinstance(questions, Mapping) else questions
+        for asked in [] if isinstance(listed, str) else listed or []:
             if not isinstance(asked, Mapping):
                 raise FactsError(f"a question is {kind_of(asked)}, but should be an object.")
-            prompt = next(_texts(asked.get("prompt")), "")
-            answer = next(_texts(asked.get("ground_truth")), "")
-            if prompt and answer:
-                yield {"prompt": prompt, "target": answer}
+            yield from _asked(asked.get("prompt"), asked.get("ground_truth"))
+
+
+def _asked(prompts: object, answers: object) -> Iterator[Fields]:
+    """Each prompt with its answer, or a lone prompt with the first of its answers."""
+    pairs: Iterable[tuple[object, object]] = [(prompts, answers)]
+    if isinstance(prompts, list) and isinstance(answers, list) and len(prompts) > 1:
+        pairs = zip(prompts, answers, strict=False)
+    for prompt, answer in pairs:
+        text, target = next(_texts(prompt), ""), next(_texts(answer), "")
+        if text and target:
+            yield {"prompt": text, "target": target}
 
 
 FORMS = (
@@ -242,8 +261,10 @@ FORMS = (
     Form("zsRE", ("src", "answers", "subject"), _zsre),
     Form("known_1000", ("attribute", "subject"), _known),
     Form("counterfact-tracing", ("relation_prefix", "subject", "target_true"), _tracing),
-    Form("KnowEdit", ("subject", "prompt", "target_new", "portability", "locality"), _knowedit),
-    Form("KnowEdit", ("subject", "prompt", "target_new", "rephrase_prompt"), _knowedit),
+    *(
+        Form("KnowEdit", ("subject", "prompt", "target_new", its_own), _knowedit)
+        for its_own in ("ground_truth", "portability", "locality", "rephrase_prompt")
+    ),
     Form("KnowEdit", ("concept", "text", "labels"), _knowedit),
 )
 

@@ -19,7 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -261,7 +261,10 @@ def _csv(file: RecordFile, delimiter: str = ",") -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
     # Spreadsheets of old Macs end lines with a carriage return alone.
     pieces = (piece for line in file.lines() for piece in io.StringIO(line, newline=""))
-    rows = csv.DictReader(pieces, delimiter=delimiter, strict=True)
+    header = next(pieces, "")
+    if "," not in header and ";" in header:
+        delimiter = ";"  # as spreadsheets write it where the comma is in numbers
+    rows = csv.DictReader(chain([header], pieces), delimiter=delimiter, strict=True)
     try:
         for row in rows:
             where = f"{file.path}, line {rows.line_num}"

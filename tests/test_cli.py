@@ -232,6 +232,9 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
         (["help", "topkk"], 2, "did you mean topk?"),
         (["topkk"], 2, "Did you mean 'topk'?"),
         (["topk", "--lyer", "0"], 2, "did you mean --layer?"),
+        (["run", "gpt2-small"], 2, "did you mean --model gpt2-small?"),
+        (["cache-cov", "toy"], 2, "did you mean --corpus toy?"),
+        (["topk", "7", "8"], 2, "nothing takes 7 8 without an option before it"),
         (["topk", "--debug"], 2, "kscli --debug topk"),
         (["topk", "-f", "jsn"], 2, "'--format' / '-f': 'jsn' is not one of"),
         (["risk", "-m", "toy", "--layer", "0", "--fact", "Grösse 1"], 2, "there is 'Größe 1'"),
@@ -255,6 +258,15 @@ def test_a_mistake_is_one_sentence(
     assert said in one_sentence(result.stderr)
     assert result.stdout == ""
     assert sorted(toy.rglob("*")) == before
+
+
+def test_a_file_without_an_option_is_asked_for_by_the_option_that_takes_it(tmp_path: Path) -> None:
+    facts = tmp_path / "facts.tsv.gz"
+    facts.write_bytes(b"")
+    for command, option in ((("facts", "check"), "--facts"), (("cache-cov",), "--corpus")):
+        mistaken = kscli(*command, facts)
+        assert mistaken.exit_code == 2
+        assert f"did you mean {option} {facts}?" in one_sentence(mistaken.stderr)
 
 
 def test_the_command_that_makes_a_file_has_the_folder_that_was_named(toy: Path) -> None:

@@ -210,6 +210,34 @@ def test_knowedit(tmp_path: Path) -> None:
     ]
 
 
+def test_the_forms_of_questions_that_easyedit_has(tmp_path: Path) -> None:
+    """Its own files have one question in flat fields; its inputs have lists under each group."""
+    record = {
+        "subject": "Leo",
+        "prompt": "Leo was born in",
+        "target_new": "Rome",
+        "ground_truth": [["Paris"]],
+        "locality_prompt": "Ann was born in",
+        "locality_ground_truth": "Oslo",
+        "portability": {"two": {"prompt": ["a", "b"], "ground_truth": [["c", "d"], "e"]}},
+    }
+    (fact,) = taken(tmp_path, [record]).facts
+    assert (fact.prompt, fact.target, fact.target_new) == ("{} was born in", "Paris", "Rome")
+    assert questions(fact) == [
+        ("portability", "a", "c"),
+        ("portability", "b", "e"),
+        ("locality", "Ann was born in", "Oslo"),
+    ]
+    zsre = {
+        "subject": "Leo",
+        "src": "Where was Leo born?",
+        "answers": ["Paris"],
+        "portability": {"Recalled Relation": "(a, b)", "New Question": "q", "New Answer": "r"},
+    }
+    (fact,) = taken(tmp_path, [zsre]).facts
+    assert questions(fact) == [("portability", "q", "r")]
+
+
 def test_counterfact_in_the_hubs_two_forms(tmp_path: Path) -> None:
     assert taken(tmp_path, TRACING).facts == (
         Fact("The mother tongue of {} is", "Danielle Darrieux", "French", "P103", 0, "English"),

@@ -132,6 +132,7 @@ def test_every_format_gives_the_same_facts(tmp_path: Path) -> None:
         "crlf.jsonl": as_jsonl(PLAIN).replace("\n", "\r\n"),
         "blank.jsonl": "\n\n" + as_jsonl(PLAIN).replace("\n", "\n\n"),
         "UPPER.JSON": json.dumps(PLAIN),
+        "semicolons.csv": as_csv(PLAIN).replace(",", ";"),
         "f.tsv": as_csv(PLAIN).replace(",", "\t"),
     }
     contents = {name: text.encode() for name, text in files.items()}

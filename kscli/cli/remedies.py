@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 from kscli.cli.settings import find_settings
 from kscli.errors import MADE_BY, ArtifactError, MissingError, nearest
-from kscli.models.aliases import ALIASES, classify
+from kscli.models.aliases import ALIASES, classify, find_alias
 from kscli.places import Places
+from kscli.records import format_of
 
+# What Typer says of words that no argument takes.
+_EXTRA = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
 DEFAULT_DIR = Path("artifacts")
 
 
@@ -71,9 +75,35 @@ def usage_mistake(error: Any) -> str:
     option = getattr(error, "option_name", None)
     if option is not None and "No such option" in error.message:
         return _no_option(option, error)
+    extra = _EXTRA.fullmatch(error.message)
+    if extra:
+        return _no_argument(extra[1], error)
     parameter = getattr(error, "param", None)
     text = " ".join(error.format_message().split()).replace("Value error, ", "")
     return f"{text[:1].lower()}{text[1:].rstrip('.')}{_where(error, parameter)}."
+
+
+def _no_argument(words: str, error: Any) -> str:
+    """The words that no argument takes, and the option that is meant by the first."""
+    context = error.ctx
+    first = words.split(" ")[0]
+    there = {name for each in context.command.params for name in each.opts}
+    meant = next((name for name in _options_for(first) if name in there), None)
+    hint = f"did you mean {meant} {first}? " if meant else ""
+    return (
+        f"nothing takes {words} without an option before it; {hint}"
+        f"`{context.command_path} --help` lists the options."
+    )
+
+
+def _options_for(word: str) -> tuple[str, ...]:
+    """The options that are given such a word, the likeliest first."""
+    path = Path(word)
+    if (path / "config.json").exists() or path.suffix == ".gguf" or find_alias(word):
+        return ("--model",)
+    if path.is_file() and format_of(path):
+        return ("--facts", "--corpus")
+    return ("--corpus",) if path.is_dir() else ()
 
 
 def _where(error: Any, parameter: Any) -> str:
