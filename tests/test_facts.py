@@ -308,8 +308,8 @@ def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
         ),
         (
             "f.csv",
-            "prompt;subject;target\nOf {};a;b\n",
-            "there are: 'prompt;subject;target'",
+            "prompt|subject|target\nOf {}|a|b\n",
+            "there are: 'prompt|subject|target'",
         ),
         ("f.csv", "prompt,subject,target\nOf {},a\n", "line 2: the target is nothing"),
         ("f.csv", "prompt,subject,target\nOf {}, a,b,c\n", "more columns than the header's 3"),
