@@ -105,7 +105,7 @@ def _of_folder(root: Path, found: Iterable[Path], field: str) -> CorpusFiles:
         raise CorpusError(
             f"{root} holds no corpus file{_listed(left, root, ': ')}; known are {known_formats()}."
         )
-    notes = [f"{root}: left out are {_listed(left, root)}."] if left else []
+    notes = [f"{root}: left out: {_listed(left, root)}."] if left else []
     return CorpusFiles(root, kinds, (*notes, *_on_splits(kinds, root)))
 
 

@@ -81,7 +81,7 @@ def test_a_folder_of_the_hub_is_its_tables(tmp_path: Path, name: str, text: str)
     assert list(corpus.documents()) == TEXTS
     assert corpus.identity == plain.identity
     (note,) = corpus.notes
-    assert note.startswith(f"{tmp_path}: left out are ")
+    assert note.startswith(f"{tmp_path}: left out: ")
     assert name in note
     assert "README.md" in note
     assert "gitattributes" not in note
@@ -93,7 +93,7 @@ def test_left_out_files_are_counted_by_reason(tmp_path: Path) -> None:
         write(tmp_path / f"a{number}.pdf", "%PDF")
     write(tmp_path / "dataset_infos.json", "{}")
     assert opened(tmp_path).notes == (
-        f"{tmp_path}: left out are 5 files of no known kind (README.md, a0.pdf, a1.pdf, ...); "
+        f"{tmp_path}: left out: 5 files of no known kind (README.md, a0.pdf, a1.pdf, ...); "
         "1 file of one JSON object without the field 'text' (dataset_infos.json).",
     )
 
@@ -320,5 +320,5 @@ def test_what_is_left_out_is_said_once_before_the_run(tmp_path: Path) -> None:
     asked = ("cache-cov", "--corpus", tmp_path / "ds", "--layers", "0", "--dry-run")
     said = kscli(*asked)
     assert said.exit_code == 0, said.stderr
-    assert said.stderr.count("left out are 1 file of no known kind (README.md)") == 1
+    assert said.stderr.count("left out: 1 file of no known kind (README.md)") == 1
     assert "left out" not in kscli(*asked, "-q").stderr
