@@ -75,11 +75,31 @@ def test_family_and_size_are_of_the_alias_or_in_the_name(
 ) -> None:
     found = family_of(*names)
     assert found is not None
-    assert (found.family, found.size) == (family, size)
+    assert (found.family, found.size, found.active) == (family, size, size)
+    assert not found.sparse
 
 
 @pytest.mark.parametrize(
-    "name", ["phi-2", "mymodel", "llama-8bit", "mixtral-8x7B", "gpt2", "v1.7B"]
+    ("name", "family", "size", "active"),
+    [
+        ("qwen3-30b-a3b", "Qwen3", 30_532_122_624, 3_353_032_704),
+        ("openai/gpt-oss-20b", "gpt-oss", 20_914_757_184, 4_187_440_704),
+        ("Qwen--Qwen3-235B-A22B", "Qwen3", 235e9, 22e9),
+        ("Qwen3-30B-A3B-Instruct-2507", "Qwen3-Instruct-2507", 30e9, 3e9),
+        ("my-mixture-4m-a1.5m", "my-mixture", 4e6, 1.5e6),
+    ],
+)
+def test_of_a_mixture_of_experts_two_sizes_are_known(
+    name: str, family: str, size: float, active: float
+) -> None:
+    found = family_of(name)
+    assert found is not None
+    assert (found.family, found.size, found.active) == (family, size, active)
+    assert found.sparse
+
+
+@pytest.mark.parametrize(
+    "name", ["phi-2", "mymodel", "llama-8bit", "mixtral-8x7B", "gpt2", "v1.7B", "mixture-a3b"]
 )
 def test_a_name_without_a_size_has_no_family(name: str) -> None:
     assert family_of(name) is None

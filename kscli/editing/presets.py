@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Models that settings are published for and that have no alias: Hub id, layers, d_m.
 _OTHERS = {
-    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", 28, 18944),
     "mistral-7b": ("mistralai/Mistral-7B-v0.1", 32, 14336),
 }
 _WHOLE = ("steps",)

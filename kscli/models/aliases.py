@@ -20,8 +20,13 @@ class Alias:
     """A model with a short name.
 
     `revision` is a commit that holds safetensors weights; `layers` decoder layers, each with
-    a down-projection from d_m features; `parameters` with embeddings and head, tied ones once.
-    The embedded model has neither `hub_id` nor `revision`.
+    a down-projection from d_m features; `parameters` with embeddings and head, tied ones once, and
+    without the part that sees images. `active` are those that one token uses, which are fewer only
+    in a mixture of experts. `gate` is what the Hub asks for before it gives the files; None where
+    it asks for nothing. The embedded model has neither `hub_id` nor `revision`.
+
+    `listing_seen` is False where the model's page on the Hub could not be read when the line was
+    written: its commit, sizes and gate are what public repositories say that pin it.
     """
 
     name: str
@@ -31,17 +36,31 @@ class Alias:
     layers: int
     d_m: int
     parameters: int
+    active: int
+    gate: str | None
+    listing_seen: bool
 
 
 def _alias(row: dict[str, str]) -> Alias:
     layers, d_m, parameters = (int(row[name]) for name in ("layers", "d_m", "parameters"))
     hub_id, revision = row["hub_id"] or None, row["revision"] or None
-    return Alias(row["name"], row["family"], hub_id, revision, layers, d_m, parameters)
+    return Alias(
+        row["name"],
+        row["family"],
+        hub_id,
+        revision,
+        layers,
+        d_m,
+        parameters,
+        active=int(row["active"] or parameters),
+        gate=row["gate"] or None,
+        listing_seen=row["listing"] != "not seen",
+    )
 
 
 # aliases.csv has a commit each, so that the same name is the same model for ever and needs no
 # network once it is cached. gpt-j's is the converter's pull request 40: its main branch has pickles
-# only.
+# only. The lines are in the order of families, and of sizes within one.
 with Path(__file__).with_name("aliases.csv").open(encoding="utf-8", newline="") as _rows:
     ALIASES: tuple[Alias, ...] = tuple(map(_alias, csv.DictReader(_rows)))
 

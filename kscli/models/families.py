@@ -10,18 +10,25 @@ from dataclasses import dataclass
 
 from kscli.models.aliases import ALIASES, Alias
 
-# "135M" in "SmolLM2-135M-Instruct", "0.5B" in "Qwen2.5-0.5B"; not the "7B" of "8x7B".
-_SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([MBT])(?![A-Za-z0-9])", re.IGNORECASE)
+# "135M" in "SmolLM2-135M-Instruct", "0.5B" in "Qwen2.5-0.5B"; not the "7B" of "8x7B". With an "A"
+# before it the size is what one token uses of a mixture of experts: "A3B" in "Qwen3-30B-A3B".
+_SIZES = re.compile(r"(?<![A-Za-z0-9.])(A?)(\d+(?:\.\d+)?)([MBT])(?![A-Za-z0-9])", re.IGNORECASE)
 _UNIT = {"m": 1e6, "b": 1e9, "t": 1e12}
 _OF_EDITOR = ", p of "
 
 
 @dataclass(frozen=True)
 class Member:
-    """A model's place in its family, `size` in parameters."""
+    """A model's place in its family; of its `size` parameters one token uses the `active` ones."""
 
     family: str
     size: float
+    active: float
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it is a mixture of experts, which has more parameters than one token uses."""
+        return self.active < self.size
 
 
 def whose_p(model: str, editor: str) -> str:
@@ -32,20 +39,26 @@ def whose_p(model: str, editor: str) -> str:
 def family_of(model: str, model_id: str = "") -> Member | None:
     """The family and size of a model by its display name, or by its id; None where no size is told.
 
-    Known are the aliases and their Hub ids, and names that say a size, as `my-model-350M` or
-    `Qwen2.5-0.5B-Instruct`: their family is the rest of the name, whoever its owner.
+    Known are the aliases and their Hub ids, and names that say a size, as `my-model-350M`,
+    `Qwen2.5-0.5B-Instruct` or `my-mixture-30B-A3B`: their family is the rest of the name, whoever
+    its owner.
     """
     names = [name for name in (model.partition(_OF_EDITOR)[0], model_id) if name]
     for name in names:
         alias = _alias(name)
         if alias is not None:
-            return Member(alias.family, float(alias.parameters))
+            return Member(alias.family, float(alias.parameters), float(alias.active))
     for name in names:
         base = _base(name)
-        size = _SIZE.search(base)
+        told = [
+            (letter, float(number) * _UNIT[unit.lower()])
+            for letter, number, unit in _SIZES.findall(base)
+        ]
+        size = next((size for letter, size in told if not letter), None)
         if size is not None:
-            rest = re.sub(r"([-_.])[-_.]+", r"\1", _SIZE.sub("", base)).strip("-_.")
-            return Member(rest or base, float(size[1]) * _UNIT[size[2].lower()])
+            active = next((size for letter, size in told if letter), size)
+            rest = re.sub(r"([-_.])[-_.]+", r"\1", _SIZES.sub("", base)).strip("-_.")
+            return Member(rest or base, size, active)
     return None
 
 
