@@ -101,7 +101,7 @@ def test_nothing_is_drawn_off_the_page(kind: str, situation: str, opened: Any) -
 def test_interference_draws_what_the_last_edit_left(opened: Any) -> None:
     [run] = opened(Run(10, 30))
     ax = KINDS["interference"].draw([run]).axes[0]
-    predicted, measured = run.values("predicted")[-1], run.values("measured")[-1]
+    predicted, live = run.values("predicted")[-1], run.values("measured_live")[-1]
     edited = run.values("edited").tolist()
     slope, marks, dots = ax.lines
     # The last edited fact has not been moved since its own edit, and has no place on the scale.
@@ -111,16 +111,29 @@ def test_interference_draws_what_the_last_edit_left(opened: Any) -> None:
         (dots, [fact for fact in range(30) if fact not in edited]),
     ):
         assert np.array_equal(line.get_xdata(), predicted[facts])
-        assert np.array_equal(line.get_ydata(), measured[facts])
+        assert np.array_equal(line.get_ydata(), live[facts])
     assert np.array_equal(slope.get_xdata(), slope.get_ydata())
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert ax.get_xlim() == ax.get_ylim()
     assert ax.get_xlim()[0] < predicted[predicted > 0].min()
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["slope 1", "9 edited facts", "20 original facts"]
-    worst = f"{run.values('linear_error').max():.0e}".replace("-", "\N{MINUS SIGN}")
-    assert f"worst error: {worst}" in texts(ax.figure)
-    assert "in the live model: 3e\N{MINUS SIGN}06" in texts(ax.figure)
+    assert "worst error: 3e\N{MINUS SIGN}06" in texts(ax.figure)
+    assert "not to move" not in texts(ax.figure)
+
+
+def test_interference_counts_the_facts_that_are_predicted_not_to_move(opened: Any) -> None:
+    run = Run(10, 30)
+    still = [fact for fact in range(30) if fact not in run.log.of_edit["edited"]][:3]
+    for fact, moved in zip(still, (1e-7, 4e-6, 2e-6), strict=True):
+        run.log.of_edit["predicted"][-1][fact] = 1e-14
+        run.log.of_edit["measured_live"][-1][fact] = moved
+    [file] = opened(run)
+    points = points_of(file)
+    assert (points.nought, points.nought_live) == (3, 4e-6)
+    assert len(points.predicted) == len(points.live) == 26  # less the fact that was edited last
+    drawn = texts(KINDS["interference"].draw([file]))
+    assert "3 predicted not to move\nmoved 4e\N{MINUS SIGN}06" in drawn
 
 
 def test_interference_of_single_edits_is_that_of_each(opened: Any) -> None:
@@ -159,7 +172,7 @@ def test_interference_has_a_panel_a_run_on_one_scale(opened: Any) -> None:
 def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
     runs = opened(Run(25, 60, layer=15), Run(25, 60, layer=25, perplexity=False))
     fig = KINDS["forgetting"].draw(runs)
-    retained, kept, *scores, perplexity = fig.axes
+    retained, kept, *scores, perplexity, kl = fig.axes
     assert [ax.get_ylabel() for ax in scores] == ["ES", "PS", "NS", "GE"]
     for at, run in enumerate(runs):
         step = run.values("step")
@@ -171,18 +184,21 @@ def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
             assert np.array_equal(line.get_xdata(), step)
         for place, n in enumerate(step.tolist()):
             first = [rank == 1 for rank in run.values("rank_new")[place, :n].tolist()]
-            expected = sum(first) / n if n else np.nan
-            assert retained.lines[at].get_ydata()[place] == pytest.approx(expected, nan_ok=True)
+            every = [rank == 1 for rank in run.values("rank_new")[0].tolist()]
+            expected = sum(first) / n if n else sum(every) / len(every)
+            assert retained.lines[at].get_ydata()[place] == pytest.approx(expected)
             same = [not run.values("answer_changed")[place, fact] for fact in known]
             assert kept.lines[at].get_ydata()[place] == pytest.approx(sum(same) / len(known))
         assert np.array_equal(
             perplexity.lines[at].get_ydata(), run.values("perplexity"), equal_nan=True
         )
+        assert np.array_equal(kl.lines[at].get_ydata(), run.values("kl"), equal_nan=True)
         of_edits = run.values("scores/PS")
         means = [of_edits[0].mean(), *(of_edits[i, : step[i]].mean() for i in range(1, 5))]
         assert scores[1].lines[at].get_ydata() == pytest.approx(means)
     assert len({line.get_color() for line in retained.lines}) == 2
-    entries = [text.get_text() for text in perplexity.get_legend().get_texts()]
+    assert kl.get_yscale() == "linear"
+    entries = [text.get_text() for text in kl.get_legend().get_texts()]
     ends = [line.get_ydata()[-1] for line in (retained.lines[0], kept.lines[0])]
     assert entries[0] == f"layer 15: {100 * ends[0]:.0f} % / {100 * ends[1]:.0f} %"
 
@@ -195,6 +211,15 @@ def test_forgetting_without_held_out_text_or_known_facts(opened: Any) -> None:
     assert np.isnan(np.asarray(fig.axes[1].lines[0].get_ydata())).all()
     assert "% / -" in texts(fig)
     assert_on_the_page(fig)
+
+
+def test_forgetting_draws_one_edit_as_a_line(opened: Any) -> None:
+    """From the clean model to after the edit, in every panel."""
+    fig = KINDS["forgetting"].draw(opened(Run(1, 30)))
+    for ax in fig.axes:
+        (line,) = ax.lines
+        assert line.get_xdata().tolist() == [0, 1]
+        assert np.isfinite(np.asarray(line.get_ydata())).all(), ax.get_ylabel()
 
 
 def test_forgetting_is_of_sequences(opened: Any) -> None:
@@ -244,12 +269,13 @@ def test_edits_that_were_kept_out_are_not_forgotten() -> None:
         "edited": np.array([0, 2]),
         "answer_changed": np.array([[False] * 3, [True, False, True], [False, True, False]]),
         "perplexity": np.full(3, np.nan),
+        "kl": np.full(3, np.nan),
         **{f"scores/{name}": np.array([[0, 1, 2, 3.0]] * 3) for name in SCORES},
     }
     facts = [Fact("{} is in", f"Subject {at}", "x") for at in range(3)]
     run: Any = SimpleNamespace(values=values.__getitem__, facts=facts, edits=3)
     course = course_of(run)
-    assert course.retained.tolist()[1:] == pytest.approx([1, 2 / 3])
+    assert course.retained.tolist() == pytest.approx([0, 1, 2 / 3])
     assert course.kept.tolist() == [1, 1, 0]
     assert course.scores["ES"].tolist() == pytest.approx([5 / 3, 0, 5 / 3])
 

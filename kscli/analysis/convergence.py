@@ -17,9 +17,9 @@ from kscli.errors import UsageError
 from kscli.numbers import number
 
 _COUNTS = 8
-# An interval that reaches further to either side than this share of the kurtosis is wide; of
-# one about 0, of the 3 that a Gaussian's fourth moment is.
-_WIDE, _LEAST = 0.25, 3.0
+# An interval that reaches further to either side than this share of the kurtosis leaves open
+# whether it has converged; of a kurtosis about 0, of the 3 that a Gaussian's fourth moment is.
+_CLOSE, _LEAST = 0.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,18 @@ class Convergence:
 
     @property
     def converged(self) -> bool | None:
-        """Whether the kurtosis of half the facts lies in the interval of all; None: unknown."""
+        """Whether the kurtosis of half the facts lies in the interval of all; None: not known.
+
+        It is not known where it does and the interval is wide: an error that large would hide
+        a change.
+        """
         last = self.intervals[-1]
         if self.before is None or math.isnan(last.low) or math.isnan(self.kurtosis[self.before]):
             return None
-        return last.low <= self.kurtosis[self.before] <= last.high
+        if not last.low <= self.kurtosis[self.before] <= last.high:
+            return False
+        close = _CLOSE * max(abs(self.kurtosis[-1]), _LEAST)
+        return True if _reach(last) <= close else None
 
     @property
     def sentence(self) -> str:
@@ -69,16 +76,21 @@ class Convergence:
                 f"Whether the kurtosis has converged at m = {m} cannot be told: at {half} facts "
                 "it is undefined."
             )
-        verdict, where = (
-            (f"has converged at m = {m} to within its error{_if_wide(now, last)}", "inside")
-            if self.converged
-            else (f"has not converged at m = {m}", "outside")
-        )
+        error = f"\N{PLUS-MINUS SIGN} {_relative(_reach(last), now)}"
+        interval_ = f"the 95 % interval, {number(last.low, 1)} to {number(last.high, 1)}"
+        course = f"it was {number(then, 1)} with {half} facts and is {number(now, 1)} now"
+        if self.converged is None:
+            verdict = f"Whether the kurtosis has converged at m = {m} cannot be told"
+            end = f"inside {interval_}, which is wide ({error})"
+        elif self.converged:
+            verdict = f"The kurtosis has converged at m = {m} to within its error, {error}"
+            end = f"inside {interval_}"
+        else:
+            verdict = f"The kurtosis has not converged at m = {m}"
+            end = f"outside {interval_}"
         return (
-            f"The kurtosis {verdict}: it was {number(then, 1)} with {half} facts and is "
-            f"{number(now, 1)} now, {where} the 95 % interval, {number(last.low, 1)} to "
-            f"{number(last.high, 1)}. "
-            f"The two distributions differ by at most {100 * self.moved:.1f} % of their entries."
+            f"{verdict}: {course}, {end}. The two distributions differ by at most "
+            f"{100 * self.moved:.1f} % of their entries."
         )
 
 
@@ -136,13 +148,15 @@ def largest_difference(first: Entries, second: Entries) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-def _if_wide(kurtosis: float, of: Interval) -> str:
-    """How far a wide interval reaches, in per cent of the kurtosis where it is not about 0."""
-    reach = (of.high - of.low) / 2
-    if reach <= _WIDE * max(abs(kurtosis), _LEAST):
-        return ""
-    far = f"{100 * reach / abs(kurtosis):.0f} %" if abs(kurtosis) >= _LEAST else number(reach, 1)
-    return f", which is wide (\N{PLUS-MINUS SIGN} {far})"
+def _reach(of: Interval) -> float:
+    return (of.high - of.low) / 2
+
+
+def _relative(reach: float, kurtosis: float) -> str:
+    """How far an interval reaches, in per cent of the kurtosis where it is not about 0."""
+    if abs(kurtosis) < _LEAST:
+        return number(reach, 1)
+    return f"{100 * reach / abs(kurtosis):.0f} %"
 
 
 def _before(counts: Sequence[int]) -> int | None:

@@ -14,6 +14,9 @@ from kscli.scores import SCORES
 
 Real = NDArray[np.float64]
 
+# A shift of less than this share of the largest is a prediction of 0, to rounding.
+_NOUGHT = 1e-10
+
 
 def is_sequence(run: EditsFile) -> bool:
     """Whether the edits were made one upon the other, and not each in the clean model."""
@@ -35,31 +38,54 @@ def is_about(run: EditsFile) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Points:
-    """Predicted and measured |Delta| of facts, each (points,), and which facts were edited."""
+    """|Delta| of facts, predicted and of the live model, each (points,); which were edited.
+
+    `nought` facts are predicted not to move, and `nought_live` is the furthest that the live
+    model moved one of them: its rounding. They have no point.
+    """
 
     predicted: Real
-    measured: Real
+    live: Real
     edited: NDArray[np.bool_]
+    nought: int
+    nought_live: float
 
     @property
     def correlation(self) -> float:
-        """Pearson's r of predicted and measured; NaN where either does not vary."""
-        if len(self.predicted) < 2 or not np.ptp(self.predicted) or not np.ptp(self.measured):
+        """Pearson's r of predicted and live; NaN where either does not vary."""
+        if len(self.predicted) < 2 or not np.ptp(self.predicted) or not np.ptp(self.live):
             return math.nan
-        return float(np.corrcoef(self.predicted, self.measured)[0, 1])
+        return float(np.corrcoef(self.predicted, self.live)[0, 1])
 
 
 def points_of(run: EditsFile) -> Points:
     """What a log-log figure of a run shows: the facts moved, after the last edit of a sequence.
 
-    Of single edits, the facts that each of them moves. What no edit moves, or is not predicted,
-    has no point.
+    The live shift is of the model's own MLP output, so that the prediction is put to a test; the
+    shift that W's change gives (`measured`) equals it by algebra. Of single edits, the facts that
+    each of them moves. What is not predicted has no point.
     """
     rows = slice(-1, None) if is_sequence(run) else slice(None)
-    predicted, measured = run.values("predicted")[rows], run.values("measured")[rows]
+    predicted, live = run.values("predicted")[rows], run.values("measured_live")[rows]
     edited = np.broadcast_to(is_edited(run) & is_sequence(run), predicted.shape)
-    shown = (predicted > 0) & (measured > 0)
-    return Points(predicted[shown], measured[shown], edited[shown])
+    known = np.isfinite(predicted) & np.isfinite(live)
+    largest = float(predicted[known].max(initial=0.0))
+    shown = known & (predicted > _NOUGHT * largest) & (live > 0)
+    nought = known & (predicted <= _NOUGHT * largest) & ~_own_facts(run)[rows]
+    return Points(
+        predicted[shown],
+        live[shown],
+        edited[shown],
+        int(nought.sum()),
+        float(live[nought].max(initial=0.0)),
+    )
+
+
+def _own_facts(run: EditsFile) -> NDArray[np.bool_]:
+    """Which fact each edit is of, (n, m): its shift is counted from that edit on, and is 0."""
+    own = np.zeros((len(run.values("edited")), len(run.facts)), dtype=bool)
+    own[np.arange(len(own)), run.values("edited")] = True
+    return own
 
 
 @dataclass(frozen=True)
@@ -67,16 +93,18 @@ class Course:
     """What a run's passes found after `step` (s,) edits, each (s,).
 
     `retained` is the share of the edits made so far whose new target the model still puts first
-    (the rank of the target's first token is 1), NaN before the first edit. `kept` is the share of
-    the facts that the clean model answered rightly, and that no edit of the run is about, which it
-    still answers as it did; NaN where there is none. `perplexity` is NaN where it was not measured.
-    `scores` are means over the edits made so far, by name.
+    (the rank of the target's first token is 1). `kept` is the share of the facts that the clean
+    model answered rightly, and that no edit of the run is about, which it still answers as it did;
+    NaN where there is none. `perplexity` and `kl`, the KL divergence from the clean model on
+    held-out text, are NaN where they were not measured. `scores` are means over the edits made so
+    far, by name. Before the first edit, `retained` and `scores` are of all that will be made.
     """
 
     step: NDArray[np.int64]
     retained: Real
     kept: Real
     perplexity: Real
+    kl: Real
     scores: Mapping[str, Real]
 
 
@@ -87,9 +115,10 @@ def course_of(run: EditsFile) -> Course:
     known = run.values("known") & ~is_about(run)
     return Course(
         step,
-        np.array([_share(row[:n]) for row, n in zip(first, step.tolist(), strict=True)]),
+        _course(first.astype(np.float64), step),
         np.array([_share(~changed[known]) for changed in run.values("answer_changed")]),
         run.values("perplexity").astype(np.float64),
+        run.values("kl").astype(np.float64),
         {name: _course(run.values(f"scores/{name}")[:, _made(run)], step) for name in SCORES},
     )
 

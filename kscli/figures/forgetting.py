@@ -31,6 +31,8 @@ from kscli.scores import HARMONIC
 
 _SHARE, _PERPLEXITY = 1.15, 0.8  # heights of the panels, inches
 _SCORES = (*HARMONIC, "GE")
+# What is measured on held-out text.
+_OF_TEXT = (("perplexity", "perplexity"), ("kl", "KL to clean\nmodel"))
 # Passes that are shown as points, too.
 _FEW = 15
 # Perplexities of which one is so many times another are drawn on a logarithmic scale.
@@ -38,7 +40,7 @@ _WIDE = 10
 
 
 def draw(runs: Sequence[EditsFile]) -> Figure:
-    """Edits retained, known facts kept, scores and perplexity over the edits made.
+    """Edits retained, known facts kept, scores, perplexity and KL divergence over the edits made.
 
     One line a run, with where it ends; single edits are no sequence and have none. Raises
     UsageError where no run is a sequence.
@@ -51,9 +53,6 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     courses = [course_of(run) if is_sequence(run) else None for run in runs]
     named = run_names(runs)
     last = max(int(course.step[-1]) for course in courses if course)
-    perplexity = any(
-        course is not None and np.isfinite(course.perplexity).any() for course in courses
-    )
     panels = [("retained", "edits\nretained"), ("kept", "known facts\nkept")]
     heights = [_SHARE, _SHARE]
     there = [course for course in courses if course]
@@ -61,9 +60,10 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
         if any(np.isfinite(course.scores[name]).any() for course in there):
             panels.append((name, name))
             heights.append(_PERPLEXITY)
-    if perplexity:
-        panels.append(("perplexity", "perplexity"))
-        heights.append(_PERPLEXITY)
+    for name, label in _OF_TEXT:
+        if any(np.isfinite(getattr(course, name)).any() for course in there):
+            panels.append((name, label))
+            heights.append(_PERPLEXITY)
     fig = new_figure(COLUMN, sum(heights) + 0.75)
     axes = fig.subplots(len(panels), 1, height_ratios=heights)
     for ax, (name, label) in zip(axes, panels, strict=True):
@@ -73,7 +73,7 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
             else ax.plot([], [], **line_style(at))[0]
             for at, course in enumerate(courses)
         ]
-        _finish(ax, label, share=name not in ("perplexity", "GE"))
+        _finish(ax, label, share=name not in ("perplexity", "kl", "GE"))
         ax.set_xlim(-0.03 * last, 1.03 * last)
         ax.tick_params(labelbottom=name == panels[-1][0])
     axes[-1].set_xlabel("edits made")
@@ -114,5 +114,6 @@ def _finish(ax: Axes, label: str, *, share: bool) -> None:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     else:
         drawn = np.concatenate([np.asarray(line.get_ydata()) for line in ax.lines])
-        if np.nanmax(drawn) > _WIDE * np.nanmin(drawn):
+        # The divergence begins at 0, which no logarithmic scale has.
+        if np.nanmax(drawn) > _WIDE * np.nanmin(drawn) > 0:
             ax.set_yscale("log")

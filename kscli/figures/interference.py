@@ -1,4 +1,4 @@
-"""How far edits were predicted to move every fact's value, and how far they moved it."""
+"""How far edits were predicted to move every fact's value, and how far the live model moved it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
     fact.
     """
     points = [points_of(run) for run in runs]
-    lengths = np.concatenate([part for each in points for part in (each.predicted, each.measured)])
+    lengths = np.concatenate([part for each in points for part in (each.predicted, each.live)])
     if not lengths.size:
         raise UsageError(
             f"{runs[0].path} has no predicted interference to draw: equations 11 and 15 are about "
@@ -62,7 +62,7 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
         ax.set_axis_off()
     title(fig, "How far edits move the values of facts", named.shared)
     fig.supxlabel("predicted $|\\Delta_j|$")
-    fig.supylabel("measured $|\\Delta_j|$")
+    fig.supylabel("$|\\Delta_j|$ in the live model")
     return fig
 
 
@@ -81,7 +81,7 @@ def _draw_panel(
         if chosen.any():
             ax.plot(
                 points.predicted[chosen],
-                points.measured[chosen],
+                points.live[chosen],
                 linestyle="none",
                 label=f"{int(chosen.sum()):,} {label}",
                 rasterized=points.predicted.size > _RASTERIZED,
@@ -111,13 +111,22 @@ def _groups(run: EditsFile, colour: str) -> list[tuple[bool, str, dict[str, Any]
 
 
 def _findings(run: EditsFile, points: Points) -> list[str]:
-    """The correlation, and the worst errors of all edits relative to the largest prediction."""
+    """The correlation, the worst error by the largest prediction, and how many do not move.
+
+    Facts that are predicted not to move have no place on the scale, so their number is written.
+    """
     found = []
     if not math.isnan(points.correlation):
         found.append(f"r = {points.correlation:.3f}")
-    for name, what in (("linear_error", "worst error"), ("live_error", "in the live model")):
-        errors = run.values(name)
-        errors = errors[~np.isnan(errors)]
-        if errors.size:
-            found.append(f"{what}: {errors.max():.0e}".replace("-", "\N{MINUS SIGN}"))
+    errors = run.values("live_error")
+    errors = errors[~np.isnan(errors)]
+    if errors.size:
+        found.append(f"worst error: {_power(errors.max())}")
+    if points.nought:
+        found += [f"{points.nought:,} predicted not to move", f"moved {_power(points.nought_live)}"]
     return found
+
+
+def _power(value: float) -> str:
+    """A small number to its order of magnitude."""
+    return f"{value:.0e}".replace("-", "\N{MINUS SIGN}")
