@@ -133,7 +133,7 @@ def test_interference_counts_the_facts_that_are_predicted_not_to_move(opened: An
     assert (points.nought, points.nought_live) == (3, 4e-6)
     assert len(points.predicted) == len(points.live) == 26  # less the fact that was edited last
     drawn = texts(KINDS["interference"].draw([file]))
-    assert "3 predicted not to move\nmoved 4e\N{MINUS SIGN}06" in drawn
+    assert "3 predicted not to move,\nmoved 4e\N{MINUS SIGN}06 at most" in drawn
 
 
 def test_interference_of_single_edits_is_that_of_each(opened: Any) -> None:
@@ -198,7 +198,7 @@ def test_forgetting_draws_retention_and_kept_facts(opened: Any) -> None:
         assert scores[1].lines[at].get_ydata() == pytest.approx(means)
     assert len({line.get_color() for line in retained.lines}) == 2
     assert kl.get_yscale() == "linear"
-    entries = [text.get_text() for text in kl.get_legend().get_texts()]
+    entries = [text.get_text() for text in fig.legends[0].get_texts()]
     ends = [line.get_ydata()[-1] for line in (retained.lines[0], kept.lines[0])]
     assert entries[0] == f"layer 15: {100 * ends[0]:.0f} % / {100 * ends[1]:.0f} %"
 

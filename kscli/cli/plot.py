@@ -12,13 +12,14 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import Format, print_paths
-from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Shown, flag, takers
+from kscli.figures import KINDS, PER_PAGE, FigureKind, FigureOptions, Look, Shown, flag, takers
 
 if TYPE_CHECKING:
     from kscli.artifacts import Artifact
     from kscli.origin import Origin
 
 PLAIN = FigureOptions()
+LEAST_WIDTH, MOST_INCHES = 2.5, 60.0
 KIND_SOURCES = {"pmatrix": "pmatrix.h5", "edits": "runs of edits (--edits)"}
 KIND_HELP = "\n\n".join(
     f"{kind.name}: {kind.help}"
@@ -84,6 +85,50 @@ def plot(
             show_default="eight, up to all",
         ),
     ] = None,
+    no_sentence: Annotated[
+        bool,
+        typer.Option(
+            "--no-sentence",
+            help=f"{of_kinds('no_sentence')}Leave out whether the kurtosis has converged.",
+        ),
+    ] = False,
+    title: Annotated[
+        str | None,
+        typer.Option(
+            "--title", metavar="TEXT", help="The title; an empty one, '', for a figure without."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            help="Width and height in inches, as in 6.5x4, or the width alone. Text keeps its "
+            "size, and panels move into as many columns as fit.",
+            show_default="one or both columns of a two-column page",
+        ),
+    ] = None,
+    dpi: Annotated[
+        int | None,
+        typer.Option(
+            "--dpi",
+            metavar="N",
+            min=30,
+            max=2400,
+            help="The dots per inch of a .png, and of images in other files.",
+            show_default="300, or more for a heatmap of many facts",
+        ),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name",
+            metavar="TEXT",
+            help="What the figure calls a model, or a run of edits. Give it once for each, in the "
+            "order of -m, --pmatrix or --edits.",
+            show_default="their own names",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     directory: options.Dir = Path("artifacts"),
     output: options.FigureOutput = None,
@@ -104,6 +149,7 @@ def plot(
       kscli plot forgetting --edits artifacts/gpt-j/edits/rome-5-0.h5
       kscli plot angles -m llama3-8b -m llama3.1-8b
       kscli plot convergence -m gpt2-small --facts-counts 16,32,64,128
+      kscli plot kurtosis -m gpt2-xl -m gpt-j --name XL --name J --title '' --size 5x3
     """
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
@@ -114,7 +160,10 @@ def plot(
 
     reporter = ConsoleReporter(quiet=quiet)
     figure_kind = find_kind(kind)
-    figure_options = FigureOptions(grid, mark_same_token, counts_of(facts_counts), seed)
+    look = Look(title, *size_of(size), dpi or 0, tuple(names or ()))
+    figure_options = FigureOptions(
+        grid, mark_same_token, counts_of(facts_counts), seed, no_sentence, look
+    )
     figure_kind.check_options(figure_options)
     with ExitStack() as stack:
         sources: Sequence[Shown]
@@ -127,6 +176,7 @@ def plot(
             refuse_others(kind, {"--edits": edits})
             paths = pmatrix_paths(model, pmatrix, directory, editor)
             sources, files = open_matrices(figure_kind, paths, layers, stack)
+        check_names(look.names, files)
         folders = {folder_of(file) for file in files}
         folder = folders.pop() if len(folders) == 1 else directory
         if figure_kind.source == "edits":
@@ -190,8 +240,11 @@ def origin_of(
     from kscli.origin import Origin
 
     models = [file.model for file in files] if kind.source == "pmatrix" else []
-    request = (kind.name, layers or kind.layers, asdict(chosen), models)
-    return Origin(request, [file.fingerprint for file in files])
+    asked = asdict(chosen)
+    look = asked.pop("look")
+    request = (kind.name, layers or kind.layers, asked, models)
+    # Another look is the same figure, made again.
+    return Origin(request, [*(file.fingerprint for file in files), str(look)])
 
 
 def folder_of(file: Artifact) -> Path:
@@ -220,6 +273,37 @@ def counts_of(text: str | None) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+def size_of(text: str | None) -> tuple[float, float]:
+    """Width and height of `--size` in inches, 0 where not given. Raises UsageError."""
+    from kscli.errors import UsageError
+
+    if text is None:
+        return 0.0, 0.0
+    parts = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split("x")
+    try:
+        width, height = (*map(float, parts), 0.0)[:2] if len(parts) < 3 else (0.0, 0.0)
+    except ValueError:
+        width = height = 0.0
+    if not (LEAST_WIDTH <= width <= MOST_INCHES and 0 <= height <= MOST_INCHES):
+        raise UsageError(
+            f"--size {text!r} is no size; write the width and height in inches, as in 6.5x4, or "
+            f"the width alone, from {LEAST_WIDTH:g} to {MOST_INCHES:g}."
+        )
+    return width, height
+
+
+def check_names(names: Sequence[str], files: Sequence[Artifact]) -> None:
+    """Raise UsageError where there are names, and not one for each file."""
+    from kscli.errors import UsageError
+
+    if names and len(names) != len(files):
+        paths = ", ".join(str(file.path) for file in files)
+        raise UsageError(
+            f"--name is given {len(names)} times, and the figure is of {len(files)}: {paths}; give "
+            "it once for each, in this order."
+        )
+
+
 def default_name(
     kind: str,
     models: list[str],
@@ -235,6 +319,8 @@ def default_name(
         parts.append("grid")
     if chosen.mark_same_token:
         parts.append("same-token")
+    if chosen.no_sentence:
+        parts.append("no-sentence")
     if chosen.facts_counts:
         parts.append(f"m{'_'.join(map(str, chosen.facts_counts))}")
     return f"{'-'.join(parts)}.png"

@@ -1,15 +1,14 @@
 """The kinds of figure that kscli draws.
 
-A new kind is one module of this folder with `draw(sources) -> Figure`, or with
-`draw(sources, options)` where the kind takes options, and its line in `KINDS`. Its sources are
-models' matrices, or, where `FigureKind.source` says so, runs of edits.
+A new kind is one module of this folder with `draw(sources, options) -> Figure`, and its line in
+`KINDS`. Its sources are models' matrices, or, where `FigureKind.source` says so, runs of edits.
 This module imports neither matplotlib nor numpy, so that the command line can list the kinds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -26,6 +25,7 @@ __all__ = [
     "PER_PAGE",
     "FigureKind",
     "FigureOptions",
+    "Look",
     "Shown",
     "Source",
     "flag",
@@ -55,17 +55,34 @@ class Source:
     """One model's open matrices, and the layers of it to draw, ascending.
 
     `depth` is the number of layers that the model has; 0: as many as its last layer that
-    there are matrices of says.
+    there are matrices of says. `name` is what the figure calls the model; empty: by its own name.
     """
 
     matrices: FactMatrices
     layers: tuple[int, ...]
     depth: int = 0
+    name: str = ""
 
     @property
     def model(self) -> str:
         """The model's name for people."""
-        return self.matrices.model
+        return self.name or self.matrices.model
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a figure looks, of any kind.
+
+    `title` replaces its own; empty: it has none. `width` and `height` are in inches, and 0 is what
+    suits the kind; the number of columns follows from the width. `dpi` is of images; 0: what suits
+    the kind. `names` are of the sources, in their order; empty: the models' or runs' own.
+    """
+
+    title: str | None = None
+    width: float = 0.0
+    height: float = 0.0
+    dpi: int = 0
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,13 +92,15 @@ class FigureOptions:
     `grid`: a panel a layer, `PER_PAGE` of one model on a page. `mark_same_token`: show which
     pairs of facts have their keys at the same token. `facts_counts`: draw the first so many
     facts (empty: eight counts up to all). `seed`: of the facts that are drawn again for an
-    interval.
+    interval. `no_sentence`: leave out what the figure says in words. `look` every kind takes.
     """
 
     grid: bool = False
     mark_same_token: bool = False
     facts_counts: tuple[int, ...] = ()
     seed: int = 0
+    no_sentence: bool = False
+    look: Look = field(default_factory=Look)
 
 
 @dataclass(frozen=True)
@@ -108,29 +127,32 @@ class FigureKind:
         take.
         """
         self._check(sources, options)
-        from kscli.figures.style import house_style
+        from kscli.figures.style import house_style, looking
 
         draw: Callable[..., Figure] = import_module(f"{__name__}.{self.name}").draw
-        shown = _by_size([source for source in sources if source.layers])
+        shown, options = _by_size(sources, options)
         with house_style():
-            return draw(shown, options) if self.options else draw(shown)
+            return looking(draw(shown, options), options.look, self.name)
 
     def pages(
         self, sources: Sequence[Shown], options: FigureOptions = FigureOptions()
     ) -> list[Figure]:
         """A figure for each of the pages of `paged`; raises as `draw` does."""
         self._check(sources, options)
-        return [self.draw(page, options) for page in paged(sources, options)]
+        if not options.grid:
+            return [self.draw(sources, options)]
+        shown, options = _by_size(sources, options)
+        return [self.draw(page, options) for page in paged(shown, options)]
 
     def check_options(self, options: FigureOptions) -> None:
         """Raise UsageError naming an option that the kind does not take, and the kinds that do."""
-        for field in fields(options):
-            given = getattr(options, field.name) != field.default
-            if given and field.name not in self.options:
-                others = takers(field.name)
+        for option in fields(options):
+            given = option.name != "look" and getattr(options, option.name) != option.default
+            if given and option.name not in self.options:
+                others = takers(option.name)
                 does = "do" if len(others) > 1 else "does"
                 raise UsageError(
-                    f"{self.name} takes no {flag(field.name)}; {' and '.join(others)} {does}."
+                    f"{self.name} takes no {flag(option.name)}; {' and '.join(others)} {does}."
                 )
 
     def _check(self, sources: Sequence[Shown], options: FigureOptions) -> None:
@@ -154,16 +176,34 @@ def paged(sources: Sequence[Shown], options: FigureOptions) -> list[tuple[Shown,
     if not options.grid:
         return [tuple(sources)]
     return [
-        (Source(source.matrices, source.layers[at : at + PER_PAGE], source.depth),)
-        for source in _by_size(sources)
+        (replace(source, layers=source.layers[at : at + PER_PAGE]),)
+        for source in sorted(sources, key=_size)
         if isinstance(source, Source)
         for at in range(0, len(source.layers), PER_PAGE)
     ]
 
 
-def _by_size(sources: Sequence[Shown]) -> list[Shown]:
-    """The smallest model first; those of unknown size last, in their order."""
-    return sorted(sources, key=lambda source: parameters(source.model) or float("inf"))
+def _by_size(sources: Sequence[Shown], options: FigureOptions) -> tuple[list[Shown], FigureOptions]:
+    """The sources that have layers, the smallest model first, with the names that were asked for.
+
+    Those of unknown size come last, in their order. The names that are left in the options are
+    those of runs.
+    """
+    named = options.look.names or ("",) * len(sources)
+    pairs = [
+        (replace(source, name=name or source.name) if isinstance(source, Source) else source, name)
+        for source, name in zip(sources, named, strict=True)
+        if source.layers
+    ]
+    pairs.sort(key=lambda pair: _size(pair[0]))
+    left = tuple(name for source, name in pairs if not isinstance(source, Source) and name)
+    shown = [source for source, _ in pairs]
+    return shown, replace(options, look=replace(options.look, names=left))
+
+
+def _size(source: Shown) -> float:
+    own = source.matrices.model if isinstance(source, Source) else source.model
+    return parameters(own) or float("inf")
 
 
 KINDS: dict[str, FigureKind] = {
@@ -176,7 +216,8 @@ KINDS: dict[str, FigureKind] = {
         ),
         FigureKind(
             "kde",
-            "The density of P's off-diagonal entries, one line a model and layer.",
+            "The density of P's off-diagonal entries, one line a model and layer; a colour bar "
+            "tells many layers apart.",
             options=("grid", "mark_same_token"),
         ),
         FigureKind(
@@ -194,7 +235,7 @@ KINDS: dict[str, FigureKind] = {
             "The density and the kurtosis of P of the first 16, 32, ... facts, and whether they "
             "have converged.",
             layers="0",
-            options=("facts_counts", "seed"),
+            options=("facts_counts", "seed", "no_sentence"),
         ),
         FigureKind(
             "relations",
@@ -216,13 +257,15 @@ KINDS: dict[str, FigureKind] = {
         ),
         FigureKind(
             "interference",
-            "How far edits were predicted to move every fact's value, and moved it.",
+            "How far edits were predicted to move every fact's value, and how far the live model's "
+            "moved.",
             standard=False,
             source="edits",
         ),
         FigureKind(
             "forgetting",
-            "Edits that held and known facts that stayed, over the edits made, one line a run.",
+            "Edits that held, known facts that stayed, scores, perplexity and KL divergence, over "
+            "the edits made, one line a run.",
             standard=False,
             source="edits",
         ),

@@ -32,6 +32,7 @@ from kscli.figures.style import (
     TEXT,
     axes_over_lists,
     fitted,
+    fitting,
     layer_colours,
     list_below,
     make_room,
@@ -59,8 +60,8 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """A row a model and layer: the densities, then the kurtosis of the first so many facts.
 
     A count has one colour in both; bars are 95 % intervals of resampled facts. Below the
-    kurtosis a sentence says whether it has converged. Raises UsageError for more rows than a
-    page holds, and for counts that the facts do not allow.
+    kurtosis a sentence says whether it has converged, if it is wanted. Raises UsageError for more
+    rows than a page holds, and for counts that the facts do not allow.
     """
     wanted = sum(len(source.layers) for source in sources)
     if wanted > _MOST_ROWS:
@@ -70,19 +71,22 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
         )
     rows = [_row(source, layer, options) for source in sources for layer in source.layers]
     named = names([row.names for row in rows])
-    fig = axes_over_lists(PAGE, _AXES_HEIGHT, 2, 2 * len(rows))
+    width = options.look.width or PAGE
+    columns = fitting(width, 2, 2.5)
+    fig = axes_over_lists(width, _AXES_HEIGHT, columns, 2 * len(rows))
     heights = []
     for row, own, left, right in zip(rows, named.own, fig.axes[::2], fig.axes[1::2], strict=True):
         colours = layer_colours(len(row.curves))
-        head = fitted(own, PAGE / 2 - 0.6, TEXT) if own else ""
+        head = fitted(own, width / columns - 0.6, TEXT) if own else ""
         handles = _draw_densities(left, row, colours)
         _draw_kurtosis(right, row.convergence, colours)
         for ax in (left, right):
             ax.set_title(head, pad=11.5 if head else 6, parse_math=False)
             open_axes(ax)
         labels = [f"m = {n}" for n in row.convergence.counts]
-        heights += [list_below(left, handles, labels), write_below(right, row.convergence.sentence)]
-    make_room(fig, heights, 2)
+        said = 0.0 if options.no_sentence else write_below(right, row.convergence.sentence)
+        heights += [list_below(left, handles, labels), said]
+    make_room(fig, heights, columns)
     title(fig, "P of the first m facts, off the diagonal", named.shared)
     return fig
 
@@ -93,7 +97,7 @@ def _row(source: Source, layer: int, options: FigureOptions) -> _Row:
         source.matrices, layer, options.facts_counts, Resampling(seed=options.seed)
     )
     curves = tuple(make_curve(off_diagonal(P[:count, :count])) for count in convergence.counts)
-    named = (source.matrices.model, f"layer {layer}", f"m = {convergence.counts[-1]}")
+    named = (source.model, f"layer {layer}", f"m = {convergence.counts[-1]}")
     return _Row(named, convergence, curves)
 
 

@@ -12,13 +12,18 @@ from kscli.layers import layers_text
 _ALWAYS = 4
 
 
-def run_names(runs: Sequence[EditsFile]) -> Names:
-    """What all runs have in common, and what tells each apart, their files where nothing else."""
+def run_names(runs: Sequence[EditsFile], given: Sequence[str] = ()) -> Names:
+    """What all runs have in common, and what tells each apart, their files where nothing else.
+
+    The names that were `given`, one a run, stand in the place of what tells them apart.
+    """
     parts = [_parts(run) for run in runs]
     shared = names([part[:_ALWAYS] for part in parts]).shared
     own = names(parts).own
     if len(runs) > 1 and len(set(own)) < len(runs):
         own = tuple((*each, run.path.stem) for each, run in zip(own, runs, strict=True))
+    if given:
+        own = tuple((name,) for name in given)
     return Names(shared, own)
 
 

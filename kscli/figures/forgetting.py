@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from kscli.analysis.edit_runs import Course, course_of, is_sequence
 from kscli.editing.edits_file import EditsFile
 from kscli.errors import UsageError
+from kscli.figures import FigureOptions
 from kscli.figures.edit_runs import run_names
 from kscli.figures.style import (
     COLUMN,
     MARKERS,
     SMALL,
     fitted,
+    fitting,
     line_style,
-    list_below,
+    list_at_foot,
     new_figure,
     open_axes,
     title,
@@ -33,13 +35,14 @@ _SHARE, _PERPLEXITY = 1.15, 0.8  # heights of the panels, inches
 _SCORES = (*HARMONIC, "GE")
 # What is measured on held-out text.
 _OF_TEXT = (("perplexity", "perplexity"), ("kl", "KL to clean\nmodel"))
+_MOST_COLUMNS = 4
 # Passes that are shown as points, too.
 _FEW = 15
 # Perplexities of which one is so many times another are drawn on a logarithmic scale.
 _WIDE = 10
 
 
-def draw(runs: Sequence[EditsFile]) -> Figure:
+def draw(runs: Sequence[EditsFile], options: FigureOptions) -> Figure:
     """Edits retained, known facts kept, scores, perplexity and KL divergence over the edits made.
 
     One line a run, with where it ends; single edits are no sequence and have none. Raises
@@ -51,7 +54,7 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
             "name a run of --protocol sequential with --edits."
         )
     courses = [course_of(run) if is_sequence(run) else None for run in runs]
-    named = run_names(runs)
+    named = run_names(runs, options.look.names)
     last = max(int(course.step[-1]) for course in courses if course)
     panels = [("retained", "edits\nretained"), ("kept", "known facts\nkept")]
     heights = [_SHARE, _SHARE]
@@ -64,9 +67,14 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
         if any(np.isfinite(getattr(course, name)).any() for course in there):
             panels.append((name, label))
             heights.append(_PERPLEXITY)
-    fig = new_figure(COLUMN, sum(heights) + 0.75)
-    axes = fig.subplots(len(panels), 1, height_ratios=heights)
-    for ax, (name, label) in zip(axes, panels, strict=True):
+    width = options.look.width or COLUMN
+    columns = fitting(width, _MOST_COLUMNS, 1.7)
+    rows = math.ceil(len(panels) / columns)
+    if columns > 1:
+        heights = [_SHARE] * rows
+    fig = new_figure(width, sum(heights) + 0.75)
+    axes = fig.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    for at, (ax, (name, label)) in enumerate(zip(axes.flat, panels, strict=False)):
         handles = [
             ax.plot(course.step, _values(course, name), **_line(at, course))[0]
             if course
@@ -75,11 +83,15 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
         ]
         _finish(ax, label, share=name not in ("perplexity", "kl", "GE"))
         ax.set_xlim(-0.03 * last, 1.03 * last)
-        ax.tick_params(labelbottom=name == panels[-1][0])
-    axes[-1].set_xlabel("edits made")
-    labels = list(map(_label, named.own, courses))
+        lowest = at + columns >= len(panels)
+        ax.tick_params(labelbottom=lowest)
+        if lowest:
+            ax.set_xlabel("edits made")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    labels = [_label(own, course, width) for own, course in zip(named.own, courses, strict=True)]
     head = "edits retained / known facts kept at the end"
-    fig.set_figheight(fig.get_figheight() + list_below(axes[-1], handles, labels, head))
+    fig.set_figheight(fig.get_figheight() + list_at_foot(fig, handles, labels, head))
     title(fig, "What edits leave", named.shared)
     return fig
 
@@ -89,7 +101,7 @@ def _values(course: Course, name: str) -> NDArray[np.float64]:
     return np.asarray(getattr(course, name) if of_score is None else of_score)
 
 
-def _label(own: tuple[str, ...], course: Course | None) -> str:
+def _label(own: tuple[str, ...], course: Course | None, width: float) -> str:
     if course is None:
         end = "no sequence"
     else:
@@ -97,7 +109,7 @@ def _label(own: tuple[str, ...], course: Course | None) -> str:
             "-" if math.isnan(of[-1]) else f"{100 * of[-1]:.0f} %"
             for of in (course.retained, course.kept)
         )
-    return f"{fitted(own, COLUMN - 1.6, SMALL)}: {end}" if own else end
+    return f"{fitted(own, width - 1.6, SMALL)}: {end}" if own else end
 
 
 def _line(at: int, course: Course) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from kscli.figures.style import (
     SMALL,
     TEXT,
     fitted,
+    fitting,
     grid_columns,
     names,
     new_figure,
@@ -43,6 +44,7 @@ _LEFT, _RIGHT = 0.45, 0.65
 _COLUMN_GAP, _ROW_GAP = 0.1, 0.09
 _OWN_LABELS = (0.2, 0.13)
 _SHORT_ROW = 0.07
+_LEAST_COLUMN = 0.95
 _BELOW, _HEADING = 0.33, 0.39
 _DPI = (300, 600)
 _FRAME = COLOURS[2]
@@ -71,12 +73,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     of the same token have a green frame.
     """
     panels = [_panel(source, layer, options) for source in sources for layer in source.layers]
-    columns = (
-        grid_columns(len(sources[0].matrices.layers))
-        if options.grid
-        else _columns(len(panels), len(sources))
-    )
-    grid = _grid(panels, columns)
+    grid = _grid(panels, sources, options)
     named = names([panel.names for panel in panels])
     heads = _heads(named.own, grid)
     head = (grid.text * 1.2 * (1 + len(heads[0])) + 3) / 72
@@ -127,9 +124,7 @@ def _panel(source: Source, layer: int, options: FigureOptions) -> _Panel:
         marked = ~different_last_token(source.matrices.token_id) & ~np.eye(len(P), dtype=bool)
     entries = off_diagonal(P)
     extremes = (float(entries.min()), float(entries.max())) if entries.size else None
-    return _Panel(
-        (source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}"), P, extremes, marked
-    )
+    return _Panel((source.model, f"layer {layer}", f"m = {P.shape[0]}"), P, extremes, marked)
 
 
 @dataclass(frozen=True)
@@ -175,8 +170,15 @@ def _columns(panels: int, models: int) -> int:
     return panels if panels <= 4 else min(_MAX_COLUMNS, math.ceil(math.sqrt(panels)))
 
 
-def _grid(panels: Sequence[_Panel], columns: int) -> _Grid:
-    width = COLUMN if columns == 1 else PAGE
+def _grid(panels: Sequence[_Panel], sources: Sequence[Source], options: FigureOptions) -> _Grid:
+    layers = len(sources[0].matrices.layers)
+    wanted = layers if options.grid else len(panels)
+    width = options.look.width or (COLUMN if wanted == 1 else PAGE)
+    columns = (
+        grid_columns(layers, width)
+        if options.grid
+        else fitting(width - _LEFT - _RIGHT, _columns(len(panels), len(sources)), _LEAST_COLUMN)
+    )
     own_labels = len({panel.m for panel in panels}) > 1
     rows, over = math.ceil(len(panels) / columns), len(panels) % columns
     return _Grid(rows, columns, width, own_labels, short=rows > 1 and over > 0)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from kscli.analysis.edit_runs import Points, is_sequence, points_of
 from kscli.editing.edits_file import EditsFile
 from kscli.errors import UsageError
+from kscli.figures import FigureOptions
 from kscli.figures.edit_runs import run_names
 from kscli.figures.style import (
     COLOURS,
@@ -22,6 +23,7 @@ from kscli.figures.style import (
     SMALL,
     TEXT,
     fitted,
+    fitting,
     new_figure,
     open_axes,
     title,
@@ -32,7 +34,7 @@ _MAX_COLUMNS = 3
 _RASTERIZED = 2000
 
 
-def draw(runs: Sequence[EditsFile]) -> Figure:
+def draw(runs: Sequence[EditsFile], options: FigureOptions) -> Figure:
     """One panel a run, all on one pair of logarithmic scales with the line of slope 1.
 
     Raises UsageError where no run predicts anything: memit's do not, nor does one edit of the only
@@ -45,13 +47,13 @@ def draw(runs: Sequence[EditsFile]) -> Figure:
             f"{runs[0].path} has no predicted interference to draw: equations 11 and 15 are about "
             "what closed-form's edits do to other facts. Name another run with --edits."
         )
-    columns = 2 if len(runs) == 4 else min(len(runs), _MAX_COLUMNS)
+    width = options.look.width or (COLUMN if len(runs) == 1 else PAGE)
+    columns = fitting(width, 2 if len(runs) == 4 else min(len(runs), _MAX_COLUMNS), 1.9)
     rows = math.ceil(len(runs) / columns)
-    width = COLUMN if columns == 1 else PAGE
     side = (width - 0.5) / columns - 0.1
     fig = new_figure(width, rows * (side + 0.2) + 0.65)
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    named = run_names(runs)
+    named = run_names(runs, options.look.names)
     limits = (float(lengths.min()) / 1.6, float(lengths.max()) * 1.6)
     for at, (ax, run, own) in enumerate(zip(axes.flat, runs, named.own, strict=False)):
         _draw_panel(ax, run, points[at], COLOURS[at % len(COLOURS)], limits)
@@ -123,7 +125,10 @@ def _findings(run: EditsFile, points: Points) -> list[str]:
     if errors.size:
         found.append(f"worst error: {_power(errors.max())}")
     if points.nought:
-        found += [f"{points.nought:,} predicted not to move", f"moved {_power(points.nought_live)}"]
+        found += [
+            f"{points.nought:,} predicted not to move,",
+            f"moved {_power(points.nought_live)} at most",
+        ]
     return found
 
 

@@ -28,12 +28,15 @@ from kscli.figures.style import (
     COLOURS,
     COLUMN,
     GREY,
+    MOST_NAMED,
     PAGE,
     SMALL,
     TEXT,
     axes_over_lists,
     fitted,
+    fitting,
     grid_columns,
+    layer_bar,
     layer_colours,
     line_style,
     list_below,
@@ -41,6 +44,7 @@ from kscli.figures.style import (
     names,
     new_figure,
     open_axes,
+    range_below,
     title,
 )
 from kscli.layers import layers_text
@@ -61,6 +65,7 @@ class _Line:
     """One layer's entries; `distinct`, where marked, are of pairs with different last tokens."""
 
     names: tuple[str, ...]
+    layer: int
     curve: Curve
     distinct: Entries | None
 
@@ -81,13 +86,15 @@ class _Group:
     labels: tuple[str, ...]
     head: str
     styles: tuple[dict[str, Any], ...]
+    by_layer: bool
 
 
 def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One line a model and layer; models of several layers each have axes, on one scale.
 
     The axes show the bulk; a note at either end says what share of the entries lies beyond,
-    and how far they go. The legend has the excess kurtosis. In a grid every line has a panel.
+    and how far they go. The legend has the excess kurtosis; many layers of a model have a colour
+    bar instead, and the range of their kurtosis. In a grid every line has a panel.
     Where pairs of the same token are marked, the axes show everything on a logarithmic scale,
     with a dashed line for the other pairs: its distance from the first is those pairs' share.
     Raises UsageError for more lines than can then be told apart.
@@ -95,15 +102,15 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     models = [[_line(source, layer, options) for layer in source.layers] for source in sources]
     lines = [line for model in models for line in model]
     if options.grid:
-        return _draw_grid(sources[0], lines, marked=options.mark_same_token)
+        return _draw_grid(sources[0], lines, options)
     apart = len(models) > 1 and len(lines) > len(models)
     if options.mark_same_token and max(map(len, models if apart else [lines])) > _MOST_MARKED:
         raise UsageError(
             f"kde marks pairs of the same token in at most {_MOST_MARKED} lines; name fewer "
             "layers, or add --grid."
         )
-    columns = 2 if apart else 1
-    width = PAGE if apart or len(lines) > 12 else COLUMN
+    width = options.look.width or (PAGE if apart else COLUMN)
+    columns = fitting(width, 2 if apart else 1, 2.5)
     shared = names([line.names for line in lines]).shared
     groups = [
         _group(group, shared, by_layer=apart or len(models) == 1, width=width / columns)
@@ -112,8 +119,8 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     fig = axes_over_lists(width, _AXES_HEIGHT, columns, len(groups))
     scale = _scale(lines)
     heights = [
-        list_below(ax, _draw_group(ax, group, scale), group.labels, group.head)
-        for ax, group in zip(fig.axes, groups, strict=True)
+        _list(ax, _draw_group(ax, group, scale), group)
+        for ax, group in zip(tuple(fig.axes), groups, strict=True)
     ]
     make_room(fig, heights, columns)
     title(fig, _TITLE, shared)
@@ -125,8 +132,8 @@ def _line(source: Source, layer: int, options: FigureOptions) -> _Line:
     distinct = None
     if options.mark_same_token:
         distinct = P[different_last_token(source.matrices.token_id)]
-    named = (source.matrices.model, f"layer {layer}", f"m = {P.shape[0]}")
-    return _Line(named, make_curve(off_diagonal(P)), distinct)
+    named = (source.model, f"layer {layer}", f"m = {P.shape[0]}")
+    return _Line(named, layer, make_curve(off_diagonal(P)), distinct)
 
 
 def _group(lines: list[_Line], shared: tuple[str, ...], by_layer: bool, width: float) -> _Group:
@@ -147,6 +154,7 @@ def _group(lines: list[_Line], shared: tuple[str, ...], by_layer: bool, width: f
         tuple(labels),
         _MARKED_HEAD if marked else "excess kurtosis",
         tuple(styles),
+        by_layer,
     )
 
 
@@ -191,6 +199,16 @@ def _draw_group(ax: Axes, group: _Group, scale: _Scale) -> list[Line2D]:
     return handles
 
 
+def _list(ax: Axes, handles: Sequence[Line2D], group: _Group) -> float:
+    """Tell the lines of a group apart: name each, or show the layers as colours."""
+    if not group.by_layer or len(group.lines) <= MOST_NAMED:
+        return list_below(ax, handles, group.labels, group.head)
+    layer_bar(ax, [line.layer for line in group.lines])
+    kurtosis = STATISTICS["kurtosis"]
+    values = [(line.layer, kurtosis(line.curve.values)) for line in group.lines]
+    return range_below(ax, group.head, values)
+
+
 def _draw_line(ax: Axes, line: _Line, scale: _Scale, style: dict[str, Any]) -> Line2D:
     if line.distinct is None or line.curve.density is None:
         return draw_curve(ax, line.curve, scale.window, style)
@@ -211,12 +229,12 @@ def _finish(ax: Axes, curves: Sequence[Curve], scale: _Scale) -> None:
         no_pairs(ax)
 
 
-def _draw_grid(source: Source, lines: Sequence[_Line], *, marked: bool) -> Figure:
+def _draw_grid(source: Source, lines: Sequence[_Line], options: FigureOptions) -> Figure:
     """A panel a layer on one scale, its kurtosis and the range of its entries above it."""
-    columns = grid_columns(len(source.matrices.layers))
+    width = options.look.width or (COLUMN if len(source.matrices.layers) == 1 else PAGE)
+    columns = grid_columns(len(source.matrices.layers), width)
     rows = math.ceil(len(lines) / columns)
-    width = COLUMN if columns == 1 else PAGE
-    head = _MARKED_HEAD if marked else "excess kurtosis"
+    head = _MARKED_HEAD if options.mark_same_token else "excess kurtosis"
     scale = _scale(lines)
     said = f"above each panel: {head}, and the range of p"
     if source.layers != source.matrices.layers:

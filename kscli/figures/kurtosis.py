@@ -28,6 +28,7 @@ from kscli.figures.style import (
     TEXT,
     axes_over_lists,
     fitted,
+    fitting,
     line_style,
     list_below,
     make_room,
@@ -53,6 +54,7 @@ class _Line:
     """A model's kurtosis at its layers; `x` are these, or the depths relative to the last."""
 
     model: str
+    family: str
     m: int
     layers: tuple[int, ...]
     x: tuple[float, ...]
@@ -82,9 +84,10 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     relative = len({_depth(source) for source in sources}) > 1
     lines = [_line(source, relative, options.seed) for source in sources]
     panels = _panels(lines)
-    columns = min(len(panels), 2 if len(panels) == 4 else 3)
     span = max(len(line.layers) for line in lines)
-    width = COLUMN if columns == 1 and (relative or span <= _FEW_LAYERS + 1) else PAGE
+    alone = len(panels) == 1 and (relative or span <= _FEW_LAYERS + 1)
+    width = options.look.width or (COLUMN if alone else PAGE)
+    columns = fitting(width, min(len(panels), 2 if len(panels) == 4 else 3), 2.0)
     most = max(len(panel.lines) for panel in panels)
     named = names([(line.model, f"m = {line.m}") for line in lines])
     own = dict(zip([id(line) for line in lines], named.own, strict=True))
@@ -123,7 +126,8 @@ def _line(source: Source, relative: bool, seed: int) -> _Line:
         intervals.append(interval(bootstrap_moments(P, counts).kurtosis))
     last = max(_depth(source) - 1, 1) if relative else 1
     return _Line(
-        source.matrices.model,
+        source.model,
+        family(source.matrices.model),
         m,
         source.layers,
         tuple(layer / last for layer in source.layers),
@@ -136,7 +140,7 @@ def _panels(lines: Sequence[_Line]) -> list[_Panel]:
     """One a family of several sizes and one for all other models; one where no such family is."""
     families: dict[str, list[_Line]] = {}
     for line in lines:
-        families.setdefault(family(line.model), []).append(line)
+        families.setdefault(line.family, []).append(line)
     several = {name: of for name, of in families.items() if len(of) > 1}
     single = [of[0] for of in families.values() if len(of) == 1]
     panels = []
@@ -145,7 +149,7 @@ def _panels(lines: Sequence[_Line]) -> list[_Panel]:
         panels.append(_Panel(name, tuple(of), tuple({"color": colour} for colour in colours)))
     if single:
         styles = tuple(line_style(len(several) + at) for at in range(len(single)))
-        name = family(single[0].model) if len(single) == 1 else "other models"
+        name = single[0].family if len(single) == 1 else "other models"
         panels.append(_Panel(name if several else "", tuple(single), styles))
     return panels
 

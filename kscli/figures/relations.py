@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from kscli.analysis.relations import find_relations, relation_matrix
 from kscli.errors import UsageError
-from kscli.figures import Source
+from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
     COLUMN,
     PAGE,
     SMALL,
     TEXT,
     fitted,
+    fitting,
     names,
     new_figure,
     size_colours,
@@ -67,7 +68,7 @@ class _Grid:
         return self.rows * row - _GAP + _BELOW + _HEADING
 
 
-def draw(sources: Sequence[Source]) -> Figure:
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One panel a model and layer, all on one scale from 0; relations by name.
 
     The mean is over the pairs of `kscli.analysis.relations.relation_matrix`; where there is none
@@ -83,7 +84,7 @@ def draw(sources: Sequence[Source]) -> Figure:
         )
     panels = [_panel(source, layer) for source in sources for layer in source.layers]
     named = names([panel.names for panel in panels])
-    grid = _grid(panels, headed=bool(named.own[0]))
+    grid = _grid(panels, options.look.width, headed=bool(named.own[0]))
     largest = max(float(np.nan_to_num(panel.means).max()) for panel in panels)
     scale = Normalize(0, largest or 1.0)
     fig = new_figure(grid.width, grid.height, layout="compressed")
@@ -108,15 +109,15 @@ def draw(sources: Sequence[Source]) -> Figure:
 def _panel(source: Source, layer: int) -> _Panel:
     matrices = source.matrices
     relations = tuple(relation.name for relation in find_relations(matrices))
-    names_ = (matrices.model, f"layer {layer}", f"m = {len(matrices.facts)}")
+    names_ = (source.model, f"layer {layer}", f"m = {len(matrices.facts)}")
     return _Panel(names_, relations, relation_matrix(matrices, layer))
 
 
-def _grid(panels: Sequence[_Panel], *, headed: bool) -> _Grid:
+def _grid(panels: Sequence[_Panel], width: float, *, headed: bool) -> _Grid:
     """One column of the page where few relations fit, else both; up to three panels a row."""
     most = max(len(panel.relations) for panel in panels)
-    columns = 2 if len(panels) == 4 else min(len(panels), _MAX_COLUMNS)
-    width = COLUMN if columns == 1 and most <= _FEW else PAGE
+    width = width or (COLUMN if len(panels) == 1 and most <= _FEW else PAGE)
+    columns = fitting(width, 2 if len(panels) == 4 else min(len(panels), _MAX_COLUMNS), 2.2)
     text = SMALL
     label = min(_LABEL, max(text_width(n, text) for panel in panels for n in panel.relations))
     label += 0.06

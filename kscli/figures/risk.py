@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from kscli.analysis.binding import cluster_order, rms_to_others
 from kscli.analysis.resampling import ROUNDING
-from kscli.figures import Source
+from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
+    COLUMN,
     GREY,
     PAGE,
     SMALL,
     TEXT,
     fitted,
+    fitting,
     names,
     new_figure,
     size_colours,
@@ -33,6 +35,7 @@ from kscli.figures.style import (
 _MARGIN, _NAME, _LEADER, _BAR = 0.06, 1.25, 0.22, 0.62
 _HEADING, _BELOW, _GAP = 0.55, 0.22, 0.12
 _SIDE = 4.0
+_SHORT_NAME = 0.85  # that names of facts may take in a narrow figure
 _LINE = 1.25 * SMALL / 72  # inches that a name takes down the side
 _MOST = 24  # facts that are named where not all can be
 
@@ -54,17 +57,19 @@ class Panel:
     labels: tuple[tuple[str, str], ...]
 
 
-def draw(sources: Sequence[Source]) -> Figure:
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One panel a model and layer, on one scale from 0 to 1; rows are edited, columns are moved.
 
     Facts are in the order of a clustering by |p|. Named are all, or those of largest rms p to the
     others where there is no room, with that number. The sources' matrices must have facts.
     """
     panels = [panel_of(source, layer) for source in sources for layer in source.layers]
-    columns = 1 if len(panels) == 1 else 2
+    page = options.look.width or PAGE
+    columns = fitting(page, 1 if len(panels) == 1 else 2, 3.0)
     rows = math.ceil(len(panels) / columns)
-    beside = _MARGIN + _NAME + _LEADER
-    side = min(_SIDE, (PAGE - _BAR) / columns - beside - 0.1)
+    room = _NAME if page / columns >= COLUMN + 0.1 else _SHORT_NAME
+    beside = _MARGIN + room + _LEADER
+    side = min(_SIDE, (page - _BAR) / columns - beside - 0.1)
     named = names([panel.names for panel in panels])
     head = (TEXT * 1.2 + 3) / 72 if named.own[0] else 0.0
     height = rows * (side + head + _GAP) - _GAP + _HEADING + _BELOW
@@ -76,7 +81,7 @@ def draw(sources: Sequence[Source]) -> Figure:
         left = column * (beside + side + 0.1) + beside
         bottom = height - _HEADING - (row + 1) * (head + side) - row * _GAP
         ax = fig.add_axes((left / width, bottom / height, side / width, side / height))
-        _draw_panel(ax, panel, side)
+        _draw_panel(ax, panel, side, room)
         if own:
             ax.set_title(fitted(own, side, TEXT), pad=3, parse_math=False)
     length = height - _HEADING - _BELOW - head
@@ -108,7 +113,7 @@ def panel_of(source: Source, layer: int) -> Panel:
     labels = tuple(
         (matrices.facts[at].subject, f" {damage[at]:.2f}" if m > 1 else "") for at in order
     )
-    named = (matrices.model, f"layer {layer}", f"m = {m}")
+    named = (source.model, f"layer {layer}", f"m = {m}")
     return Panel(named, order, size[np.ix_(order, order)], damage[order], labels)
 
 
@@ -128,7 +133,7 @@ def spread(wanted: Real, gap: float, low: float, high: float) -> Real:
     return moved
 
 
-def _draw_panel(ax: Axes, panel: Panel, side: float) -> None:
+def _draw_panel(ax: Axes, panel: Panel, side: float, name: float) -> None:
     m = len(panel.size)
     ax.imshow(
         panel.size, cmap=size_colours(), norm=Normalize(0, 1 + ROUNDING), interpolation="none"
@@ -146,7 +151,7 @@ def _draw_panel(ax: Axes, panel: Panel, side: float) -> None:
         ax.text(
             -0.5 - _LEADER * inch,
             place,
-            _name(panel.labels[at]),
+            _name(panel.labels[at], name),
             fontsize=SMALL,
             ha="right",
             va="center",
@@ -162,7 +167,7 @@ def _draw_panel(ax: Axes, panel: Panel, side: float) -> None:
     ax.set(xlim=(-0.5, m - 0.5), ylim=(m - 0.5, -0.5))
 
 
-def _name(label: tuple[str, str]) -> str:
-    """The subject, cut where it is too long, and its number."""
+def _name(label: tuple[str, str], room: float) -> str:
+    """The subject, cut where it is too long for `room` inches, and its number."""
     subject, number = label
-    return fitted((subject,), _NAME - text_width(number, SMALL), SMALL) + number
+    return fitted((subject,), room - text_width(number, SMALL), SMALL) + number

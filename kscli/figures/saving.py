@@ -54,7 +54,8 @@ def render(fig: Figure, extension: str, source: str = "") -> bytes:
 
     buffer = io.BytesIO()
     with house_style():
-        fig.savefig(buffer, format=extension, metadata=_metadata(extension, source))
+        # Matplotlib's "figure" is the resolution that the figure was begun with.
+        fig.savefig(buffer, dpi=fig.dpi, format=extension, metadata=_metadata(extension, source))
     return buffer.getvalue()
 
 
@@ -67,7 +68,7 @@ def render_pdf(pages: Sequence[Figure], source: str = "") -> bytes:
     buffer = io.BytesIO()
     with house_style(), PdfPages(buffer, metadata=_metadata("pdf", source)) as pdf:
         for fig in pages:
-            pdf.savefig(fig)
+            pdf.savefig(fig, dpi=fig.dpi)
     return buffer.getvalue()
 
 

@@ -13,12 +13,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from kscli.analysis.spectrum import spectra_of
 from kscli.artifacts import PMatrixFile
 from kscli.errors import UsageError
-from kscli.figures import Source
+from kscli.figures import FigureOptions, Source
 from kscli.figures.style import (
+    GREY,
     PAGE,
     TEXT,
     axes_over_lists,
     fitted,
+    fitting,
     line_style,
     list_below,
     make_room,
@@ -32,10 +34,14 @@ _MOST_ROWS = 6
 
 
 class _Panel(NamedTuple):
-    """One panel: its title, its lines as (field of a row, label), and whether they are shares."""
+    """One panel: its title, its lines as (field of a row, label), and whether they are shares.
+
+    The `references`, which are the same at all layers, are drawn in grey.
+    """
 
     title: str
     lines: tuple[tuple[str, str], ...]
+    references: tuple[tuple[str, str], ...] = ()
     share: bool = False
 
 
@@ -43,19 +49,18 @@ _PANELS = (
     _Panel(
         "dimensions of C",
         (
-            ("d_m", "d_m"),
             ("effective_rank", "effective rank"),
             ("participation_ratio", "participation ratio"),
         ),
+        (("d_m", "d_m"),),
     ),
     _Panel(
         "mean squared overlap of keys",
         (
             ("overlap", "activation space"),
             ("overlap_whitened", "whitening space"),
-            ("one_over_m", "1/m"),
-            ("one_over_d_m", "1/d_m"),
         ),
+        (("one_over_m", "1/m"), ("one_over_d_m", "1/d_m")),
     ),
     _Panel(
         "null by AlphaEdit's cuts",
@@ -70,7 +75,7 @@ _PANELS = (
 )
 
 
-def draw(sources: Sequence[Source]) -> Figure:
+def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """A row a model: dimensions and overlaps on logarithmic axes, and shares.
 
     The cuts are 0.02, and 0.02 times the mean singular value. Reads the cov.h5 and keys.h5 beside
@@ -89,16 +94,21 @@ def draw(sources: Sequence[Source]) -> Figure:
             for source, rows in zip(sources, tables, strict=True)
         ]
     )
-    fig = axes_over_lists(PAGE, _AXES_HEIGHT, len(_PANELS), len(_PANELS) * len(sources))
+    width = options.look.width or PAGE
+    columns = fitting(width, len(_PANELS), 2.2)
+    if columns == 2:
+        columns = 1  # a row of two would break the rows of the models
+    fig = axes_over_lists(width, _AXES_HEIGHT, columns, len(_PANELS) * len(sources))
     heights = []
     for at, ax in enumerate(fig.axes):
         panel, rows = _PANELS[at % len(_PANELS)], tables[at // len(_PANELS)]
         own = named.own[at // len(_PANELS)] if panel is _PANELS[0] else ()
-        head = fitted(own, PAGE / len(_PANELS) - 0.4, TEXT) if own else panel.title
+        head = fitted(own, width / columns - 0.4, TEXT) if own else panel.title
         ax.set_title(head, parse_math=False)
         handles = _draw(ax, panel, rows)
-        heights.append(list_below(ax, handles, [label for _, label in panel.lines]))
-    make_room(fig, heights, len(_PANELS))
+        labels = [label for _, label in panel.lines + panel.references]
+        heights.append(list_below(ax, handles, labels))
+    make_room(fig, heights, columns)
     title(fig, "The spectrum of C and the overlap of keys", named.shared)
     return fig
 
@@ -114,6 +124,9 @@ def _draw(ax: Axes, panel: _Panel, rows: Sequence[dict[str, Any]]) -> list[Line2
     handles = [
         ax.plot(layers, [row[name] for row in rows], marker="o", markersize=2, **line_style(at))[0]
         for at, (name, _) in enumerate(panel.lines)
+    ] + [
+        ax.axhline(rows[0][name], color=GREY, linestyle=dashes, linewidth=0.8)
+        for (name, _), dashes in zip(panel.references, ("--", ":"), strict=False)
     ]
     open_axes(ax)
     ax.set_xlabel("layer")

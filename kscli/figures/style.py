@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import (
+    BoundaryNorm,
+    Colormap,
+    LinearSegmentedColormap,
+    ListedColormap,
+    to_rgb,
+)
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.transforms import ScaledTranslation
 
+from kscli.errors import UsageError
 from kscli.escaping import escaped
-from kscli.figures import PER_PAGE
+from kscli.figures import PER_PAGE, Look
+from kscli.numbers import number
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -36,6 +45,9 @@ COLUMN = 3.3
 PAGE = 6.9
 """Width of both columns."""
 
+_LEAST_HEIGHT = 0.7
+"""The least height of a figure, by what it has by itself."""
+
 TEXT = 7.0
 SMALL = 6.0
 NOTE = 5.5
@@ -43,6 +55,9 @@ NOTE = 5.5
 # Okabe and Ito's palette, told apart with every kind of colour vision; less its yellow,
 # which is lost on white, and its black, which is for axes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MOST_NAMED = 8
+"""Layers of a figure that are named; of more there is a bar of their colours."""
+_BAR_TICKS = 10
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 GREY = "#767676"
 _DASHES = ("-", "--", ":")
@@ -96,9 +111,36 @@ def new_figure(width: float, height: float, layout: str = "constrained") -> Figu
     return Figure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
 
 
-def grid_columns(layers: int) -> int:
+def looking(fig: Figure, look: Look, kind: str) -> Figure:
+    """The figure with the title, height and resolution that were asked for.
+
+    Its module saw to the width and the names. Raises UsageError for a height that has no room for
+    what is in the figure.
+    """
+    if look.title is not None:
+        fig.suptitle(escaped(look.title), parse_math=False)
+    if look.height:
+        natural = fig.get_figheight()
+        if look.height < _LEAST_HEIGHT * natural:
+            raise UsageError(
+                f"{kind} of {fig.get_figwidth():g} inches is {natural:.1f} inches high, and at "
+                f"least {_LEAST_HEIGHT * natural:.1f}; give a larger --size, or leave the height "
+                "out."
+            )
+        fig.set_figheight(look.height)
+    if look.dpi:
+        fig.set_dpi(look.dpi)
+    return fig
+
+
+def fitting(width: float, most: int, least: float) -> int:
+    """How many columns of `least` inches a figure of `width` inches has; `most` at most."""
+    return max(1, min(most, int(width / least)))
+
+
+def grid_columns(layers: int, width: float) -> int:
     """Columns of a grid of a model of `layers` layers: those of five rows of `PER_PAGE` panels."""
-    return min(PER_PAGE // 5, layers)
+    return fitting(width, min(PER_PAGE // 5, layers), 1.5)
 
 
 def open_axes(ax: Axes) -> None:
@@ -112,6 +154,18 @@ def layer_colours(count: int) -> list[Any]:
     if count == 1:
         return [COLOURS[0]]
     return [colormaps["viridis"](at) for at in np.linspace(0.0, 0.8, count)]
+
+
+def layer_bar(ax: Axes, layers: Sequence[int]) -> None:
+    """A bar of the colours of `layer_colours` beside the axes, where names would be too many."""
+    colours = ListedColormap(layer_colours(len(layers)))
+    norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
+    bar = ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, aspect=30, pad=0.01)
+    step = math.ceil(len(layers) / _BAR_TICKS)
+    bar.set_ticks(range(0, len(layers), step), labels=[str(one) for one in layers[::step]])
+    bar.ax.minorticks_off()
+    # Below the bar and not beside it, where it would take from the axes.
+    bar.ax.set_xlabel("layer")
 
 
 def line_style(at: int) -> dict[str, Any]:
@@ -223,18 +277,39 @@ def list_below(ax: Axes, handles: Sequence[Artist], labels: Sequence[str], head:
 
     The list is read row by row, in as many columns as fit. Returns the inches that it takes.
     """
+    place = partial(
+        ax.legend, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=_below(ax)
+    )
+    return _list(place, column_width(ax), handles, labels, head)
 
+
+def list_at_foot(
+    fig: Figure, handles: Sequence[Artist], labels: Sequence[str], head: str = ""
+) -> float:
+    """The same below all axes of a figure."""
+
+    def place(*entries: Sequence[Any], **style: Any) -> Legend:
+        fig.legends.clear()
+        return fig.legend(*entries, loc="outside lower center", **style)
+
+    return _list(place, fig.get_figwidth(), handles, labels, head)
+
+
+def _list(
+    place: Callable[..., Legend],
+    width: float,
+    handles: Sequence[Artist],
+    labels: Sequence[str],
+    head: str,
+) -> float:
     def listed(columns: int) -> Legend:
         # Matplotlib lists column by column.
         order = [at for first in range(columns) for at in range(first, len(labels), columns)]
-        legend = ax.legend(
+        legend = place(
             [handles[at] for at in order],
             [labels[at] for at in order],
             title=head or None,
             title_fontsize=SMALL,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0),
-            bbox_transform=_below(ax),
             ncols=columns,
             handlelength=1.6,
             columnspacing=1.0,
@@ -247,7 +322,7 @@ def list_below(ax: Axes, handles: Sequence[Artist], labels: Sequence[str], head:
         return legend
 
     widest = max(_inches(text).width for text in listed(1).get_texts())
-    columns = max(1, min(len(labels), int((column_width(ax) - 0.4) / (widest + 0.3))))
+    columns = max(1, min(len(labels), int((width - 0.4) / (widest + 0.3))))
     rows = math.ceil(len(labels) / columns)
     return _inches(listed(math.ceil(len(labels) / rows))).height + 0.06
 
@@ -266,6 +341,16 @@ def write_below(ax: Axes, sentence: str) -> float:
         parse_math=False,
     )
     return _inches(written).height + 0.06
+
+
+def range_below(ax: Axes, what: str, of: Sequence[tuple[int, float]], unit: str = "") -> float:
+    """Write the least and the largest of a number `of` each layer; returns the inches it takes."""
+    known = sorted((value, layer) for layer, value in of if not math.isnan(value))
+    if not known:
+        return write_below(ax, f"{what}: undefined")
+    (low, at_low), (high, at_high) = known[0], known[-1]
+    low_, high_ = (number(value, 1) + unit for value in (low, high))
+    return write_below(ax, f"{what}: from {low_} (layer {at_low}) to {high_} (layer {at_high})")
 
 
 def make_room(fig: Figure, heights: Sequence[float], columns: int) -> None:
