@@ -56,7 +56,7 @@ def pmatrix(
     from kscli.cli.console import ConsoleReporter
     from kscli.layers import select_layers
     from kscli.places import Places
-    from kscli.superposition import write_pmatrix
+    from kscli.pmatrix import write_pmatrix
 
     reporter = ConsoleReporter(quiet=quiet)
     if model is None and keys is not None:
