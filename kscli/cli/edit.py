@@ -494,10 +494,9 @@ def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) ->
 
 def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
     """Print edits: all that is known of them for JSON, one line each for people."""
-    from kscli.layers import format_layers
+    from kscli.editing.edits_file import flat_edits
 
     if output_format in (Format.csv, Format.tsv):
         # One line has no room for a list of facts.
-        rows = [{name: of for name, of in row.items() if name != "moved"} for row in rows]
-        rows = [row | {"layers": format_layers(row["layers"])} for row in rows]
+        rows = flat_edits(rows)
     print_rows(rows, EDITS, output_format)
