@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kscli.corpus import Corpus
     from kscli.editing.choice import Order
     from kscli.models.loading import LoadedModel
+    from kscli.pipeline import LoadedSession
     from kscli.positions import KeyToken
 
 Facts = str | Path | FactSet | Iterable[Mapping[str, object] | Fact]
@@ -276,6 +277,85 @@ def risk(
     return Records(risk_rows(pm, chosen, edited, by, k, order, seed))
 
 
+def edit(
+    model: str | Path | LoadedModel,
+    cov: CovarianceFile | str | Path,
+    keys: KeysFile | str | Path,
+    pmatrix: PMatrixFile | str | Path,
+    facts: str | int | Sequence[str | int] | None = None,
+    target_new: str = "field:target_new",
+    *,
+    layers: str | None = None,
+    count: int | None = 10,
+    order: Order = "given",
+    target_source: str | None = None,
+    held_out: str | Path | Iterable[str] | None = None,
+    held_out_tokens: int = 2048,
+    path: str | Path | None = None,
+    force: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> EditsFile:
+    """Edit facts one after the other and measure what becomes of the others, as `kscli edit` does.
+
+    P, and C and the keys that it was made from, are those of the model. The model itself is put
+    back as it was; `apply_edits` makes the edits in it. Facts are subjects or indexes; without
+    them `count` (None: all) are drawn. `target_new` is a text, or `field:NAME` of the facts'
+    records. `settings` are the fields of `kscli.editing.settings.EditSettings`, such as steps=25.
+    """
+    from kscli.editing.presets import default_layers as layers_to_edit
+    from kscli.editing.settings import EditSettings
+    from kscli.editing.sources import EditSources
+    from kscli.editing.stage import EditRequest, HeldOut, edit_model
+    from kscli.models.live import kept_weights
+
+    session = _session(model, force=force, quiet=quiet)
+    files = (
+        _opened(CovarianceFile, cov),
+        _opened(KeysFile, keys),
+        _opened(PMatrixFile, pmatrix),
+    )
+    pm, asked = files[2], EditSettings(**settings)
+    editor, published = asked.editor(_published_name(session.model))
+    for names, reason in asked.without_effect(editor):
+        for name in set(names) & set(settings):
+            raise UsageError(f"{name}= has no effect {reason}; leave it out.")
+    options, protected = asked.options(editor)
+    request = EditRequest(
+        facts=tuple(_named(facts) or ()),
+        count=count,
+        order=order,
+        target_new=target_new,
+        target_source=target_source,
+        options=options,
+        held_out=None
+        if held_out is None
+        else HeldOut(_corpus(held_out, None, "default"), held_out_tokens),
+        protected=protected,
+        values_of=asked.values_of,
+    )
+    spec = layers or layers_to_edit(editor, published, pm)[0]
+    sources = EditSources(*files, select_layers(spec, pm.layers, str(pm.path)))
+    plan = request.plan(sources)
+
+    def make(to: Path) -> None:
+        with kept_weights(session.model, sources.layers):
+            edit_model(session, sources, plan, to, None)
+
+    return _made(EditsFile, path, make)
+
+
+def apply_edits(model: LoadedModel, edits: EditsFile | str | Path) -> LoadedModel:
+    """Make the edits of a run in a model, in place; returns the model as the other one that it is.
+
+    Raises ArtifactError where the run was of a model of other weights.
+    """
+    from kscli.editing.stage import replay_edits
+
+    replay_edits(_current(model), _opened(EditsFile, edits))
+    return _current(model)
+
+
 def plot(
     kind: str,
     *results: PMatrixFile | EditsFile | str | Path,
@@ -313,7 +393,22 @@ def open_artifact(path: str | Path) -> Any:
     return _read(next(file for file in FILES if file.of_kind == kind), Path(path))
 
 
-def _session(model: str | Path | LoadedModel, *, force: bool, quiet: bool) -> Any:
+def _named(facts: str | int | Sequence[str | int] | None) -> list[str] | None:
+    """Subjects and indexes of facts as texts."""
+    if facts is None:
+        return None
+    return [*map(str, [facts] if isinstance(facts, str | int) else facts)]
+
+
+def _published_name(model: LoadedModel) -> str:
+    """The name by which a model's published settings are found: its alias, or its id."""
+    from kscli.models.aliases import find_alias
+
+    identity = model.identity
+    return identity.model if find_alias(identity.model) else identity.model_id
+
+
+def _session(model: str | Path | LoadedModel, *, force: bool, quiet: bool) -> LoadedSession:
     from kscli.pipeline import LoadedSession
 
     return LoadedSession(
@@ -411,6 +506,8 @@ __all__ = [
     "PMatrixFile",
     "Records",
     "StatisticsFile",
+    "apply_edits",
+    "edit",
     "extract_keys",
     "load_model",
     "open_artifact",

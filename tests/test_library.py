@@ -479,3 +479,60 @@ def test_a_note_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="kscli"):
         LibraryReporter().note(f"about {DEFAULT_MODEL}")
     assert caplog.messages == ["about tiny"]
+
+
+# Edits
+
+
+def test_edits_are_the_command_line_s(measured_tiny: Path, tmp_path: Path) -> None:
+    options = ("--method", "closed-form", "--edits", 2, "--steps", 4, "--layer", 1, "--moved", 3)
+    made = kscli("edit", "--dir", measured_tiny.parent, *options, "-o", tmp_path / "edits.h5", "-q")
+    assert made.exit_code == 0, made.stderr
+    model = library.load_model("tiny", dtype="float32")
+    before = digest_of_weights(model.decoder.model)
+    files = [measured_tiny / f"{name}.h5" for name in ("cov", "keys", "pmatrix")]
+    settings: dict[str, Any] = {"method": "closed-form", "steps": 4, "moved": 3}
+    mine = library.edit(model, *files, count=2, layers="1", **settings)
+    with library.open(tmp_path / "edits.h5") as theirs:
+        assert mine.fingerprint == theirs.fingerprint
+        assert mine.to_pandas().equals(theirs.to_pandas())
+    assert digest_of_weights(model.decoder.model) == before
+    edited = library.apply_edits(model, mine)
+    assert edited.identity.weights != model.identity.weights
+    projection = model.decoder.projections[1].module.weight
+    clean = AutoModelForCausalLM.from_pretrained(MODEL_DIR).transformer.h[1].mlp.c_proj.weight
+    change = np.einsum("eld,elk->kd", mine.values("delta"), mine.values("direction"))
+    assert np.allclose((projection - clean).detach().numpy(), change, atol=1e-6)
+    with pytest.raises(library.KscliError, match="differ in weights"):
+        library.apply_edits(model, mine)
+
+
+def test_a_user_s_model_is_left_as_it_was(changeable: Any, found: Any) -> None:
+    changeable.requires_grad_(True)
+    changeable.transformer.h[0].ln_1.weight.requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    model = library.load_model(changeable, tokenizer)
+    before = digest_of_weights(changeable)
+    facts = {"facts": "Chile", "target_new": "Paris", "layers": "0"}
+    edits = library.edit(model, found.cov, found.keys, found.pmatrix, **facts, steps=3)
+    assert edits.to_pandas()["subject"].tolist() == ["Chile"]
+    assert digest_of_weights(changeable) == before
+    assert not changeable.transformer.h[0].ln_1.weight.requires_grad
+    rest = [p for name, p in changeable.named_parameters() if "h.0.ln_1.weight" not in name]
+    assert all(each.requires_grad and each.grad is None for each in rest)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "closed-form", "weight": 3.0}, "weight= has no effect without --method"),
+        ({"protocol": "single", "measure_every": 2}, "measure_every= has no effect with"),
+        ({"method": "memot"}, "did you mean memit"),
+        ({"steps": 3, "learning_rate": 0.0}, "--learning-rate 0 writes nothing"),
+    ],
+)
+def test_settings_without_effect_are_refused(
+    model: Any, found: Any, settings: Any, message: str
+) -> None:
+    with pytest.raises(library.KscliError, match=message):
+        library.edit(model, found.cov, found.keys, found.pmatrix, "Chile", "Paris", **settings)

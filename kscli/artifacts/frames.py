@@ -116,7 +116,7 @@ def dataset_of(file: Artifact, layers: str) -> Dataset:
 
     Axes have the names of the schema, but for m, the facts: that is `fact`; in pmatrix.h5, where a
     pair has two, `i` (edited) and `j` (moved). A second axis of one name ends in `_2`. `/` in
-    names is `_`. The facts' fields are coordinates (`fact_NAME` where the edits have that name too),
+    names is `_`. The facts' fields are coordinates (`fact_NAME` where edits have that name too),
     the file's attributes are the attributes.
     """
     from kscli.artifacts.reading import FactsFile, PMatrixFile

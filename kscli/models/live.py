@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
@@ -69,6 +70,24 @@ def digest_of_weights(model: nn.Module) -> str:
         for sums in _sums(weight):
             digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def kept_weights(model: LoadedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Put the weights of layers back, bit for bit, when the block ends; no gradient is kept."""
+    whole = model.decoder.model
+    trained = [weight for weight in whole.parameters() if weight.requires_grad]
+    weights = [each for layer in layers for each in model.decoder.layer(layer).parameters()]
+    before = [weight.detach().clone() for weight in weights]
+    whole.requires_grad_(False)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, was in zip(weights, before, strict=True):
+                weight.copy_(was)
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
 def changed_identity(identity: ModelIdentity, digest: str) -> ModelIdentity:
