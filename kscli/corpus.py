@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -261,14 +261,19 @@ def _open_hub(spec: CorpusSpec, source: HubSource) -> Corpus:
 def _open_tiny(spec: CorpusSpec) -> Corpus:
     from kscli.tiny import corpus
 
-    texts = list(corpus.documents())
-    identity = f"tiny:sha256:{hashlib.sha256(json.dumps(texts).encode()).hexdigest()}"
+    return replace(corpus_of(list(corpus.documents()), "tiny"), field=spec.field)
+
+
+def corpus_of(texts: Sequence[str], name: str = "texts") -> Corpus:
+    """The corpus of texts in memory, a document each; the name stands before its identity, too."""
+    documents = tuple(texts)
+    digest = hashlib.sha256(json.dumps(documents, default=repr).encode()).hexdigest()
     return Corpus(
-        "tiny",
-        identity,
-        spec.field,
-        lambda: (("tiny", text) for text in corpus.documents()),
-        count=len(texts),
+        name,
+        f"{name}:sha256:{digest}",
+        "text",
+        lambda: ((f"{name}, document {at}", text) for at, text in enumerate(documents, 1)),
+        count=len(documents),
     )
 
 

@@ -39,6 +39,16 @@ def nearest(name: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) ->
     return [by_lower[each] for each in close]
 
 
+class MissingPackageError(KscliError):
+    """An optional package that is not installed, and the extra of kscli that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs the package {package}, which is not installed: "
+            f"pip install 'kscli[{extra}]'."
+        )
+
+
 class ModelError(KscliError):
     """A model cannot be found, read, or measured."""
 

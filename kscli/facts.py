@@ -44,6 +44,7 @@ from kscli.records import (
 
 DEFAULT_COUNT = 128  # the paper's m
 
+IN_PYTHON = "facts given in Python"
 NO_FIELDS: Mapping[str, str] = {}
 
 # The field of a record that shows a change of a file that kscli wrote.
@@ -230,6 +231,22 @@ def read_facts(
             f"{count} facts were asked for, but {name} holds {len(facts)}; "
             f"ask for at most {len(facts)}, or all."
         )
+    return FactSet(facts, name, taken.left_out)
+
+
+def facts_of(records: Iterable[Mapping[str, object] | Fact], name: str = IN_PYTHON) -> FactSet:
+    """The facts of records in memory, with fields as a file's have them; facts are taken as such.
+
+    Raises FactsError, naming the record, where one is no fact, and where there are none.
+    """
+    taken = _Taken({})
+    located = (
+        (f"record {number} of the {name}", fact_record(each) if isinstance(each, Fact) else each)
+        for number, each in enumerate(records, 1)
+    )
+    facts = tuple(fact for _, fact, _ in taken.read(located))
+    if not facts:
+        raise FactsError(f"the {name} are none{f': {taken.left_out}' if taken.left_out else ''}.")
     return FactSet(facts, name, taken.left_out)
 
 

@@ -1,8 +1,11 @@
-"""Numbers as figures and sentences write them."""
+"""Numbers as figures and sentences write them, and as options may have them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+from kscli.errors import UsageError
 
 
 def number(value: float, digits: int) -> str:
@@ -18,3 +21,10 @@ def percent(share: float) -> str:
     if 99.5 <= value < 100:
         return f"{math.floor(10 * value) / 10:.1f} %"
     return f"{value:.2g} %" if value < 10 else f"{value:.0f} %"
+
+
+def require_finite(given: Mapping[str, float | None]) -> None:
+    """Raise UsageError for an option whose number is infinite or none."""
+    for option, number in given.items():
+        if number is not None and not math.isfinite(number):
+            raise UsageError(f"{option} {number} must be a finite number.")

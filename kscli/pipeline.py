@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kscli.models.locating import LocatedModel, ModelOptions
     from kscli.models.shape import ModelShape
     from kscli.positions import KeyToken
-    from kscli.resources import MemorySplit
+    from kscli.resources import MemorySplit, Resources
     from kscli.second_moment.checkpoints import Checkpoints
     from kscli.second_moment.options import CovarianceOptions, Execution
     from kscli.second_moment.plan import MemoryPlan, RunTime
@@ -165,7 +165,6 @@ class Session:
 
     def plan(self, options: CovarianceOptions, execution: Execution) -> MemoryPlan:
         """What goes where when cache-cov is run with these options; no weight is read."""
-        from kscli.resources import measure_resources, resolve_device
         from kscli.second_moment.plan import plan_memory
 
         shape = self.shape(options.layers)
@@ -173,10 +172,16 @@ class Session:
             shape,
             shape.layers,
             self.dtype,
-            measure_resources(resolve_device(self.options.device)),
+            self.resources(),
             batch_tokens=execution.batch_tokens,
             max_memory=execution.max_memory,
         )
+
+    def resources(self) -> Resources:
+        """What memory is free for the model and its sums."""
+        from kscli.resources import measure_resources, resolve_device
+
+        return measure_resources(resolve_device(self.options.device))
 
     def estimate(
         self,
@@ -225,3 +230,30 @@ class Session:
         if made:
             require_writable(path, force=True)
         return made
+
+
+class LoadedSession(Session):
+    """The stages of a model that is in memory already."""
+
+    def __init__(self, model: LoadedModel, existing: Existing, reporter: Reporter) -> None:
+        from kscli.models.locating import LocatedModel, ModelOptions
+
+        options = ModelOptions(model.identity.model_id, device=model.device, dtype=model.dtype)
+        super().__init__(options, existing, reporter)
+        self.model = model
+        self.located = LocatedModel(Path(), None, model.identity, model.files, ())
+        self.dtype = model.dtype
+
+    def shape(self, layers: str) -> ModelShape:
+        """The model's sizes, as one of some layers."""
+        from kscli.models.shape import shape_of
+
+        model = self.model.decoder.model
+        return shape_of(model, model.config, layers, self.model.identity.model_id)
+
+    def resources(self) -> Resources:
+        """What would be free without the model, for which the memory plan makes room."""
+        from kscli.resources import with_room_for
+
+        weights = self.model.decoder.model.parameters()
+        return with_room_for(super().resources(), sum(each.nbytes for each in weights))

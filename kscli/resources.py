@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kscli.errors import UsageError
@@ -72,12 +72,21 @@ def measure_resources(device: str) -> Resources:
     """What is free on the device and on the host, now; of the host, this rank's share."""
     import torch
 
-    host = _free_host_memory() // _ranks_here()
+    host = free_host_memory() // _ranks_here()
     if not device.startswith("cuda"):
         return Resources(device, host)
     free = free_on_devices(device)
     own = torch.cuda.mem_get_info(torch.device(device))[0]
     return Resources(device, host, own, sum(free.values()), len(free))
+
+
+def with_room_for(free: Resources, size: int) -> Resources:
+    """What would be free if `size` bytes, of a model that is loaded, were not used."""
+    if free.device_memory is None:
+        return replace(free, host_memory=free.host_memory + size)
+    return replace(
+        free, device_memory=free.device_memory + size, all_devices=free.all_devices + size
+    )
 
 
 def free_on_devices(device: str) -> dict[int, int]:
@@ -200,7 +209,7 @@ def _ranks_here() -> int:
     return max(1, int(text)) if text.isdigit() else 1
 
 
-def _free_host_memory() -> int:
+def free_host_memory() -> int:
     """What this process may still take: of the machine, and of every group that it is in."""
     import psutil
 

@@ -30,7 +30,9 @@ def without_secrets(text: str) -> str:
 
 def command_line() -> str:
     """The command line of this process, for files that say what made them."""
-    return without_secrets(shlex.join(["kscli", *sys.argv[1:]]))
+    of_kscli = "kscli.cli.app" in sys.modules
+    program = ["kscli"] if of_kscli else ["python", *(Path(name).name for name in sys.argv[:1])]
+    return without_secrets(shlex.join([*program, *sys.argv[1:]]))
 
 
 def _tokens_set() -> Iterator[str]:

@@ -22,7 +22,7 @@ from kscli.artifacts import (
 from kscli.artifacts.sealed import Held, Seal, SealedFile, digest_of_rest
 from kscli.artifacts.sealing import digests, encoded
 from kscli.facts import Fact
-from kscli.superposition import write_pmatrix
+from kscli.pmatrix import write_pmatrix
 
 PROVENANCE: dict[str, Any] = {
     "model": "toy",

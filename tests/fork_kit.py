@@ -318,8 +318,8 @@ def _import_what_commands_use() -> None:
     import kscli.editing.stage
     import kscli.extraction
     import kscli.pipeline
+    import kscli.pmatrix
     import kscli.second_moment.covariance
-    import kscli.superposition
     import kscli.tiny.corpus  # noqa: F401
 
     torch.set_num_threads(1)

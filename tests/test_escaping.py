@@ -24,7 +24,7 @@ from kscli.escaping import escaped, escaped_json
 from kscli.facts import Fact, read_facts, write_records
 from kscli.figures import KINDS, FigureOptions, Source
 from kscli.figures.saving import render
-from kscli.superposition import write_pmatrix
+from kscli.pmatrix import write_pmatrix
 from kscli.tiny import FACTS_PATH, MODEL_DIR
 
 # What acts on a terminal, on the order of characters, on lines or on markup.

@@ -21,8 +21,8 @@ from kscli.extraction import Keys, extract_keys
 from kscli.facts import FactSet, read_facts
 from kscli.knowledge import check_facts
 from kscli.models.loading import LoadedModel
+from kscli.pmatrix import Superposition, superposition
 from kscli.second_moment.covariance import CovarianceOptions, SecondMoments, second_moments
-from kscli.superposition import Superposition, superposition
 
 LAYERS = (0, 3, 9, 17)
 SELECTED = ",".join(map(str, LAYERS))

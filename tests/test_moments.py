@@ -5,6 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kscli.pmatrix import superposition
 from kscli.second_moment import moments
 from kscli.second_moment.moments import (
     ROWS,
@@ -15,7 +16,6 @@ from kscli.second_moment.moments import (
     lower_products,
     massive_keys,
 )
-from kscli.superposition import superposition
 
 UNIT = 2**-24
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

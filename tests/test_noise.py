@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kscli.analysis.noise import layer_noise, pairs_above, require_disjoint
 from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
 from kscli.errors import ArtifactError
-from kscli.superposition import write_pmatrix
+from kscli.pmatrix import write_pmatrix
 
 Array = NDArray[np.float64]
 LAYERS = (0, 1, 2)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kscli.analysis.pairs import top_pairs
 from kscli.analysis.statistics import WHOLE_NUMBERS, layer_statistics
-from kscli.superposition import KeyOfFactError, superposition
+from kscli.pmatrix import KeyOfFactError, superposition
 
 Real = NDArray[np.float64]
 

@@ -22,8 +22,8 @@ from kscli.corpus import CorpusSpec, open_corpus
 from kscli.extraction import Keys, extract_keys
 from kscli.facts import FactSet, read_facts
 from kscli.models.loading import LoadedModel
+from kscli.pmatrix import Superposition, superposition
 from kscli.second_moment.covariance import CovarianceOptions, SecondMoments, second_moments
-from kscli.superposition import Superposition, superposition
 
 LAYERS = (*range(0, 30, 3), 29)
 LAST = 29

@@ -20,7 +20,7 @@ from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
 from kscli.editing.metrics import Cut
 from kscli.errors import NumericsError
 from kscli.figures import KINDS, Source
-from kscli.superposition import write_pmatrix
+from kscli.pmatrix import write_pmatrix
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kscli.errors import NumericsError
-from kscli.superposition import KeyOfFactError, superposition
+from kscli.pmatrix import KeyOfFactError, superposition
 from kscli.whitening import whitening
 
 RNG = np.random.default_rng(0)

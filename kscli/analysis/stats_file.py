@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.statistics import Statistics, compute_statistics, field_names
@@ -17,9 +18,12 @@ from kscli.artifacts import (
 )
 from kscli.errors import ArtifactError
 from kscli.files import require_other
-from kscli.layers import format_layers
+from kscli.layers import format_layers, select_layers
 from kscli.models.families import whose_p
 from kscli.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class StatisticsFile(Artifact):
@@ -27,6 +31,13 @@ class StatisticsFile(Artifact):
 
     of_kind = "stats"
     about: StatisticsAbout
+
+    def to_pandas(self, layers: str = "all") -> pandas.DataFrame:
+        """A layer a row, with the columns of `kscli stats -f csv`."""
+        from kscli.artifacts.frames import frame_of
+
+        chosen = select_layers(layers, self.layers, str(self.path))
+        return frame_of(row for row in self.statistics().rows() if row["layer"] in chosen)
 
     def statistics(self) -> Statistics:
         """What the file holds, its fields in the order they were computed in."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from kscli.artifacts.schema import (
     SCHEMAS,
     About,
     CovarianceAbout,
+    Dataset,
     FactsAbout,
     KeysAbout,
     Kind,
@@ -35,6 +36,10 @@ from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
 from kscli.layers import format_layers
 from kscli.models.families import whose_p
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
 
 MatrixName = Literal["P", "whitened_cosine", "cosine", "Q"]
 
@@ -86,6 +91,10 @@ class Artifact:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def closing(self) -> Callable[[], None]:
+        """What closes the file, and does not keep this object."""
+        return self._file.close
+
     @property
     def model(self) -> str:
         """The model's name for people: its alias or slug."""
@@ -119,6 +128,34 @@ class Artifact:
                 ends = (values.min().item(), values.max().item()) if values.size else 2 * (np.nan,)
                 found[name] |= {"least": ends[0], "largest": ends[1]}
         return found
+
+    @property
+    def held(self) -> dict[str, Dataset]:
+        """What the schema declares of every dataset that the file holds, by its name."""
+        arrays = self._file.arrays
+        return {name: declared for name, declared in self._declared.items() if name in arrays}
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a dataset."""
+        return self._file.arrays[name].shape
+
+    def read(self, name: str, layers: Sequence[int]) -> NDArray[Any]:
+        """A dataset by its name, text as Python strings; of some layers where it has that axis.
+
+        Raises ArtifactError as `require_layers` does.
+        """
+        if self._declared[name].axes[:1] != ("layer",):
+            return self._values(name)
+        self.require_layers(layers)
+        if len(self.shape_of(name)) == 1:
+            return self._values(name)[[self.layers.index(layer) for layer in layers]]
+        return np.stack([self._of_layer(name, layer) for layer in layers])
+
+    def to_xarray(self, layers: str = "all") -> xarray.Dataset:
+        """All that the file holds as a data set with named axes, see `frames.dataset_of`."""
+        from kscli.artifacts.frames import dataset_of
+
+        return dataset_of(self, layers)
 
     def check(self) -> None:
         """Compare all of the file with its seal; raises ArtifactError where it was changed."""
@@ -198,6 +235,12 @@ class CovarianceFile(Artifact):
     of_kind = "cov"
     about: CovarianceAbout
 
+    def to_pandas(self, layers: str = "all") -> pandas.DataFrame:
+        """C of the layers, one below the other, with the index (layer, d_m)."""
+        from kscli.artifacts.frames import covariance_frame
+
+        return covariance_frame(self, layers)
+
     @property
     def count(self) -> int:
         """The number of tokens that C is a mean over."""
@@ -212,6 +255,13 @@ class CovarianceFile(Artifact):
         """C of one layer as it is stored, a new (d_m, d_m) float32 array."""
         self.require_dense()
         return self._of_layer("second_moment", layer)
+
+    def read(self, name: str, layers: Sequence[int]) -> NDArray[Any]:
+        """As of every artifact; C is read matrix by matrix, each of which is checked."""
+        if name not in [matrices for matrices, *_ in self.second_moments()]:
+            return super().read(name, layers)
+        self.require_layers(layers)
+        return np.stack([self.stored_layer(layer)[name] for layer in layers])
 
     @property
     def settling(self) -> dict[str, NDArray[Any]]:
@@ -330,6 +380,12 @@ class KeysFile(FactsFile):
     of_kind = "keys"
     about: KeysAbout
 
+    def to_pandas(self, layers: str = "all") -> pandas.DataFrame:
+        """A key a row, with the index (layer, fact); of experts (layer, fact, expert)."""
+        from kscli.artifacts.frames import keys_frame
+
+        return keys_frame(self, layers)
+
     def keys_of(self, layer: int) -> NDArray[np.float64]:
         """The keys of one layer, (m, d_m), in float64."""
         self.require_dense()
@@ -382,6 +438,12 @@ class PMatrixFile(FactsFile):
 
     of_kind = "pmatrix"
     about: PMatrixAbout
+
+    def to_pandas(self, layers: str = "all") -> pandas.DataFrame:
+        """An ordered pair of facts a row, with p, the cosines, and both facts."""
+        from kscli.artifacts.frames import pairs_frame
+
+        return pairs_frame(self, layers)
 
     @property
     def model(self) -> str:

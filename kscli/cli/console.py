@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -39,8 +40,8 @@ class ConsoleReporter(Reporter):
     def task(
         self, label: str, total: float | None = None, unit: str = "", done: float = 0.0
     ) -> Iterator[Task]:
-        """A progress bar while the block runs, on a terminal only."""
-        if self.quiet or not self.console.is_terminal:
+        """A progress bar while the block runs, on a terminal or in a notebook only."""
+        if self.quiet or not (self.console.is_terminal or _in_notebook(self.console)):
             yield Task()
             return
         from rich.progress import BarColumn, Progress, TextColumn
@@ -64,6 +65,11 @@ class ConsoleReporter(Reporter):
     def warn(self, text: str) -> None:
         """Print a line that begins with `warning:`."""
         self.console.print(_headed("warning:", "yellow", text))
+
+
+def _in_notebook(console: Console) -> bool:
+    """Whether a console is a notebook's, and Rich has the widgets that a bar in it takes."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 class _BarTask(Task):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ import typer
 
 from kscli.cli import options
 from kscli.cli.output import Format, print_rows
-from kscli.editing.editors import DEFAULT_EDITOR, editors_where, find_editor
+from kscli.editing.editors import DEFAULT_EDITOR, editors_where
 from kscli.tables import EDITS
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from kscli.artifacts import Artifact
     from kscli.cli.console import ConsoleReporter
-    from kscli.editing.editors import ValueSearch
     from kscli.editing.own_fact import OwnFact
 
 _AT_ONCE = editors_where(lambda editor: editor.at_once)
@@ -291,20 +289,13 @@ def edit(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import (
         named_corpus,
-        null_space_cut,
         number_or_all,
-        protected_facts,
         refuse_given,
-        require_above_0,
-        require_finite,
-        without_effect,
     )
-    from kscli.contexts import choose_contexts
-    from kscli.editing.edited_layers import WriteOptions
-    from kscli.editing.loop import EditOptions
     from kscli.editing.own_fact import own_files
-    from kscli.editing.presets import default_layers, named_preset, preset_for
+    from kscli.editing.presets import default_layers
     from kscli.editing.saving import require_new_folder
+    from kscli.editing.settings import EditSettings
     from kscli.editing.sources import EditSources
     from kscli.editing.stage import EditRequest, HeldOut, edit_model, run_path
     from kscli.layers import format_layers, select_layers
@@ -312,97 +303,54 @@ def edit(
     from kscli.pipeline import Session
     from kscli.places import Places
 
-    editor = find_editor(method)
-    published = None
-    if preset != "none":
-        published = named_preset(method, preset) if preset else preset_for(method, model)
-    if published:
-        editor = published.apply(editor)
-    reporter = ConsoleReporter(quiet=quiet)
-    places = Places(directory, model)
-    if save_model:
-        require_new_folder(save_model)
-    of_values = (
-        *("steps", "learning_rate", "weight_decay", "kl_weight", "likelihood_weight"),
-        "norm_limit",
-    )
-    for idle, names, reason in (
-        (fact, ("edits",), "with --fact"),
-        (value != "random", ("value_norm",), "without --value random"),
-        (value != "optimised", of_values, f"with --value {value}"),
-        *without_effect(editor),
-        (editor.afterwards.keep is None, ("keep",), f"without --method {_KEEPING}"),
-        (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
-        (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
-        (prompt is None, ("subject", "target"), "without --prompt"),
-        (
-            protect is None,
-            ("protect_at", "protect_ridge", "max_price"),
-            "without --protect",
-        ),
-        (
-            prompt is not None,
-            ("fact", "edits", "order", "facts", "keys", "pmatrix"),
-            "with --prompt",
-        ),
-        (protocol == "single", ("measure_every",), "with --protocol single, which always does"),
-    ):
-        if idle:
-            refuse_given(context, names, reason)
-    of_sizes = {
-        "--learning-rate": learning_rate,
-        "--norm-limit": norm_limit,
-        "--value-norm": value_norm,
-        "--keep": keep,
-    }
-    require_above_0(of_sizes)
-    require_finite(
-        {
-            **of_sizes,
-            "--weight-decay": weight_decay,
-            "--kl-weight": kl_weight,
-            "--likelihood-weight": likelihood_weight,
-            "--weight": weight,
-            "--protect-ridge": protect_ridge,
-            "--max-price": max_price,
-        }
-    )
-    chosen_contexts = choose_contexts(contexts, editor.contexts, seed)
-    asked = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "kl_weight": kl_weight,
-        "norm_limit": norm_limit,
-    }
-    given = {name: number for name, number in asked.items() if number is not None}
-    find: ValueSearch = replace(
-        editor.value,
-        **given,  # type: ignore[arg-type]
-        likelihood_weight=likelihood_weight,
-        contexts=chosen_contexts.texts,
-    )
-    cut = null_space_cut(null_space, relative_null_space)
-    own_weight = editor.direction.weight or 0.0
-    protection, of_file = protected_facts(protect, protect_at, protect_ridge, max_price)
-    edit_options = EditOptions(
+    settings = EditSettings(
         method=method,
+        preset=preset,
         protocol=protocol,
-        find=find,
-        contexts=chosen_contexts.generated,
-        random_norm=value_norm if value == "random" else None,
-        write=WriteOptions(
-            weight=own_weight if weight is None else weight,
-            null_space=cut,
-            keep=(editor.afterwards.keep or 1.0) if keep is None else keep,
-        ),
-        protection=protection,
+        value=value,
+        value_norm=value_norm,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        kl_weight=kl_weight,
+        likelihood_weight=likelihood_weight,
+        norm_limit=norm_limit,
+        contexts=contexts,
+        weight=weight,
+        null_space=null_space,
+        relative_null_space=relative_null_space,
+        keep=keep,
+        protect=protect,
+        protect_at=protect_at,
+        protect_ridge=protect_ridge,
+        max_price=max_price,
         batch=batch,
         measure_every=measure_every,
         moved=number_or_all("--moved", moved),
         generations=generations,
         seed=seed,
     )
+    editor, published = settings.editor(model)
+    reporter = ConsoleReporter(quiet=quiet)
+    places = Places(directory, model)
+    if save_model:
+        require_new_folder(save_model)
+    for names, reason in settings.without_effect(editor):
+        refuse_given(context, names, reason)
+    for idle, names, reason in (
+        (fact, ("edits",), "with --fact"),
+        (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
+        (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
+        (prompt is None, ("subject", "target"), "without --prompt"),
+        (
+            prompt is not None,
+            ("fact", "edits", "order", "facts", "keys", "pmatrix"),
+            "with --prompt",
+        ),
+    ):
+        if idle:
+            refuse_given(context, names, reason)
+    edit_options, of_file = settings.options(editor)
     own = own_fact(prompt, subject, target, target_new)
     request = EditRequest(
         facts=("0",) if own else tuple(fact or ()),
@@ -415,7 +363,7 @@ def edit(
         if held_out
         else None,
         protected=of_file,
-        values_of=other_run(value),
+        values_of=settings.values_of,
     )
     session = Session(
         ModelOptions(
@@ -452,20 +400,6 @@ def edit(
         note_how_many_took(rows, reporter)
 
 
-def other_run(value: str) -> Path | None:
-    """The file whose run found the values, where --value names one."""
-    from kscli.errors import UsageError
-
-    if value in ("optimised", "random"):
-        return None
-    if not Path(value).exists():
-        raise UsageError(
-            f"--value {value} is neither optimised nor random, nor a file that is there; name a "
-            "file of `kscli edit`."
-        )
-    return Path(value)
-
-
 def own_fact(
     prompt: str | None, subject: str | None, target: str | None, target_new: str
 ) -> OwnFact | None:
@@ -494,10 +428,9 @@ def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) ->
 
 def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
     """Print edits: all that is known of them for JSON, one line each for people."""
-    from kscli.layers import format_layers
+    from kscli.editing.edits_file import flat_edits
 
     if output_format in (Format.csv, Format.tsv):
         # One line has no room for a list of facts.
-        rows = [{name: of for name, of in row.items() if name != "moved"} for row in rows]
-        rows = [row | {"layers": format_layers(row["layers"])} for row in rows]
+        rows = flat_edits(rows)
     print_rows(rows, EDITS, output_format)

@@ -71,7 +71,8 @@ def export_cov(
       kscli export-cov -m gpt-j --for alphaedit --projection --layers 3-8 -o AlphaEdit
     """
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.requests import null_space_cut, refuse_given
+    from kscli.cli.requests import refuse_given
+    from kscli.editing.null_space import null_space_cut
     from kscli.places import Places
     from kscli.second_moment.interchange import SAMPLE_SIZE, ExportOptions, export_covariance
 

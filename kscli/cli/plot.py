@@ -216,21 +216,10 @@ def open_matrices(
 ) -> tuple[Sequence[Shown], Sequence[Artifact]]:
     """The matrices of pmatrix files, with the layers to draw, and these files."""
     from kscli.cli.requests import open_pmatrices
-    from kscli.figures import Source
-    from kscli.layers import default_layers, select_layers
+    from kscli.figures import shown_of
 
     opened = open_pmatrices(paths, stack)
-    sources = [
-        Source(
-            file,
-            select_layers(layers, file.layers, str(file.path))
-            if layers
-            else default_layers(kind.layers, file.layers),
-            file.about.n_layers,
-        )
-        for file in opened
-    ]
-    return sources, opened
+    return [shown_of(kind, file, layers) for file in opened], opened
 
 
 def origin_of(

@@ -56,7 +56,7 @@ def pmatrix(
     from kscli.cli.console import ConsoleReporter
     from kscli.layers import select_layers
     from kscli.places import Places
-    from kscli.superposition import write_pmatrix
+    from kscli.pmatrix import write_pmatrix
 
     reporter = ConsoleReporter(quiet=quiet)
     if model is None and keys is not None:
@@ -97,9 +97,10 @@ def chosen_editor(
 
     Raises UsageError for an editor that is not known, and for an option that it has no use for.
     """
-    from kscli.cli.requests import editors_own_p, null_space_cut, refuse_given, without_effect
+    from kscli.cli.requests import editors_own_p, refuse_given
     from kscli.editing.editor_p import EditorOfP
-    from kscli.editing.editors import PAPERS_EDITOR, find_editor
+    from kscli.editing.editors import PAPERS_EDITOR, find_editor, without_effect
+    from kscli.editing.null_space import null_space_cut
     from kscli.editing.presets import preset_for
 
     name = name or PAPERS_EDITOR
@@ -107,9 +108,8 @@ def chosen_editor(
     if preset := preset_for(name, model):
         # The contexts are those of keys.h5, whatever an edit of this model takes.
         editor = replace(preset.apply(editor), contexts=editor.contexts)
-    for idle, names, reason in without_effect(editor):
-        if idle:
-            refuse_given(context, names, reason)
+    for names, reason in without_effect(editor):
+        refuse_given(context, names, reason)
     cut = null_space_cut(*cuts)
     if not editors_own_p(name):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from kscli.cli.options import DEFAULT_MODEL, NULL_SPACE, WEIGHTED
+from kscli.cli.options import DEFAULT_MODEL
 from kscli.cli.remedies import command_for, listed, measured_models
 from kscli.editing.editors import find_editor
 from kscli.errors import ArtifactError, UsageError
@@ -25,11 +24,8 @@ NO_FIELDS: Mapping[str, str | None] = {}
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
     from kscli.corpus import Corpus
-    from kscli.editing.editors import Editor
     from kscli.editing.edits_file import EditsFile
-    from kscli.editing.metrics import Cut
-    from kscli.editing.protected_facts import Protection
-    from kscli.facts import Fact, FactSet
+    from kscli.facts import FactSet
     from kscli.reporter import Reporter
     from kscli.second_moment.ranks import Ranks
 
@@ -117,67 +113,6 @@ def refuse_given(context: typer.Context, names: Sequence[str], reason: str) -> N
         if source is not None and source.name == "COMMANDLINE":
             option = written[name]
             raise UsageError(f"{option} has no effect {reason}; leave it out.")
-
-
-def require_finite(given: Mapping[str, float | None]) -> None:
-    """Raise UsageError for an option whose number is infinite or none."""
-    for option, number in given.items():
-        if number is not None and not math.isfinite(number):
-            raise UsageError(f"{option} {number} must be a finite number.")
-
-
-def require_above_0(given: Mapping[str, float | None]) -> None:
-    """Raise UsageError for an option whose number is 0, with which nothing would be written."""
-    for option, number in given.items():
-        if number == 0:
-            raise UsageError(f"{option} 0 writes nothing; name one above 0.")
-
-
-def null_space_cut(absolute: float | None, relative: float | None) -> Cut:
-    """Where --null-space or --relative-null-space cuts C's spectrum; the published cut without."""
-    from kscli.editing.metrics import Cut
-
-    require_finite({"--null-space": absolute, "--relative-null-space": relative})
-    if absolute is not None and relative is not None:
-        raise UsageError("--null-space and --relative-null-space are two cuts; give one.")
-    if relative is not None:
-        return Cut(relative, relative=True)
-    return Cut() if absolute is None else Cut(absolute)
-
-
-def protected_facts(
-    protect: str | None,
-    at: Literal["tokens", "subject"],
-    ridge: float | None,
-    max_price: float | None,
-) -> tuple[Protection | None, tuple[Fact, ...]]:
-    """What --protect and its options ask for, and the facts where they are a file's."""
-    from kscli.editing.protected_facts import DEFAULT_RIDGE, Protection
-    from kscli.facts import read_facts
-
-    if protect is None:
-        return None, ()
-    if max_price is not None and max_price < 1:
-        raise UsageError(f"--max-price {max_price:g} is below 1, the price of a plain edit.")
-    if ridge is None:
-        ridge = DEFAULT_RIDGE[at]
-    if protect in ("known", "all"):
-        return Protection(protect, at, ridge, max_price), ()
-    of_file = read_facts(protect, None)
-    return Protection(of_file.identity, at, ridge, max_price), of_file.facts
-
-
-def without_effect(editor: Editor) -> list[tuple[bool, tuple[str, ...], str]]:
-    """The options of directions that an editor has no use for, as `refuse_given` takes them."""
-    direction = editor.direction
-    return [
-        (direction.weight is None, ("weight",), f"without --method {WEIGHTED}"),
-        (
-            direction.metric != "null-space",
-            ("null_space", "relative_null_space"),
-            f"without --method {NULL_SPACE}",
-        ),
-    ]
 
 
 def pmatrix_paths(

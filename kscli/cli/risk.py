@@ -168,15 +168,11 @@ def print_moved(
     output_format: Format,
 ) -> float:
     """Print the facts that each edit would move; returns the largest damage."""
-    from kscli.editing.predicted_damage import layer_rows, least_layer, moved_rows
+    from kscli.editing.predicted_damage import layer_rows, least_layer, moved_rows_of
 
     of_layers = layer_rows(file, file.layers, edited)
     least = least_layer(of_layers)
-    rows = [
-        {**row, "least_layer": least}
-        for number in layers
-        for row in moved_rows(file, number, edited, k)
-    ]
+    rows = moved_rows_of(file, layers, edited, k, of_layers)
     one = len(edited) == 1
     moves = f"What an edit of one fact moves{of_editor(file)}"
     title = f"{moves}: {sentence_of(file, edited[0])}" if one else ""
@@ -207,15 +203,9 @@ def print_layers(
     file: PMatrixFile, layers: Sequence[int], edited: Sequence[int], output_format: Format
 ) -> float:
     """Print what each layer would do; returns the largest damage."""
-    import numpy as np
+    from kscli.editing.predicted_damage import priced_layer_rows
 
-    from kscli.editing.predicted_damage import layer_rows, protection_prices
-
-    rows = layer_rows(file, layers, edited)
-    if not file.about.editor:
-        for row in rows:
-            prices = protection_prices(file, row["layer"], edited)
-            row |= {"price": float(np.median(prices)), "price_largest": float(prices.max())}
+    rows = priced_layer_rows(file, layers, edited)
     whose = of_editor(file)
     title = (
         f"What an edit moves{whose}, by its layer: {sentence_of(file, edited[0])}"
@@ -241,12 +231,9 @@ def print_prices(
     output_format: Format,
 ) -> float:
     """Print what it costs each edit to move no other fact at its subject; returns the largest."""
-    from kscli.editing.predicted_damage import price_rows
-    from kscli.errors import UsageError
+    from kscli.editing.predicted_damage import risk_rows
 
-    if file.about.editor:
-        raise UsageError("--price is of the paper's p; leave --editor out.")
-    rows = [row for number in layers for row in price_rows(file, number, edited, k)]
+    rows = risk_rows(file, layers, edited, "price", k)
     print_rows(rows, PRICES, output_format, "What it costs to protect all other facts, by edit")
     return largest_of(row["price"] for row in rows)
 

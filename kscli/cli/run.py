@@ -82,8 +82,8 @@ def run(
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
+    from kscli.pmatrix import write_pmatrix
     from kscli.second_moment.options import CovarianceOptions
-    from kscli.superposition import write_pmatrix
 
     refuse_ranks()
     own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}

@@ -139,10 +139,10 @@ def stats(
         models_of,
         open_pmatrices,
         pmatrix_paths,
-        require_finite,
     )
     from kscli.errors import UsageError
     from kscli.layers import select_layers
+    from kscli.numbers import require_finite
     from kscli.places import file_name
 
     reporter = ConsoleReporter(quiet=quiet)

@@ -9,13 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import SCHEMAS, EditsAbout, FactsFile, write_artifact
 from kscli.artifacts.writing import LocatedFacts
+from kscli.layers import format_layers
+
+if TYPE_CHECKING:
+    import pandas
 
 _DATASETS = SCHEMAS["edits"].datasets
 _OF_EDIT = [name for name, dataset in _DATASETS.items() if "edit" in dataset.axes]
@@ -97,6 +101,12 @@ class EditsFile(FactsFile):
         log.kept_out = list(zip(*kept, strict=True))
         return log
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """An edit a row, with the columns of `kscli edit -f csv`."""
+        from kscli.artifacts.frames import frame_of
+
+        return frame_of(flat_edits(self.objects()))
+
     def objects(self) -> list[dict[str, Any]]:
         """The run as plain objects, one an edit, numbered from 1."""
         columns = {name: self.values(name) for name in _OF_EDIT if name not in _OF_LAYER}
@@ -152,6 +162,15 @@ class EditsFile(FactsFile):
             "answer_after": after,
             "answer_changed": bool(before != after),
         }
+
+
+def flat_edits(objects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`EditsFile.objects` as flat records, without the lists of facts that edits moved."""
+    return [
+        {name: of for name, of in edit.items() if name != "moved"}
+        | {"layers": format_layers(edit["layers"])}
+        for edit in objects
+    ]
 
 
 def write_edits(

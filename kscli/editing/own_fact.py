@@ -20,8 +20,8 @@ from kscli.contexts import ContextChoice
 from kscli.facts import Fact, FactSet
 from kscli.layers import format_layers
 from kscli.places import Places
+from kscli.pmatrix import write_pmatrix
 from kscli.records import quote
-from kscli.superposition import write_pmatrix
 
 if TYPE_CHECKING:
     from kscli.pipeline import Session

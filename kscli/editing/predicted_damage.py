@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.analysis.pairs import Pair, pair_facts, pair_record
 from kscli.editing.choice import Order, edit_order, sequence_interference
+from kscli.errors import UsageError
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -182,6 +183,61 @@ def least_layer(rows: Sequence[dict[str, Any]]) -> int | None:
     """The layer of least rms among `layer_rows` that reach the answer, the first of equals."""
     able = [row for row in rows if row["reaches"] and not math.isnan(row["rms"])]
     return min(able, key=lambda row: row["rms"])["layer"] if able else None
+
+
+def moved_rows_of(
+    pm: PMatrixFile,
+    layers: Sequence[int],
+    edited: Sequence[int],
+    k: int | None,
+    of_layers: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """`moved_rows` of several layers, each with the `least_layer` of the `layer_rows` of all."""
+    least = least_layer(of_layers)
+    return [
+        {**row, "least_layer": least}
+        for layer in layers
+        for row in moved_rows(pm, layer, edited, k)
+    ]
+
+
+def priced_layer_rows(
+    pm: PMatrixFile, layers: Sequence[int], edited: Sequence[int]
+) -> list[dict[str, Any]]:
+    """`layer_rows` with the median and the largest of `protection_prices`, of the paper's p."""
+    rows = layer_rows(pm, layers, edited)
+    if not pm.about.editor:
+        for row in rows:
+            prices = protection_prices(pm, row["layer"], edited)
+            row |= {"price": float(np.median(prices)), "price_largest": float(prices.max())}
+    return rows
+
+
+def risk_rows(
+    pm: PMatrixFile,
+    layers: Sequence[int],
+    edited: Sequence[int],
+    by: Literal["fact", "layer", "price", "sequence"],
+    k: int | None = None,
+    order: Order = "given",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One of the four lists of `kscli risk`; `order` and `seed` are those of a sequence."""
+    if by == "layer":
+        return priced_layer_rows(pm, layers, edited)
+    if by == "price":
+        require_papers(pm)
+        return [row for layer in layers for row in price_rows(pm, layer, edited, k)]
+    if by == "sequence":
+        risks = [sequence_risk(pm, layer, edited, order, seed) for layer in layers]
+        return [row for each in risks for row in sequence_rows(pm, each, k)]
+    return moved_rows_of(pm, layers, edited, k, layer_rows(pm, pm.layers, edited))
+
+
+def require_papers(pm: PMatrixFile) -> None:
+    """Raise UsageError where P is an editor's, of which there is no price."""
+    if pm.about.editor:
+        raise UsageError("--price is of the paper's p; leave --editor out.")
 
 
 @dataclass(frozen=True)

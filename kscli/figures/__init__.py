@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kscli.analysis.pairs import FactMatrices
+    from kscli.artifacts import PMatrixFile
 
 __all__ = [
     "KINDS",
@@ -30,6 +31,7 @@ __all__ = [
     "Source",
     "flag",
     "paged",
+    "shown_of",
     "takers",
 ]
 
@@ -159,6 +161,18 @@ class FigureKind:
         self.check_options(options)
         if not any(source.layers for source in sources):
             raise UsageError(f"there is no layer to draw as a {self.name}; name one with --layers.")
+
+
+def shown_of(kind: FigureKind, file: PMatrixFile, layers: str | None) -> Source:
+    """The matrices of an open pmatrix.h5 and the layers to draw: those named, or the kind's own."""
+    from kscli.layers import default_layers, select_layers
+
+    chosen = (
+        select_layers(layers, file.layers, str(file.path))
+        if layers
+        else default_layers(kind.layers, file.layers)
+    )
+    return Source(file, chosen, file.about.n_layers)
 
 
 def flag(option: str) -> str:

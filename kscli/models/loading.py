@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kscli.errors import FactsError, ModelError
@@ -40,6 +41,8 @@ class LoadedModel:
     positions: int | None
     boundary: int | None = None  # sequences of more tokens have other position encodings
     has_head: bool = True  # False: its checkpoint lacks the LM head, and random weights stand in
+    files: tuple[Path, ...] = ()  # those that it was read from
+    digest: str = ""  # of the weights in memory, where they may be changed (`kscli.models.live`)
 
     @property
     def max_length(self) -> int:
@@ -130,6 +133,7 @@ def load_model(
         positions=positions_of(text),
         boundary=boundary_of(text),
         has_head=has_head,
+        files=located.files,
     )
 
 

@@ -88,10 +88,15 @@ def model_shape(located: LocatedModel, options: ModelOptions, layers: str = "all
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=options.trust_remote_code
             )
+    return shape_of(model, config, layers, located.identity.model_id)
+
+
+def shape_of(model: Any, config: Any, layers: str, model_id: str) -> ModelShape:
+    """The shape of a model that is built, on whatever device; raises as `model_shape` does."""
     text = config.get_text_config()
     hidden_size, n_layers = sizes_of(config)
     found = find_down_projections(model, hidden_size, n_layers)
-    projections = select_alike(found, layers, located.identity.model_id)
+    projections = select_alike(found, layers, model_id)
     layer, first = next(iter(projections.items()))
     within = first.name.partition(f".{layer}.")[0]
     sizes = {name: p.numel() for name, p in model.named_parameters()}

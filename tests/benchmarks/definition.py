@@ -27,8 +27,8 @@ from kscli.extraction import extract_keys
 from kscli.facts import read_facts
 from kscli.models.loading import load_model
 from kscli.models.locating import ModelOptions
+from kscli.pmatrix import superposition
 from kscli.second_moment.covariance import CovarianceOptions, second_moments
-from kscli.superposition import superposition
 
 MAX_LENGTH = 512
 

@@ -26,11 +26,11 @@ from kscli.extraction import extract_keys
 from kscli.facts import read_facts
 from kscli.models.loading import load_model
 from kscli.models.locating import ModelOptions
+from kscli.pmatrix import superposition
 from kscli.second_moment import moments
 from kscli.second_moment.moments import SecondMoment, massive_keys
 from kscli.second_moment.options import CovarianceOptions
 from kscli.second_moment.token_stream import TokenStream
-from kscli.superposition import superposition
 
 BATCH = 4096
 DIRECTIONS = 8

@@ -30,12 +30,12 @@ from kscli.facts import read_facts
 from kscli.layers import spread
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
+from kscli.pmatrix import superposition
 from kscli.second_moment.covariance import second_moments
 from kscli.second_moment.layer_sums import LayerSums
 from kscli.second_moment.options import CovarianceOptions, Shard
 from kscli.second_moment.settling import MOST_LAYERS
 from kscli.second_moment.token_stream import TokenStream
-from kscli.superposition import superposition
 
 MAX_LENGTH = 2048
 BATCH_TOKENS = 4096

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kscli.artifacts import CovarianceAbout, CovarianceFile, write_artifact
-from kscli.superposition import superposition
+from kscli.pmatrix import superposition
 
 FACTS = 128
 BLOCK = 1024

@@ -223,3 +223,16 @@ def editors_where(wanted: Callable[[Editor], bool]) -> str:
     """The names of the editors that `wanted` holds for, as in `memit, pmet or toy`."""
     names = [name for name in EDITORS if wanted(find_editor(name))]
     return " or ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
+
+
+def without_effect(editor: Editor) -> list[tuple[tuple[str, ...], str]]:
+    """The options of directions that an editor has no use for, and without what they have none."""
+    direction = editor.direction
+    weighted = editors_where(lambda each: each.direction.weight is not None)
+    cutting = editors_where(lambda each: each.direction.metric == "null-space")
+    found: list[tuple[tuple[str, ...], str]] = []
+    if direction.weight is None:
+        found.append((("weight",), f"without --method {weighted}"))
+    if direction.metric != "null-space":
+        found.append((("null_space", "relative_null_space"), f"without --method {cutting}"))
+    return found

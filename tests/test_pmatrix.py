@@ -13,8 +13,8 @@ from naive import Array, keys_of_text, subject_last
 from naive import second_moments as naive_second_moments
 
 from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile, write_artifact
+from kscli.pmatrix import superposition, write_pmatrix
 from kscli.reporter import Reporter
-from kscli.superposition import superposition, write_pmatrix
 from kscli.whitening import whitening
 
 RNG = np.random.default_rng(3)
