@@ -231,6 +231,26 @@ SCALING = (
         "difference_distinct", _DIFFERENT, ".1f", f"Difference. {_PAIRS_LEFT_OUT}", interval=True
     ),
 )
+# Rows of which the smaller model is dense, and the larger one a mixture of experts.
+SPARSITY = (
+    Column("smaller", "dense"),
+    Column("larger", "experts"),
+    Column("mean_abs_smaller", "mean |p|", ".4f", "Of the dense model, over layers and pairs."),
+    Column("mean_abs_larger", "of experts", ".4f"),
+    Column("mean_abs_difference", "difference", ".4f", interval=True),
+    Column("tail_0_25_smaller", "|p|>0.25", ".2%"),
+    Column("tail_0_25_larger", "of experts", ".2%"),
+    Column("tail_0_25_difference", "difference", ".2%", interval=True),
+    Column("kurtosis_smaller", "kurtosis", ".1f"),
+    Column("kurtosis_larger", "of experts", ".1f"),
+    Column("difference", spec=".1f", interval=True),
+    Column(
+        "no_common_expert",
+        "no common expert",
+        ".1%",
+        "The pairs of facts whose p is 0, for they have no expert in common.",
+    ),
+)
 
 
 def noise_columns(k: int) -> list[Column]:

@@ -60,6 +60,21 @@ def test_keys_and_gates_are_the_definitions(family: str, tmp_path: Path) -> None
             np.testing.assert_allclose(part, of_definition, rtol=0, atol=1e-4 * largest)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_that_a_token_uses_are_counted(family: str, tmp_path: Path) -> None:
+    """All but the experts that it is not routed to, in all layers."""
+    save_experts(family, tmp_path)
+    loaded = load(tmp_path)
+    held = {name: p.numel() for name, p in loaded.decoder.model.named_parameters()}
+    of_experts = sum(size for name, size in held.items() if ".experts." in name)
+    count = loaded.decoder.n_experts
+    idle = of_experts * (count - loaded.decoder.model.config.num_experts_per_tok) // count
+    assert idle > 0
+    said = loaded.provenance()
+    assert said["parameters"] == sum(held.values())
+    assert said["active_parameters"] == said["parameters"] - idle
+
+
 @pytest.mark.parametrize("family", ["gpt-oss", "llama4", "deepseek-v3"])
 def test_in_bfloat16_keys_are_the_models_own(family: str, tmp_path: Path) -> None:
     """Routing may differ from float32's where two experts are close; keys then have other rows."""

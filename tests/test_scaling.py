@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +147,71 @@ def test_the_difference_is_of_layer_means_on_the_same_resampled_facts(suffix: st
     assert row[f"difference{suffix}"] == pytest.approx(
         row[f"kurtosis_larger{suffix}"] - row[f"kurtosis_smaller{suffix}"]
     )
+
+
+def test_a_mixture_is_compared_with_dense_models_of_its_active_size() -> None:
+    dense, mixture = measured("qwen3-4b", 5), measured("qwen3-30b-a3b", 5, seed=1)
+    others = [measured(name, 4) for name in ("qwen3-32b", "llama3.2-3b", "qwen3-1.7b", "gpt2-xl")]
+    rows = scaling_rows([mixture, dense, *others], Resampling(20))
+    by = {
+        compared: [(row["smaller"], row["larger"]) for row in rows if row["compared"] == compared]
+        for compared in ("parameters", "active parameters")
+    }
+    assert by["parameters"] == [
+        ("qwen3-1.7b", "qwen3-4b"),
+        ("qwen3-1.7b", "qwen3-32b"),
+        ("qwen3-4b", "qwen3-32b"),
+    ]
+    assert by["active parameters"] == [
+        ("qwen3-4b", "qwen3-30b-a3b"),
+        ("llama3.2-3b", "qwen3-30b-a3b"),
+    ]
+    assert [row["family"] for row in rows[-2:]] == ["Qwen3", "Llama3.2, Qwen3"]
+    assert rows[-2]["parameters_larger"] == 30_532_122_624
+    assert rows[-2]["active_larger"] == 3_353_032_704
+
+
+def test_sizes_are_those_of_the_file_where_it_says_them() -> None:
+    experts = np.random.default_rng(0).integers(0, 6, (M, 2))
+    dense = replace(measured("plain", 5, 6), sizes=(1_000_000, 1_000_000))
+    mixture = replace(
+        measured("mixture", 5, 6, seed=7),
+        sizes=(4_000_000, 1_100_000),
+        experts_of=lambda layer: experts,
+    )
+    (row,) = scaling_rows([mixture, dense], Resampling(20))
+    assert (row["smaller"], row["larger"], row["family"]) == ("plain", "mixture", "")
+    apart = [not {*experts[i]} & {*experts[j]} for i in range(M) for j in range(M) if i != j]
+    assert 0 < np.mean(apart) < 1
+    assert row["no_common_expert"] == pytest.approx(np.mean(apart))
+    assert scaling_rows([replace(mixture, sizes=(4_000_000, 1_300_000)), dense]) == []
+    assert scaling_rows([replace(mixture, sizes=(900_000, 800_000)), dense]) == []
+
+
+@pytest.mark.parametrize(("name", "least"), [("mean_abs", None), ("tail_0_25", 0.25)])
+def test_interference_is_a_mean_over_pairs_with_a_paired_interval(
+    name: str, least: float | None
+) -> None:
+    dense, mixture = measured("qwen3-4b", 5, 8), measured("qwen3-30b-a3b", 3, 6, seed=40)
+    (row,) = scaling_rows([dense, mixture], Resampling(100, seed=3))
+
+    def interference(model: Measured, facts: NDArray[np.int64]) -> float:
+        sizes = [
+            abs(P[i, j])
+            for P in model.matrices.matrices.values()
+            for i in facts
+            for j in facts
+            if i != j
+        ]
+        return float(np.mean(sizes if least is None else np.array(sizes) > least))
+
+    once = np.arange(M)
+    assert row[f"{name}_smaller"] == pytest.approx(interference(dense, once))
+    assert row[f"{name}_larger"] == pytest.approx(interference(mixture, once))
+    draws = [np.repeat(once, w) for w in resample_counts(M, 100, seed=3)]
+    apart = [interference(mixture, facts) - interference(dense, facts) for facts in draws]
+    ends = row[f"{name}_difference_low"], row[f"{name}_difference_high"]
+    assert ends == pytest.approx(np.quantile(apart, [0.025, 0.975]))
 
 
 def test_pairing_takes_out_what_both_models_share() -> None:
@@ -326,6 +391,21 @@ def test_a_table_after_another_is_parted_from_it(family: Path, output: str) -> N
 def test_chance_is_said_in_plain_digits(k: int, chance: str) -> None:
     models = [measured(name, 4, seed=at).matrices for at, name in enumerate("ab")]
     assert f"where chance gives {chance};" in fixed_points(models, k).sentence()
+
+
+def test_a_mixture_has_a_table_of_its_own_beside_the_sizes(family: Path) -> None:
+    """The sizes are attributes of the file, where its model was run."""
+    with changed(family / "toy-2M" / "pmatrix.h5") as file:
+        file.attrs["model"] = "toy-experts"
+        file.attrs["parameters"], file.attrs["active_parameters"] = 3_000_000, 1_100_000
+    arguments = ("stats", "-m", "toy-1M", "-m", "toy-2M", "--dir", family, "--repeats", "100")
+    (row,) = json.loads(kscli(*arguments, "--scaling", "-f", "json").stdout)
+    assert row["compared"] == "active parameters"
+    assert (row["smaller"], row["larger"]) == ("toy-1M", "toy-experts")
+    assert row["no_common_expert"] is None
+    printed = kscli(*arguments, "--scaling").stdout
+    assert printed.startswith("Dense and expert models of one size of active parameters")
+    assert f"{row['mean_abs_difference']:z.4f} [{row['mean_abs_difference_low']:z.4f}" in printed
 
 
 def test_facts_that_differ_are_said(family: Path) -> None:

@@ -68,6 +68,8 @@ class About:
     d_m: Annotated[int, "the length of a key"]
     n_layers: Annotated[int, "how many layers the model has"]
     n_experts: Annotated[int | None, "how many experts a layer has; absent: it is dense"] = None
+    parameters: Annotated[int | None, "how many parameters the model has"] = None
+    active_parameters: Annotated[int | None, "how many of them one token uses"] = None
     dtype: Annotated[str | None, "the type of number in which the model was run"]
     device: Annotated[str | None, "the device on which the model was run"]
     special_tokens: Annotated[str | None, "the tokens that the tokenizer puts around a text"]

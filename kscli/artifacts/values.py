@@ -235,6 +235,8 @@ LEAST = {
     "d_m": 1,
     "n_layers": 1,
     "n_experts": 1,
+    "parameters": 1,
+    "active_parameters": 1,
     "documents": 0,
     "max_length": 1,
     "padding": 0,

@@ -16,6 +16,7 @@ from kscli.tables import (
     PAIRS_ABOVE_NOISE,
     ROUTING,
     SCALING,
+    SPARSITY,
     SPECTRUM,
     STATISTICS,
     Row,
@@ -112,7 +113,8 @@ def stats(
     Several models are compared in further tables. --scaling, --fixed-points, --against and
     --spectrum print such a table alone, in any format. --spectrum reads the cov.h5 and keys.h5
     beside each pmatrix.h5, too. The family and size of a model are known from its alias or
-    its name.
+    its name. --scaling compares a mixture of experts with the dense models whose tokens use as
+    many parameters, too.
 
     Examples:
       kscli stats -m gpt2-small
@@ -246,16 +248,14 @@ def _print_scaling(
     *,
     asked: bool = False,
 ) -> None:
-    from kscli.analysis.scaling import Measured, scaling_rows
+    from kscli.analysis.scaling import BY_SIZE, Measured, scaling_rows
 
-    rows = scaling_rows(
-        [Measured(file, file.about.model_id, file.about.n_layers, of) for file, of in chosen],
-        resampling,
-    )
+    rows = scaling_rows([Measured.of_file(file, of) for file, of in chosen], resampling)
     if asked and not rows:
         reporter.warn(
-            "no two of the models are known to be sizes of one family; a family is known from an "
-            "alias, or from a name that says the size, as my-model-350M."
+            "no two of the models are known to be sizes of one family, or a dense model and a "
+            "mixture of experts of one active size; a family is known from an alias, or from a "
+            "name that says the size, as my-model-350M."
         )
     for row in rows:
         if not row["same_facts"]:
@@ -263,10 +263,19 @@ def _print_scaling(
                 f"{row['smaller']} and {row['larger']} were measured on different facts: their "
                 "difference has no interval. Extract the keys of one facts file from both."
             )
-    if not rows and output_format not in FOR_MACHINES:
+    if output_format in FOR_MACHINES:
+        print_rows(rows, SCALING, output_format)
         return
-    title = "Kurtosis against size: means over layers, and the share of depths where it is larger"
-    print_rows(rows, SCALING, output_format, title, further=not asked)
+    sizes = [row for row in rows if row["compared"] == BY_SIZE]
+    sparse = [row for row in rows if row["compared"] != BY_SIZE]
+    if sizes:
+        title = (
+            "Kurtosis against size: means over layers, and the share of depths where it is larger"
+        )
+        print_rows(sizes, SCALING, output_format, title, further=not asked)
+    if sparse:
+        title = "Dense and expert models of one size of active parameters: means over layers"
+        print_rows(sparse, SPARSITY, output_format, title, further=not asked or bool(sizes))
 
 
 def _print_fixed_points(

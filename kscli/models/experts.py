@@ -240,6 +240,13 @@ def _is_registered(experts: nn.Module) -> bool:
     return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed"))
 
 
+def experts_a_token(config: Any, count: int) -> int:
+    """Of `count` experts those that a token is routed to; all where the configuration is silent."""
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    each = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
+    return min(each or count, count)
+
+
 def use_experts(model: Any, name: str = KEYS) -> None:
     """Have transformers call the model's experts by a function of this module."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

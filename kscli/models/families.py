@@ -31,6 +31,17 @@ class Member:
         return self.active < self.size
 
 
+# Active sizes that differ by no more than this factor are called one size.
+_ONE_SIZE = 1.25
+
+
+def of_one_active_size(dense: Member, sparse: Member) -> bool:
+    """Whether the two are a dense model and a mixture of more parameters, one active size."""
+    ratio = sparse.active / dense.active
+    larger = sparse.sparse and not dense.sparse and sparse.size > dense.size
+    return larger and 1 / _ONE_SIZE <= ratio <= _ONE_SIZE
+
+
 def whose_p(model: str, editor: str) -> str:
     """A model's name for people where p is an editor's; with no editor, where it is the paper's."""
     return f"{model}{_OF_EDITOR}{editor}" if editor else model

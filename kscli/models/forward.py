@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kscli.errors import ModelError, first_line, is_out_of_memory
 from kscli.models.down_projections import find_down_projections, select_alike
-from kscli.models.experts import PROBE, ExpertLayer, RoutedKeys, use_experts
+from kscli.models.experts import PROBE, ExpertLayer, RoutedKeys, experts_a_token, use_experts
 
 # Keys are a tensor (batch, length, d_m), of a layer of experts RoutedKeys.
 OnKeys = Callable[[int, Any], None]
@@ -47,6 +47,8 @@ class Decoder:
         self.device = _entrance(model)
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         self.vocabulary = int(embeddings.weight.shape[0])
+        self.parameters = sum(each.numel() for each in model.parameters())
+        self.active_parameters = self.parameters - self._idle_parameters()
         if any(isinstance(each, ExpertLayer) for each in self.projections.values()):
             self._check_experts()
         self._check_causal()
@@ -78,6 +80,17 @@ class Decoder:
         """The projections' dotted path with `{}` for the layer: `transformer.h.{}.mlp.c_proj`."""
         layer, projection = next(iter(self.projections.items()))
         return projection.name.replace(f".{layer}.", ".{}.", 1)
+
+    def _idle_parameters(self) -> int:
+        """How many parameters of experts one token does not use."""
+        idle = 0
+        for layer in self.projections.values():
+            if isinstance(layer, ExpertLayer):
+                config = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+                left_out = layer.n_experts - experts_a_token(config, layer.n_experts)
+                held = sum(each.numel() for each in layer.experts.parameters())
+                idle += held * left_out // layer.n_experts
+        return idle
 
     def layer(self, number: int) -> nn.Module:
         """The module of a whole decoder layer."""

@@ -86,6 +86,8 @@ class LoadedModel:
             "d_m": self.decoder.d_m,
             "n_experts": self.decoder.n_experts or None,
             "n_layers": self.decoder.n_layers,
+            "parameters": self.decoder.parameters,
+            "active_parameters": self.decoder.active_parameters,
             "dtype": self.dtype,
             "device": self.device,
             "special_tokens": self.special_tokens,

@@ -16,7 +16,7 @@ from kscli.models.config import (
     sizes_of,
 )
 from kscli.models.down_projections import Projection, find_down_projections, select_alike
-from kscli.models.experts import ExpertLayer
+from kscli.models.experts import ExpertLayer, experts_a_token
 from kscli.models.locating import LocatedModel, ModelOptions
 
 
@@ -116,12 +116,9 @@ def _experts(first: Projection, found: Mapping[int, Projection], config: Any) ->
     if not isinstance(first, ExpertLayer):
         return None
     layers = [each for each in found.values() if isinstance(each, ExpertLayer)]
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-    each = next((n for name in names if isinstance(n := getattr(config, name, None), int)), None)
     return ExpertShape(
         count=first.n_experts,
-        # What a configuration does not say is planned as if all experts had all tokens.
-        each=min(each or first.n_experts, first.n_experts),
+        each=experts_a_token(config, first.n_experts),
         d_shared=first.d_shared,
         parameters=sum(p.numel() for layer in layers for p in layer.experts.parameters()),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kscli.analysis.fixed_points import comparable, fixed_points
 from kscli.analysis.resampling import Resampling
-from kscli.analysis.scaling import Measured, scaling_rows
+from kscli.analysis.scaling import BY_SIZE, Measured, scaling_rows
 from kscli.figures import FigureOptions, Source
 from kscli.report.examined import Examined
 from kscli.report.findings import Finding
@@ -15,21 +15,25 @@ from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import PAIRS, Section, finding_list
 from kscli.report.tables import table
 from kscli.report.words import number, share, with_interval
-from kscli.tables import FIXED_POINTS, SCALING, Row
+from kscli.tables import FIXED_POINTS, SCALING, SPARSITY, Row
 
 KEY = "models"
 _IMAGE = 600_000
 
 
 def scaling(models: Sequence[Examined]) -> Section:
-    """Kurtosis against size, by family."""
-    rows = scaling_rows(
-        [Measured(one.file, one.file.about.model_id, _depth(one), one.layers) for one in models],
+    """Kurtosis against size, by family, and dense models beside mixtures of experts."""
+    every = scaling_rows(
+        [Measured.of_file(one.file, one.layers) for one in models],
         Resampling(seed=models[0].seed),
     )
+    rows = [row for row in every if row["compared"] == BY_SIZE]
+    sparse = [row for row in every if row["compared"] != BY_SIZE]
     body = [finding_list([Finding("Size", tuple(map(size_sentence, rows)) or (_NO_FAMILY,))])]
     if rows:
         body.append(table(rows, SCALING, "Mean kurtosis over layers against size, by family"))
+    if sparse:
+        body.append(table(sparse, SPARSITY, "Dense and expert models of one active size"))
     drawing = Drawing(
         "kurtosis",
         "kurtosis",
@@ -109,10 +113,6 @@ def side_by_side(models: Sequence[Examined]) -> Section:
 
 def _picture(drawing: Drawing, sources: list[Source]) -> Html:
     return picture(drawing, sources, KEY)
-
-
-def _depth(one: Examined) -> int:
-    return one.file.about.n_layers
 
 
 Builder = Callable[[Sequence[Examined]], Section]
