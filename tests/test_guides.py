@@ -8,8 +8,10 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import fork_kit
+import numpy as np
 import pytest
 from cli_kit import ROOT, kscli
 
@@ -80,15 +82,25 @@ def test_a_block_that_is_not_marked_runs(text: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_library_s_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, object] = {}
+@pytest.mark.filterwarnings("ignore:.*carry half of the fourth moment:kscli.KscliWarning")
+def test_the_library_s_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     for block in PYTHON.findall(GUIDES["library"].read_text("utf-8")):
         exec(compile(block, "library.md", "exec"), names)
-    first, kurtosis = capsys.readouterr().out.strip().splitlines()
-    shape, _, p = first.rpartition(" ")
-    assert shape == "(128, 128)"
-    assert abs(float(p)) < 1
-    assert float(kurtosis) > 3
+    P, m = names["P"], 64
+    assert P.shape == (m, m)
+    assert (P.diagonal() == 1).all()
+    assert len(names["pairs"]) == m * (m - 1)
+    assert (names["data"].P.sel(layer=0) == P).all()
+    assert names["statistics"].to_pandas()["kurtosis"][0] > 3
+    assert (tmp_path / "heatmap.png").stat().st_size > 10_000
+    assert names["moved"]["p"].abs().is_monotonic_decreasing
+    (edit,) = names["edits"].objects()
+    assert edit["prob_new_after"] > 10 * edit["prob_new_before"]
+    assert names["edited"].identity.weights.startswith("live:")
+    assert "differ in weights" in names["refused"]
+    assert np.allclose(names["result"].P, P, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
