@@ -282,12 +282,16 @@ RELATIONS_BY_LAYER = (
     Column("across", spec=".3f"),
     Column("hardest", meaning="The relations above the null with the largest mean |p|."),
 )
+RELATIONS_BY_LAYER_TITLED = (
+    *RELATIONS_BY_LAYER[:-1],
+    replace(RELATIONS_BY_LAYER[-1], key="hardest_titles", heading="hardest", long=True),
+)
 
 
 def relation_columns(layers: Sequence[int]) -> list[Column]:
     """The columns of relations, with mean |p| at each of `layers`."""
     return [
-        Column("relation"),
+        Column("title", "relation"),
         Column("example", "for example", long=True),
         Column("facts", spec="d"),
         Column("pairs", spec="d"),

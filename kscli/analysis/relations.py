@@ -26,6 +26,7 @@ from kscli.analysis.pairs import FactMatrices
 from kscli.errors import FactsError, UsageError
 from kscli.layers import format_layers
 from kscli.reporter import SILENT, Reporter
+from kscli.wikidata import titled
 
 if TYPE_CHECKING:
     from kscli.facts import Fact
@@ -57,6 +58,11 @@ class Relation:
     name: str
     facts: tuple[int, ...]
     example: str
+
+    @property
+    def title(self) -> str:
+        """The name beside Wikidata's id, where it is one: `religion (P140)`."""
+        return titled(self.name)
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,10 @@ class RelationStatistics:
         ]
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """The records of all relations together, a layer each, and which relations bind `hardest`.
+        """The records of all relations together, a layer each, and the `hardest` relations.
 
-        These are the relations above 95 % of the permuted ones, with their mean |p|.
+        These are the ones of largest mean |p| above 95 % of the permuted ones, with that mean, by
+        id and by title.
         """
         rows = self.rows()
         found = []
@@ -123,14 +130,16 @@ class RelationStatistics:
                 if row["layer"] == together["layer"] and row["relation"] and _above_null(row)
             ]
             above.sort(key=lambda row: -row["within_other_text"])
-            hardest = ", ".join(
-                f"{row['relation']} {row['within_other_text']:.2f}" for row in above[:FEW_RELATIONS]
-            )
-            found.append({**together, "hardest": hardest or None})
+            named = [
+                [f"{name(row['relation'])} {row['within_other_text']:.2f}" for row in above]
+                for name in (str, titled)
+            ]
+            ids, titles = (", ".join(one[:FEW_RELATIONS]) or None for one in named)
+            found.append({**together, "hardest": ids, "hardest_titles": titles})
         return found
 
     def by_relation(self) -> list[dict[str, Any]]:
-        """A record a relation, the one that binds hardest first.
+        """A record a relation, the one of largest mean |p| first.
 
         `by_layer` is its mean |p| at every layer, `largest` the largest of these, `null` what 95 %
         of permuted relations have below at that layer, `hardest_at` the layer, and `above_at` the
@@ -145,6 +154,7 @@ class RelationStatistics:
             found.append(
                 {
                     **own[0],
+                    "title": titled(name),
                     "pairs": own[0]["pairs_within_other_text"],
                     "by_layer": {row["layer"]: row["within_other_text"] for row in own},
                     "largest": hardest["within_other_text"] if hardest else None,

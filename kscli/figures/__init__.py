@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kscli.errors import UsageError
 from kscli.models.families import parameters
@@ -58,12 +58,14 @@ class Source:
 
     `depth` is the number of layers that the model has; 0: as many as its last layer that
     there are matrices of says. `name` is what the figure calls the model; empty: by its own name.
+    `spectra` are the rows of `kscli.analysis.spectrum`, where they are known already.
     """
 
     matrices: FactMatrices
     layers: tuple[int, ...]
     depth: int = 0
     name: str = ""
+    spectra: tuple[dict[str, Any], ...] = ()
 
     @property
     def model(self) -> str:

@@ -36,9 +36,9 @@ _MOST_PANELS = 12
 _PAIRS = "pairs with other text before the subject"
 # Relations that one column of a page has room for.
 _FEW = 16
-# Inches: for the bar and its label; below and above all panels; between panels.
-_BAR, _BELOW, _HEADING, _GAP = 0.6, 0.2, 0.5, 0.12
-_LABEL = 0.9  # inches that the name of a relation may take
+# Inches: for the bar and its label; left of, below and above all panels; between panels.
+_BAR, _LEFT, _BELOW, _HEADING, _GAP = 0.6, 0.18, 0.3, 0.5, 0.12
+_LABEL, _SHORT_LABEL = 1.35, 0.75  # inches that the name of a relation may take
 _DIGITS = 5.0  # points
 
 
@@ -51,7 +51,10 @@ class _Panel:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Panels of `side` inches in rows and columns; their labels take `label`, titles `head`."""
+    """Panels of `side` inches in rows and columns; their labels take `label`, titles `head`.
+
+    Labels are `shared` where all panels have the same: the outer ones alone have them.
+    """
 
     rows: int
     columns: int
@@ -60,12 +63,14 @@ class _Grid:
     label: float
     side: float
     text: float
+    shared: bool
 
     @property
     def height(self) -> float:
         """Of the figure, in inches."""
-        row = self.head + self.side + self.label + _GAP
-        return self.rows * row - _GAP + _BELOW + _HEADING
+        row = self.head + self.side + _GAP
+        labels = self.label * (1 if self.shared else self.rows)
+        return self.rows * row + labels - _GAP + _BELOW + _HEADING
 
 
 def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
@@ -89,8 +94,11 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     scale = Normalize(0, largest or 1.0)
     fig = new_figure(grid.width, grid.height, layout="compressed")
     axes = fig.subplots(grid.rows, grid.columns, squeeze=False)
-    for ax, panel, own in zip(axes.flat, panels, named.own, strict=False):
+    for at, (ax, panel, own) in enumerate(zip(axes.flat, panels, named.own, strict=False)):
         _draw_panel(ax, panel, scale, grid)
+        if grid.shared:
+            lowest = at + grid.columns >= len(panels)
+            ax.tick_params(labelleft=at % grid.columns == 0, labelbottom=lowest)
         if own:
             ax.set_title(
                 fitted(own, grid.side + _GAP / 2, TEXT), fontsize=TEXT, pad=3, parse_math=False
@@ -108,7 +116,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
 
 def _panel(source: Source, layer: int) -> _Panel:
     matrices = source.matrices
-    relations = tuple(relation.name for relation in find_relations(matrices))
+    relations = tuple(relation.title for relation in find_relations(matrices))
     names_ = (source.model, f"layer {layer}", f"m = {len(matrices.facts)}")
     return _Panel(names_, relations, relation_matrix(matrices, layer))
 
@@ -119,18 +127,22 @@ def _grid(panels: Sequence[_Panel], width: float, *, headed: bool) -> _Grid:
     width = width or (COLUMN if len(panels) == 1 and most <= _FEW else PAGE)
     columns = fitting(width, 2 if len(panels) == 4 else min(len(panels), _MAX_COLUMNS), 2.2)
     text = SMALL
-    label = min(_LABEL, max(text_width(n, text) for panel in panels for n in panel.relations))
-    label += 0.06
-    side = (width - _BAR - _BELOW) / columns - label - _GAP
+    shared = len({panel.relations for panel in panels}) == 1
+    longest = max(text_width(n, text) for panel in panels for n in panel.relations)
+    room = _SHORT_LABEL if (width if shared else width / columns) < COLUMN else _LABEL
+    label = min(room, longest) + 0.06
+    beside = label / columns if shared else label
+    side = (width - _BAR - _LEFT) / columns - beside - _GAP
     text = min(text, 0.9 * 72 * side / most)
     head = (TEXT * 1.2 + 3) / 72 if headed else 0.0
-    return _Grid(math.ceil(len(panels) / columns), columns, width, head, label, side, text)
+    rows = math.ceil(len(panels) / columns)
+    return _Grid(rows, columns, width, head, label, side, text, shared)
 
 
 def _draw_panel(ax: Axes, panel: _Panel, scale: Normalize, grid: _Grid) -> None:
     ax.imshow(panel.means, cmap=size_colours(), norm=scale, interpolation="none")
     n = len(panel.relations)
-    labels = [fitted((name,), _LABEL, grid.text) for name in panel.relations]
+    labels = [fitted((name,), grid.label, grid.text) for name in panel.relations]
     ax.set_xticks(range(n), labels, fontsize=grid.text, rotation=90, parse_math=False)
     ax.set_yticks(range(n), labels, fontsize=grid.text, parse_math=False)
     ax.tick_params(length=0, pad=2)

@@ -113,7 +113,9 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     return fig
 
 
-def _rows(source: Source) -> list[dict[str, Any]]:
+def _rows(source: Source) -> Sequence[dict[str, Any]]:
+    if source.spectra:
+        return source.spectra
     if not isinstance(source.matrices, PMatrixFile):
         raise UsageError("spectrum is drawn from a pmatrix.h5 with its cov.h5 and keys.h5.")
     return spectra_of(source.matrices, source.layers)
