@@ -21,7 +21,6 @@ from families import GROUPED, LAYERS, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kscli.editing.weights import EditableWeight
 from kscli.errors import ModelError, UsageError
 from kscli.models.down_projections import find_down_projections, select_alike
 from kscli.models.experts import RoutedKeys
@@ -300,9 +299,3 @@ def test_experts_in_mxfp4_are_dequantised(tmp_path: Path) -> None:
     for part, of_definition in zip(stacked(found[0], ids.numel()), true, strict=True):
         largest = np.abs(of_definition).max()
         np.testing.assert_allclose(part, of_definition, rtol=0, atol=1e-4 * largest)
-
-
-def test_no_expert_is_edited(tmp_path: Path) -> None:
-    save_experts("mixtral", tmp_path)
-    with pytest.raises(ModelError, match=r"layer 1 of .* has 6 experts, and kscli edits dense"):
-        EditableWeight(load(tmp_path), 1)

@@ -263,6 +263,28 @@ class CovarianceFile(Artifact):
         self.require_layers(layers)
         return np.stack([self.stored_layer(layer)[name] for layer in layers])
 
+    def stored_blocks(self, layer: int) -> list[NDArray[np.float32]]:
+        """The blocks on the diagonal of C of one layer's stacked keys, as they are stored.
+
+        Those of its experts, and then that of shared ones; of a dense layer C itself.
+        """
+        stored = self.stored_layer(layer)
+        shared = [stored["shared_second_moment"]] if "shared_second_moment" in stored else []
+        C = stored["second_moment"]
+        return [*(C if self.about.n_experts else C[None]), *shared]
+
+    def block(self, layer: int, number: int) -> tuple[NDArray[np.float64], int]:
+        """One of a layer's blocks of experts, in float64, and how many tokens had a key in it."""
+        shared = None if number < (self.about.n_experts or 0) else self.shared_second_moment(layer)
+        if shared is not None:
+            return shared, self.count
+        return self.second_moment_of(layer, number), int(self.routed(layer)[number])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths of a layer's blocks, side by side the length of a stacked key."""
+        return tuple(width for _, count, width in self.second_moments() for _ in range(count))
+
     @property
     def settling(self) -> dict[str, NDArray[Any]]:
         """How far p had settled while C was measured, by the names of the datasets; or nothing."""
@@ -394,6 +416,22 @@ class KeysFile(FactsFile):
     def experts_of(self, layer: int) -> NDArray[np.int64]:
         """The experts that each fact is routed to at one layer, (m, slot); -1: no more."""
         return self._of_layer("experts", layer)
+
+    def stacked_keys_of(self, layer: int) -> NDArray[np.float64]:
+        """The keys of one layer, (m, width) in float64: of experts side by side, shared ones last.
+
+        0 where a fact is not routed to an expert; of a dense layer what `keys_of` gives.
+        """
+        if not self.about.n_experts:
+            return self.keys_of(layer)
+        experts, parts = self.experts_of(layer), self.expert_keys_of(layer)
+        stacked = np.zeros((len(experts), self.about.n_experts, parts.shape[-1]))
+        fact, slot = np.nonzero(experts >= 0)
+        stacked[fact, experts[fact, slot]] = parts[fact, slot]
+        flat = stacked.reshape(len(experts), -1)
+        if "shared_keys" not in self._file.arrays:
+            return flat
+        return np.concatenate([flat, self.shared_keys_of(layer)], axis=1)
 
     def expert_keys_of(self, layer: int) -> NDArray[np.float64]:
         """g k of each fact and expert of `experts_of`, (m, slot, d_m), in float64."""

@@ -262,6 +262,9 @@ _EXPERTS: dict[str, dict[str, Dataset]] = {
     "pmatrix": _table(
         "experts  int64  layer m slot  the experts that a fact is routed to; -1: there is no more"
     ),
+    "edits": _table(
+        "direction  float64  layer edit stacked  the direction, of all experts' W side by side"
+    ),
 }
 _PMATRIX = (
     _table("""

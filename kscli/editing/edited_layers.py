@@ -102,7 +102,7 @@ class EditedLayers:
                 self._metrics.append(metric_of(name, sources.cov, layer, sources.ridge, cut))
                 task.advance()
         self._text = TextChange.measure(
-            [sources.cov.stored_second_moment(layer) for layer in layers],
+            [sources.cov.stored_blocks(layer) for layer in layers],
             [weight.original for weight in self._weights],
         )
         self._protecting = list(self._metrics)
@@ -131,7 +131,7 @@ class EditedLayers:
         """The facts' keys at a layer of the clean model, in the dtype that it is edited in."""
         stored = self._sources.keys
         if stored.about.dtype == self._model.dtype:
-            return stored.keys_of(layer)
+            return stored.stacked_keys_of(layer)
         reporter.note(
             f"{stored.path} is in {stored.about.dtype}; its keys are read again in "
             f"{self._model.dtype}, in which the model is edited."

@@ -23,6 +23,7 @@ from torch import Tensor
 from kscli.batching import padded_batches
 from kscli.completion import Cloze, asked_logits, tokenize_clozes
 from kscli.facts import Fact
+from kscli.models.forward import as_stacked
 from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter
 
@@ -31,7 +32,7 @@ TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class FactGradient:
-    """A fact's gradient in factors: `outputs` (T, d) g_t, and `keys` (T, d_m) k_t, float32."""
+    """A fact's gradient in factors: `outputs` (T, d) g_t, and `keys` (T, width) k_t, float32."""
 
     outputs: NDArray[np.float32]
     keys: NDArray[np.float32]
@@ -94,23 +95,27 @@ def _factors(
     model: LoadedModel, layer: int, ids: Tensor, clozes: Sequence[Cloze]
 ) -> tuple[Tensor, Tensor]:
     """The keys and the gradients at the down-projection's output, (batch, length, ...) each."""
-    taken: list[tuple[Tensor, Tensor]] = []
+    taken: list[Tensor] = []
+    leaves: list[Tensor] = []
 
-    def hook(_: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        taken.append((inputs[0].detach(), leaf))
+    def hook(_: Any, __: tuple[Any, ...], output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        leaf = value.detach().requires_grad_()
+        leaves.append(leaf)
         # Falcon adds to it in place, which is not allowed of a leaf.
-        return leaf.clone()
+        return (leaf.clone(), *output[1:]) if isinstance(output, tuple) else leaf.clone()
 
-    module = model.decoder.projections[layer].module
-    with module.register_forward_hook(hook), torch.enable_grad():
+    projection = model.decoder.projections[layer]
+    with (
+        projection.watch(lambda keys: taken.append(as_stacked(keys, ids).detach())),
+        projection.module.register_forward_hook(hook),
+        torch.enable_grad(),
+    ):
         first, logits = asked_logits(model, ids, clozes)
         rows = zip(logits, clozes, strict=True)
         surprises = [-cloze.read(of_row, first)[1].sum() for of_row, cloze in rows]
-        keys, outputs = taken[0]
-        (gradients,) = torch.autograd.grad(torch.stack(surprises).sum(), outputs)
-    shape = (*ids.shape, -1)
-    return keys.reshape(shape), gradients.reshape(shape)
+        (gradients,) = torch.autograd.grad(torch.stack(surprises).sum(), leaves)
+    return taken[0], gradients.reshape(*ids.shape, -1)
 
 
 def _blocks(gradients: Sequence[FactGradient]) -> list[Sequence[FactGradient]]:

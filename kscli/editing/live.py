@@ -17,14 +17,14 @@ from kscli.positions import LocatedPrompt
 def mlp_keys(
     model: LoadedModel, layer: int, prompts: Sequence[LocatedPrompt]
 ) -> NDArray[np.float64]:
-    """The input of a layer's down-projection at each key's token: (m, d_m)."""
+    """The key of a layer at each key's token, stacked where it has experts: (m, width)."""
     return _at_keys(model, prompts, lambda ids: model.decoder.keys_of(layer, ids))
 
 
 def mlp_outputs(
     model: LoadedModel, layer: int, prompts: Sequence[LocatedPrompt]
 ) -> NDArray[np.float64]:
-    """The output of a layer's down-projection, W k and its bias, at each key's token: (m, d)."""
+    """The output of a layer's W, W k and its bias, at each key's token: (m, d)."""
     module = model.decoder.projections[layer].module
     return _at_keys(model, prompts, lambda ids: model.decoder.output_of(module, ids))
 

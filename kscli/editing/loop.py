@@ -110,6 +110,7 @@ class EditRun:
         self._held_out: HeldOutText | None = None
         self._of_file, self._values = protected, values
         self._find = options.find or self._editor.value
+        self._of_experts = sources.cov.about.n_experts is not None
 
     def measure_perplexity_on(self, text: HeldOutText) -> None:
         """Measure perplexity, in every pass, on held-out text."""
@@ -190,7 +191,8 @@ class EditRun:
             said == cloze.target_ids for said, cloze in zip(scores.likeliest, new, strict=True)
         ]
         # An edit changes nothing below its own layer, and so not these.
-        self._live_keys = mlp_keys(self.model, layers[0], self._prompts)
+        if not self._of_experts:
+            self._live_keys = mlp_keys(self.model, layers[0], self._prompts)
         self._clean_outputs = mlp_outputs(self.model, layers[0], self._prompts)
         self._clean_pass = self._measure(0)
         rows = [edit.fact for edit in self.edits]
@@ -474,8 +476,8 @@ class EditRun:
     def _linear(self, in_full: bool) -> dict[str, Any]:
         """The theory's prediction for every fact after the last edit, and what came of it.
 
-        The live model's outputs are of whole passes where asked for `in_full`, else of its edited
-        down-projection alone.
+        The live model's outputs are of whole passes where asked for `in_full` and where it has
+        experts, whose biases the gates multiply; else of its edited down-projection alone.
         """
         moved = self._layers.interference
         measured = np.sqrt(sum(np.square(each.measured).sum(axis=1) for each in moved))
@@ -499,7 +501,7 @@ class EditRun:
         layer = self.sources.layers[0]
         outputs = (
             mlp_outputs(self.model, layer, self._prompts)
-            if in_full
+            if in_full or self._of_experts
             else outputs_of_keys(self.model, layer, self._live_keys)
         )
         shifts = only.since_own_edit(outputs - self._clean_outputs)

@@ -7,7 +7,8 @@ some Y, so that k^T M k' is a product of whitened keys Y^T k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from kscli.artifacts import CovarianceFile
 from kscli.editing.editors import MetricName
 from kscli.errors import NumericsError
-from kscli.whitening import whitening
+from kscli.whitening import Whitening, whitening
 
 Array = NDArray[np.float64]
 
@@ -55,6 +56,53 @@ class Identity:
     def unsolve(self, directions: Array) -> Array:
         """The directions as (d_m, m) columns."""
         return directions.T
+
+
+@dataclass(frozen=True)
+class InverseByExpert:
+    """M = C^-1 of a layer of experts, where keys are stacked and C is taken block by block.
+
+    An expert's block is factorised when a key is first routed to it. Raises NumericsError, naming
+    the expert, where that has no inverse.
+    """
+
+    cov: CovarianceFile
+    layer: int
+    ridge: float
+    _factors: dict[int, Whitening] = field(default_factory=dict)
+
+    def whiten(self, keys: Array) -> Array:
+        """L^-1 k, as (width, m) columns."""
+        return self._by_block(keys, lambda white, part: white.whiten(part).T).T
+
+    def solve(self, whitened: Array) -> Array:
+        """L^-T y, as (m, width) rows."""
+        return self._by_block(whitened.T, lambda white, part: white.solve(part.T))
+
+    def unsolve(self, directions: Array) -> Array:
+        """L^T d, as (width, m) columns."""
+        return self._by_block(directions, lambda white, part: white.unsolve(part).T).T
+
+    def _by_block(self, rows: Array, of_part: Callable[[Whitening, Array], Array]) -> Array:
+        """What `of_part` makes of each block's part of (m, width) rows; 0 stays 0."""
+        found = np.zeros_like(rows)
+        start = 0
+        for number, width in enumerate(self.cov.widths):
+            columns = slice(start, start + width)
+            there = np.flatnonzero(rows[:, columns].any(axis=1))
+            if len(there):
+                found[there, columns] = of_part(self._factor(number), rows[there, columns])
+            start += width
+        return found
+
+    def _factor(self, number: int) -> Whitening:
+        if number not in self._factors:
+            try:
+                found = whitening(*self.cov.block(self.layer, number), self.ridge)
+            except NumericsError as error:
+                raise NumericsError(f"expert {number} of layer {self.layer}: {error}") from error
+            self._factors[number] = found
+        return self._factors[number]
 
 
 @dataclass(frozen=True)
@@ -125,6 +173,8 @@ def metric_of(name: MetricName, cov: CovarianceFile, layer: int, ridge: float, c
     """
     if name == "identity":
         return Identity()
+    if name == "second-moment" and cov.about.n_experts:
+        return InverseByExpert(cov, layer, ridge)
     C = cov.second_moment(layer)
     if name == "null-space":
         return null_space(C, cut)

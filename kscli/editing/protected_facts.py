@@ -96,7 +96,7 @@ class ProtectedFacts:
     def keys_at(self, layer: int) -> Array:
         """All their keys in the model as it is now, (n, d_m)."""
         decoder = self._model.decoder
-        keys: Array = np.empty((len(self._places), decoder.projections[layer].d_m))
+        keys: Array = np.empty((len(self._places), decoder.projections[layer].width))
         of_text: dict[int, list[tuple[int, int]]] = {}
         for number, (text, position) in enumerate(self._places):
             of_text.setdefault(text, []).append((number, position))

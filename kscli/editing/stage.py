@@ -106,6 +106,12 @@ class EditRequest:
                 f"{options.method} edits one layer, and --layer {format_layers(layers)} names "
                 f"{len(layers)}; name one, or use --method {others}."
             )
+        if sources.cov.about.n_experts and not editor.of_experts:
+            others = editors_where(lambda other: other.of_experts)
+            raise UsageError(
+                f"{sources.cov.path} is of a mixture of {sources.cov.about.n_experts} experts, "
+                f"which {options.method} does not edit; use --method {others}."
+            )
         if options.batch > 1 and (not editor.at_once or options.protocol == "single"):
             others = editors_where(lambda other: other.at_once)
             raise UsageError(f"--batch is for --method {others} and --protocol sequential.")

@@ -20,21 +20,23 @@ COLUMNS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class OfText:
-    """One layer's C (d_m, d_m), as it is stored, in which changes of its W are weighed."""
+    """One layer's C, as it is stored, in which changes of its W are weighed.
 
-    C: NDArray[np.float32]
+    `blocks` (n, n) are those on its diagonal, side by side; the rest of it is 0 (`blocks` of a
+    dense layer is C alone).
+    """
+
+    blocks: Sequence[NDArray[np.float32]]
 
     def of_change(self, change: Array) -> float:
-        """tr(dW C dW^T) of a `change` (d, d_m)."""
-        total = 0.0
-        for start in range(0, len(self.C), COLUMNS_AT_ONCE):
-            columns = slice(start, start + COLUMNS_AT_ONCE)
-            moved = change @ self.C[:, columns].astype(np.float64)
-            total += float((moved * change[:, columns]).sum())
+        """tr(dW C dW^T) of a `change` (d, width)."""
+        ends = np.cumsum([len(C) for C in self.blocks])
+        parts = np.split(change, ends[:-1], axis=1)
+        total = sum(_of_block(C, of) for C, of in zip(self.blocks, parts, strict=True) if of.any())
         return max(total, 0.0)
 
     def of_edit(self, delta: Array, direction: Array) -> float:
-        """The same of delta d^T, `delta` (d,) and `direction` (d_m,)."""
+        """The same of delta d^T, `delta` (d,) and `direction` (width,)."""
         return float(delta @ delta) * self.of_change(direction[None])
 
 
@@ -50,23 +52,33 @@ class TextChange:
 
     @classmethod
     def measure(
-        cls, second_moments: Sequence[NDArray[np.float32]], weights: Sequence[Array]
+        cls, second_moments: Sequence[Sequence[NDArray[np.float32]]], weights: Sequence[Array]
     ) -> TextChange:
-        """Of each layer's C (d_m, d_m) and W (d, d_m)."""
-        layers = [OfText(C) for C in second_moments]
+        """Of each layer's C, block by block, and W (d, width)."""
+        layers = [OfText(blocks) for blocks in second_moments]
         sizes = [of.of_change(W) for of, W in zip(layers, weights, strict=True)]
         return cls(layers, sizes)
 
     def of_changes(self, changes: Sequence[Array]) -> float:
-        """The share that changes (d, d_m), one a layer, make up together."""
+        """The share that changes (d, width), one a layer, make up together."""
         return self._share(
             of.of_change(each) for of, each in zip(self.layers, changes, strict=True)
         )
 
     def of_edit(self, deltas: Array, directions: Array) -> float:
-        """That of one edit alone: `deltas` (layer, d), `directions` (layer, d_m)."""
+        """That of one edit alone: `deltas` (layer, d), `directions` (layer, width)."""
         pairs = zip(self.layers, deltas, directions, strict=True)
         return self._share(of.of_edit(delta, direction) for of, delta, direction in pairs)
 
     def _share(self, squares: Iterable[float]) -> float:
         return sum(squares) / sum(self.sizes)
+
+
+def _of_block(C: NDArray[np.float32], change: Array) -> float:
+    """tr(dW C dW^T) of C (n, n) and a change (d, n)."""
+    total = 0.0
+    for start in range(0, len(C), COLUMNS_AT_ONCE):
+        columns = slice(start, start + COLUMNS_AT_ONCE)
+        moved = change @ C[:, columns].astype(np.float64)
+        total += float((moved * change[:, columns]).sum())
+    return total

@@ -43,6 +43,11 @@ class DownProjection:
         """What layers have in common whose C lies in one file."""
         return (self.d_m,)
 
+    @property
+    def width(self) -> int:
+        """The length of a key."""
+        return self.d_m
+
 
 Projection = DownProjection | ExpertLayer
 
@@ -121,6 +126,7 @@ def _expert_layer(name: str, layer: nn.Module, hidden_size: int, stack: Stack) -
     """The experts of a layer, with the shared ones, which lie in one module with them."""
     block = layer.get_submodule(stack.block)
     inside = f"{name}.{stack.block}".rstrip(".")
+    stack.require_linear(hidden_size)
     candidates = _candidates(name, layer, hidden_size)
     beside = [each.name for each in candidates if not each.name.startswith(f"{inside}.")]
     if beside or block is layer:
@@ -134,8 +140,9 @@ def _expert_layer(name: str, layer: nn.Module, hidden_size: int, stack: Stack) -
         name=f"{name}.{stack.path}.down_proj",
         module=block,
         experts=stack.module,
-        d_m=stack.d_m(hidden_size),
+        d_m=stack.d_m,
         n_experts=len(stack.weight),
+        transposed=stack.transposed,
         shared=shared.module if shared else None,
         d_shared=shared.d_m if shared else 0,
         shared_gate=gates[0] if shared and gates else None,

@@ -54,6 +54,14 @@ class RoutedKeys:
         """Each expert to which a token was routed, and its rows."""
         return _spans(self.expert, self.n_experts)
 
+    def stacked(self, tokens: int) -> Tensor:
+        """(g_1 k_1, ..., g_E k_E) of all of so many tokens, shared experts last: float32."""
+        d_m = self.keys.shape[1]
+        parts = self.keys.new_zeros(tokens, self.n_experts, d_m, dtype=torch.float32)
+        parts[self.token, self.expert] = self.gated
+        flat = parts.reshape(tokens, -1)
+        return flat if self.shared is None else torch.cat([flat, self.shared.float()], dim=1)
+
     def of_tokens(self, tokens: Tensor) -> RoutedKeys:
         """The keys of some tokens alone; `tokens` (n,) are their indexes."""
         wanted = tokens.to(self.token.device)
@@ -76,7 +84,7 @@ class ExpertLayer:
     `module` is the block whose output is the layer's value, `experts` the module in it that holds
     the weights of `n_experts` experts. `shared` is the down-projection of shared experts, of
     `d_shared` inputs (0: there are none), and `shared_gate` gives what the sigmoid of which they
-    are multiplied by.
+    are multiplied by. `transposed`: the weights are (E, d_m, d), not (E, d, d_m).
     """
 
     name: str
@@ -84,6 +92,7 @@ class ExpertLayer:
     experts: nn.Module
     d_m: int
     n_experts: int
+    transposed: bool = False
     shared: nn.Module | None = None
     d_shared: int = 0
     shared_gate: nn.Module | None = None
@@ -137,6 +146,11 @@ class ExpertLayer:
         """What layers have in common whose C lies in one file."""
         return self.d_m, self.n_experts, self.d_shared
 
+    @property
+    def width(self) -> int:
+        """The length of a stacked key."""
+        return self.n_experts * self.d_m + self.d_shared
+
     @contextmanager
     def require_sum(self) -> Iterator[None]:
         """Raise ModelError unless keys, gates and weights come to what the block gives.
@@ -176,8 +190,8 @@ class Stack:
     module: nn.Module
     weight: Tensor
 
-    def d_m(self, hidden_size: int) -> int:
-        """The length of a key; ModelError where the weights do not end at the hidden size."""
+    def require_linear(self, hidden_size: int) -> None:
+        """Raise ModelError where the weights do not end at the hidden size."""
         _, *sides = self.weight.shape
         # What follows a down-projection (`post_expert_norm`) would not be linear in the key.
         if hidden_size not in sides or getattr(self.module, "has_post_expert_norm", False):
@@ -185,8 +199,16 @@ class Stack:
                 f"the experts of {self.path} do not end at the hidden size {hidden_size} with a "
                 "linear map; kscli does not measure this model."
             )
-        into_first = getattr(self.module, "is_transposed", not _is_registered(self.module))
-        return sides[0] if into_first else sides[1]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights are (E, d_m, d), not (E, d, d_m)."""
+        return bool(getattr(self.module, "is_transposed", not _is_registered(self.module)))
+
+    @property
+    def d_m(self) -> int:
+        """The length of a key."""
+        return self.weight.shape[1 if self.transposed else 2]
 
     @property
     def block(self) -> str:

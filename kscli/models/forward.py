@@ -29,6 +29,12 @@ OnKeys = Callable[[int, Any], None]
 PROBED = 32
 
 
+def as_stacked(keys: Tensor | RoutedKeys, input_ids: Tensor) -> Tensor:
+    """The keys of (batch, length) tokens in one layer, (batch, length, width), whatever it is."""
+    flat = keys.stacked(input_ids.numel()) if isinstance(keys, RoutedKeys) else keys
+    return flat.reshape(*input_ids.shape, -1)
+
+
 class _EndOfPassError(Exception):
     """Ends a forward pass when nothing that follows is wanted."""
 
@@ -169,12 +175,10 @@ class Decoder:
         return taken[0].reshape(*input_ids.shape, -1)
 
     def keys_of(self, layer: int, input_ids: Tensor) -> Tensor:
-        """The keys of one dense layer, (batch, length, d_m), in the model's dtype."""
-        if isinstance(self.projections[layer], ExpertLayer):
-            raise ModelError(f"layer {layer} of this model has experts; its keys are not one each.")
-        taken: list[Tensor] = []
+        """The keys of one layer, (batch, length, width); stacked ones of experts, in float32."""
+        taken: list[Tensor | RoutedKeys] = []
         self.run(input_ids, [layer], lambda _, keys: taken.append(keys))
-        return taken[0]
+        return as_stacked(taken[0], input_ids)
 
     def run(self, input_ids: Tensor, layers: Sequence[int], on_keys: OnKeys) -> None:
         """Run (batch, length) token ids up to the last of `layers`.

@@ -15,5 +15,6 @@ EDITOR = Editor(
     direction=Direction(),
     value=ValueSearch(steps=21, kl_at="end"),
     afterwards=Afterwards(share=everything),
+    of_experts=True,
     predicted=True,
 )
