@@ -221,8 +221,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
             file.replace(folder / file.name)
 
 
-def build(folder: Path, kind: str = "tiny", seed: int = SEED, threads: int = THREADS) -> None:
-    """Train tokenizer and model and write them to `folder`."""
+def build(
+    folder: Path,
+    kind: str = "tiny",
+    seed: int = SEED,
+    threads: int = THREADS,
+    *,
+    untrained: bool = False,
+) -> None:
+    """Train tokenizer and model and write them to `folder`; `untrained`: the tokenizer alone."""
     torch.set_num_threads(threads)
     texts = list(documents())
     tokenizer = train_tokenizer(texts)
@@ -232,7 +239,8 @@ def build(folder: Path, kind: str = "tiny", seed: int = SEED, threads: int = THR
     _say(f"{len(texts)} documents, {sum(map(len, sequences))} tokens")
     end: int = tokenizer.eos_token_id
     model = new_model(end, kind, seed)
-    train_model(model, sequences, end, seed)
+    if not untrained:
+        train_model(model, sequences, end, seed)
     save(model, tokenizer, folder)
     _say(f"{model.num_parameters()} parameters in {folder}")
 
@@ -248,10 +256,12 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default="tiny", help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=SEED, help="[%(default)s]")
     parser.add_argument("--threads", type=int, default=THREADS, help="[%(default)s]")
+    parser.add_argument("--untrained", action="store_true", help="leave the weights as drawn")
     given = parser.parse_args()
-    if given.output is None and (given.kind, given.seed) != ("tiny", SEED):
+    if given.output is None and (given.kind, given.seed, given.untrained) != ("tiny", SEED, False):
         parser.error("only the embedded model is written without --output")
-    build(given.output or MODEL_DIR, given.kind, given.seed, given.threads)
+    output = given.output or MODEL_DIR
+    build(output, given.kind, given.seed, given.threads, untrained=given.untrained)
 
 
 if __name__ == "__main__":
