@@ -519,6 +519,23 @@ def test_kurtosis_families_are_side_by_side_in_shades_by_size() -> None:
     assert len({ax.get_ylim() for ax in drawn}) == 1
 
 
+def test_kurtosis_of_a_mixture_is_beside_the_dense_models_of_its_active_size() -> None:
+    models = ("qwen3-0.6b", "qwen3-4b", "qwen3-30b-a3b", "llama3.2-3b", "gpt-j", "gpt2-small")
+    fig = KINDS["kurtosis"].draw([source(model, 2, m=8) for model in models])
+    legends = {
+        ax.get_title(): [text.get_text() for text in ax.get_legend().get_texts()] for ax in fig.axes
+    }
+    assert legends == {
+        "Qwen3": ["qwen3-0.6b", "qwen3-4b"],
+        "about 4 B active parameters": ["llama3.2-3b", "qwen3-4b", "qwen3-30b-a3b"],
+        "other models": ["gpt2-small", "gpt-j"],
+    }
+    lines = fig.axes[1].lines[1:]
+    assert [line.get_linestyle() for line in lines] == ["-", "-", "--"]
+    alone = KINDS["kurtosis"].draw([source("qwen3-30b-a3b", 2, m=8), source("gpt-j", 2, m=8)])
+    assert [ax.get_title() for ax in alone.axes] == [""]
+
+
 def test_kurtosis_band_is_the_interval_of_resampled_facts() -> None:
     one = source(layers=3, m=16)
     fig = KINDS["kurtosis"].draw([one], FigureOptions(seed=3))

@@ -14,6 +14,8 @@ from scipy.stats import kurtosis
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from kscli.facts import DEFAULT_COUNT, Fact, read_facts
+from kscli.models.loading import load_model
+from kscli.models.locating import ModelOptions
 from kscli.tiny import FACTS_PATH, MODEL_DIR
 from kscli.tiny import build as building
 from kscli.tiny.corpus import documents
@@ -185,3 +187,56 @@ def test_build_is_reproducible_and_leaves_other_files(tmp_path: Path) -> None:
         assert written.read_bytes() == (tmp_path / "one" / written.name).read_bytes()
     GPT2LMHeadModel.from_pretrained(tmp_path / "two")
     AutoTokenizer.from_pretrained(tmp_path / "two")
+
+
+def shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    held = building.new_model(0, kind).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in held}
+
+
+def test_dense_and_expert_models_differ_in_the_mlp_alone() -> None:
+    dense, wide, experts = (shapes(kind) for kind in ("dense", "wide", "experts"))
+    apart = [
+        {name: of[name] for name in of if ".mlp." not in name} for of in (dense, wide, experts)
+    ]
+    assert apart[0] == apart[1] == apart[2]
+    for layer in range(LAYERS):
+        block = f"model.layers.{layer}.mlp"
+        assert dense[f"{block}.down_proj.weight"] == (128, 512)
+        assert wide[f"{block}.down_proj.weight"] == (128, 8 * 256)
+        assert experts[f"{block}.experts.down_proj"] == (8, 128, 256)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_small_mixture_of_experts_is_built_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind, seed in (("dense", 0), ("experts", 0), ("experts", 1)):
+        arguments = ["build", "--kind", kind, "--seed", str(seed), "--threads", "1"]
+        output = tmp_path / f"{kind}-{seed}"
+        monkeypatch.setattr("sys.argv", [*arguments, "--output", str(output)])
+        building.main()
+    dense, experts, other = (
+        load_model(ModelOptions(str(tmp_path / name), dtype="float32")).decoder
+        for name in ("dense-0", "experts-0", "experts-1")
+    )
+    assert (experts.n_experts, experts.d_m, dense.d_m) == (8, 256, 512)
+    router = LAYERS * 8 * 128
+    assert experts.active_parameters == dense.active_parameters + router
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert not torch.equal(experts.model.get_parameter(name), other.model.get_parameter(name))
+    building.build(tmp_path / "drawn", "experts", untrained=True)
+    drawn = load_model(ModelOptions(str(tmp_path / "drawn"), dtype="float32")).decoder.model
+    assert torch.equal(
+        drawn.get_parameter(name), building.new_model(0, "experts").get_parameter(name)
+    )
+    assert not torch.equal(drawn.get_parameter(name), experts.model.get_parameter(name))
+
+
+def test_only_the_embedded_model_is_written_without_a_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["build", "--kind", "experts"])
+    with pytest.raises(SystemExit):
+        building.main()
+    assert "without --output" in capsys.readouterr().err

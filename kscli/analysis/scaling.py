@@ -10,7 +10,7 @@ Both models are measured on the same facts, so their difference is resampled on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,7 @@ from kscli.analysis.resampling import (
 )
 from kscli.analysis.statistics import DISTINCT, STATISTICS, TAILS
 from kscli.analysis.tails import share_within
-from kscli.models.families import Member, family_of, of_one_active_size
+from kscli.models.families import Member, member_of, of_one_active_size
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
@@ -59,10 +59,7 @@ class Measured:
     def of_file(cls, file: PMatrixFile, layers: tuple[int, ...]) -> Measured:
         """What an open pmatrix file holds at some layers."""
         about = file.about
-        sizes = None
-        if about.parameters and about.active_parameters:
-            sizes = about.parameters, about.active_parameters
-        return cls(file, about.model_id, about.n_layers, layers, sizes, file.experts_of)
+        return cls(file, about.model_id, about.n_layers, layers, about.sizes, file.experts_of)
 
     @property
     def depths(self) -> Array:
@@ -71,12 +68,8 @@ class Measured:
 
     @property
     def member(self) -> Member | None:
-        """Its family, which is empty where no name tells it, and its sizes; None: not known."""
-        told = family_of(self.matrices.model, self.model_id)
-        if self.sizes is None:
-            return told
-        size, active = map(float, self.sizes)
-        return replace(told, size=size, active=active) if told else Member("", size, active)
+        """Its family and sizes, as `member_of` knows them."""
+        return member_of(self.matrices.model, self.model_id, self.sizes)
 
 
 def scaling_rows(

@@ -81,6 +81,13 @@ class About:
         default_factory=dict
     )
 
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """The parameters of the model and those that one token uses, where the file says them."""
+        if self.parameters is None or self.active_parameters is None:
+            return None
+        return self.parameters, self.active_parameters
+
     def derive(self, about: type[AnyAbout], **own: Any) -> AnyAbout:
         """What a file made from this one says: the fields that both have, and its `own`."""
         names = {each.name for each in fields(about)} & {each.name for each in fields(self)}

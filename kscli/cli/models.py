@@ -6,32 +6,36 @@ from dataclasses import asdict
 from functools import partial
 
 from kscli.cli import options
-from kscli.cli.output import Format, print_rows
+from kscli.cli.output import FOR_MACHINES, Format, print_rows
 from kscli.tables import Column, Row
 
 
-def _millions(row: Row, key: str) -> str:
-    return f"{row[key] / 1e6:,.1f} M"
+def _size(row: Row, key: str) -> str:
+    size = row[key]
+    return f"{size / 1e9:,.1f} B" if size >= 1e9 else f"{size / 1e6:,.1f} M"
 
 
 def _active(row: Row) -> str:
-    return _millions(row, "active") if row["active"] != row["parameters"] else ""
+    return _size(row, "active") if row["active"] != row["parameters"] else ""
+
+
+def _hub_id(row: Row) -> str:
+    return f"{row['hub_id'] or '(in the package)'}{'' if row['listing_seen'] else ' *'}"
 
 
 COLUMNS = (
     Column("name"),
-    Column("family"),
-    Column("hub_id", "Hub id", value=lambda row: row["hub_id"] or "(in the package)"),
-    Column("layers", spec="d"),
-    Column("d_m", spec=",d"),
-    Column("parameters", spec="f", value=partial(_millions, key="parameters")),
-    Column("active", spec="f", value=_active),
+    Column("family", spare=4),
+    Column("hub_id", "Hub id", value=_hub_id),
+    Column("layers", spec="d", spare=2),
+    Column("d_m", spec=",d", spare=3),
+    Column("parameters", spec="f", value=partial(_size, key="parameters")),
+    Column("active", spec="f", value=_active, spare=1),
     Column("gate", "the Hub asks for", value=lambda row: row["gate"] or ""),
-    Column("listing_seen", "listing", value=lambda row: "" if row["listing_seen"] else "not seen"),
 )
 NOT_SEEN = (
-    "listing not seen: the model's page on the Hub could not be read when its line was written; "
-    "its commit, its sizes and what the Hub asks for are as public repositories have them."
+    "*: the model's listing on the Hub could not be seen when its line was written; its commit, "
+    "its sizes and what the Hub asks for are as public repositories have them."
 )
 
 
@@ -50,5 +54,5 @@ def models(output_format: options.OutputFormat = Format.table) -> None:
 
     rows = [asdict(alias) for alias in ALIASES]
     print_rows(rows, COLUMNS, output_format)
-    if output_format is Format.table and not all(row["listing_seen"] for row in rows):
+    if output_format not in FOR_MACHINES and not all(row["listing_seen"] for row in rows):
         ConsoleReporter().note(NOT_SEEN)

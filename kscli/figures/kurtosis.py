@@ -38,7 +38,7 @@ from kscli.figures.style import (
     title,
 )
 from kscli.layers import layers_text
-from kscli.models.families import family
+from kscli.models.families import Member, family, member_of, of_one_active_size
 
 _AXES_HEIGHT = 2.2
 # Layers that a column of the page has room for, and lines whose bands can be told apart, and
@@ -60,6 +60,7 @@ class _Line:
     x: tuple[float, ...]
     kurtosis: tuple[float, ...]
     intervals: tuple[Interval, ...]
+    member: Member | None
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     """One line a model, over its layers; a layer whose kurtosis is undefined is a gap.
 
     Families of several sizes have axes each, side by side on one scale, of one colour, lighter
-    for smaller models. Models of different depth are drawn over the relative depth, 0 the first
-    layer and 1 the last. The 95 % intervals of resampled facts are bands, or bars where some axes
-    have more than two lines; where some have more than four there are none, as a note says.
-    The legend, in the order of `sources`, names undefined layers; without them one model needs
-    none.
+    for smaller models. Mixtures of experts, dashed, have axes with the dense models of which a
+    token uses as many parameters. Models of different depth are drawn over the relative depth, 0
+    the first layer and 1 the last. The 95 % intervals of resampled facts are bands, or bars where
+    some axes have more than two lines; where some have more than four there are none, as a note
+    says. The legend, in the order of `sources`, names undefined layers; without them one model
+    needs none.
     """
     relative = len({_depth(source) for source in sources}) > 1
     lines = [_line(source, relative, options.seed) for source in sources]
@@ -133,25 +135,75 @@ def _line(source: Source, relative: bool, seed: int) -> _Line:
         tuple(layer / last for layer in source.layers),
         tuple(values),
         tuple(intervals),
+        _member(source),
     )
 
 
+def _member(source: Source) -> Member | None:
+    """The model's family and sizes, by its file or its name."""
+    about = getattr(source.matrices, "about", None)
+    if about is None:
+        return member_of(source.matrices.model)
+    return member_of(source.matrices.model, about.model_id, about.sizes)
+
+
 def _panels(lines: Sequence[_Line]) -> list[_Panel]:
-    """One a family of several sizes and one for all other models; one where no such family is."""
+    """One a family of several sizes, one a mixture of experts beside dense models, one of others.
+
+    One panel where nothing but others is there.
+    """
+    beside = _beside(lines)
+    placed = {id(line) for of in beside for line in of if line.member and line.member.sparse}
     families: dict[str, list[_Line]] = {}
     for line in lines:
-        families.setdefault(line.family, []).append(line)
+        if id(line) not in placed:
+            families.setdefault(line.family, []).append(line)
     several = {name: of for name, of in families.items() if len(of) > 1}
-    single = [of[0] for of in families.values() if len(of) == 1]
+    placed |= {id(line) for of in beside for line in of}
+    single = [of[0] for of in families.values() if len(of) == 1 and id(of[0]) not in placed]
     panels = []
     for at, (name, of) in enumerate(several.items()):
         colours = shades(COLOURS[at % len(COLOURS)], len(of))
         panels.append(_Panel(name, tuple(of), tuple({"color": colour} for colour in colours)))
+    panels += map(_sparse_panel, beside)
     if single:
-        styles = tuple(line_style(len(several) + at) for at in range(len(single)))
+        styles = tuple(line_style(len(panels) + at) for at in range(len(single)))
         name = single[0].family if len(single) == 1 else "other models"
-        panels.append(_Panel(name if several else "", tuple(single), styles))
+        panels.append(_Panel(name if panels else "", tuple(single), styles))
     return panels
+
+
+def _beside(lines: Sequence[_Line]) -> list[list[_Line]]:
+    """Mixtures of experts with the dense models of their active size; no line is in two groups."""
+    groups: list[list[_Line]] = []
+    for mixture in lines:
+        group = [mixture, *(line for line in lines if _alike(line, mixture))]
+        if len(group) == 1:
+            continue
+        held = {id(line) for line in group}
+        joined = [of for of in groups if held & {id(line) for line in of}]
+        held |= {id(line) for of in joined for line in of}
+        groups = [of for of in groups if of not in joined]
+        groups.append([line for line in lines if id(line) in held])
+    return groups
+
+
+def _alike(dense: _Line, mixture: _Line) -> bool:
+    if dense.member is None or mixture.member is None:
+        return False
+    return of_one_active_size(dense.member, mixture.member)
+
+
+def _sparse_panel(lines: Sequence[_Line]) -> _Panel:
+    """Dense models in one colour, mixtures in another and dashed."""
+    sparse = [line.member is not None and line.member.sparse for line in lines]
+    active = max(line.member.active for line in lines if line.member is not None)
+    unit, scale = ("B", 1e9) if active >= 1e9 else ("M", 1e6)
+    shade = {kind: iter(shades(COLOURS[kind], sparse.count(kind))) for kind in (False, True)}
+    styles = tuple(
+        {"color": next(shade[kind]), "linestyle": "--" if kind else "-"} for kind in sparse
+    )
+    return _Panel(f"about {active / scale:.2g} {unit} active parameters", tuple(lines), styles)
 
 
 def _label(line: _Line, own: Sequence[str], width: float) -> str:

@@ -6,7 +6,7 @@ Imports nothing heavy: the kinds of figure are listed without numpy.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kscli.models.aliases import ALIASES, Alias
 
@@ -71,6 +71,20 @@ def family_of(model: str, model_id: str = "") -> Member | None:
             rest = re.sub(r"([-_.])[-_.]+", r"\1", _SIZES.sub("", base)).strip("-_.")
             return Member(rest or base, size, active)
     return None
+
+
+def member_of(
+    model: str, model_id: str = "", sizes: tuple[int, int] | None = None
+) -> Member | None:
+    """As `family_of`, with the parameters and active parameters that a file says.
+
+    The family of a model whose name tells none is empty. None where nothing tells the sizes.
+    """
+    told = family_of(model, model_id)
+    if sizes is None:
+        return told
+    size, active = map(float, sizes)
+    return replace(told, size=size, active=active) if told else Member("", size, active)
 
 
 def parameters(model: str) -> float | None:

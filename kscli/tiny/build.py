@@ -1,5 +1,9 @@
 """Make the embedded model again: `python -m kscli.tiny.build [--output DIR]`.
 
+With `--kind` it trains another model in the same way, on the same text: `experts` has a mixture of
+experts for its MLPs; `dense` has one MLP of the width that a token of `experts` sees, and is the
+same otherwise; `wide` has one MLP of the width of all experts.
+
 Trains the tokenizer and the model from scratch on `corpus.documents()`, with a fixed
 seed, in a few minutes on 2 cores, and writes an ordinary Hugging Face folder. The same
 machine, Python and torch give the same weights; another gives a model that differs in
@@ -12,27 +16,36 @@ import argparse
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from kscli.tiny import MODEL_DIR
 from kscli.tiny.corpus import documents
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEED = 0
 THREADS = 2
 VOCABULARY = 3000
 POSITIONS = 256
 WIDTH = 128
+D_M = 4 * WIDTH
 LAYERS = 4
 HEADS = 4
+EXPERTS, EACH = 8, 2  # how many experts a layer of `experts` has, and how many a token
 EPOCHS = 20
 BATCH_TOKENS = 2048
 LEARNING_RATE = 3e-3
@@ -69,9 +82,20 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
     )
 
 
-def new_model(end: int) -> GPT2LMHeadModel:
-    """Initialise the decoder: 4 layers of width 128, d_m = 512, 1.2 million parameters."""
-    torch.manual_seed(SEED)
+def new_model(end: int, kind: str = "tiny", seed: int = SEED) -> Any:
+    """Initialise the decoder of a kind, one of `KINDS`."""
+    torch.manual_seed(seed)
+    model: Any = KINDS[kind](end)
+    # A large model's first layer sees mostly the token itself. At this width it would see
+    # mostly the context, so the tokens start large, and the positions stay as small as drawn.
+    model.get_input_embeddings().weight.data *= TOKEN_SCALE
+    if kind == "tiny":
+        model.transformer.wpe.weight.requires_grad_(False)
+    return model
+
+
+def _tiny(end: int) -> GPT2LMHeadModel:
+    """The embedded model: 4 layers of width 128, d_m = 512, 1.2 million parameters."""
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=POSITIONS,
@@ -84,20 +108,64 @@ def new_model(end: int) -> GPT2LMHeadModel:
         bos_token_id=end,
         eos_token_id=end,
     )
-    model = GPT2LMHeadModel(config)
-    # A large model's first layer sees mostly the token itself. At this width it would see
-    # mostly the context, so the tokens start large, and the positions stay as small as drawn.
-    model.transformer.wte.weight.data *= TOKEN_SCALE
-    model.transformer.wpe.weight.requires_grad_(False)
+    return GPT2LMHeadModel(config)
+
+
+def _dense(end: int) -> PreTrainedModel:
+    """As `_experts`, with one gated MLP of d_m = 512 a layer: 1.4 million parameters."""
+    return _mistral(MistralConfig, end, D_M)
+
+
+def _wide(end: int) -> PreTrainedModel:
+    """As `_dense`, with d_m = 2048: 3.8 million parameters."""
+    return _mistral(MistralConfig, end, D_M * EXPERTS // EACH)
+
+
+def _experts(end: int) -> PreTrainedModel:
+    """8 experts of d_m = 256 a layer, 2 a token: 3.8 million parameters, 1.4 of them active."""
+    mixture = {"num_local_experts": EXPERTS, "num_experts_per_tok": EACH}
+    # The loss that evens out how many tokens each expert has, as Mixtral was trained.
+    return _mistral(MixtralConfig, end, D_M // EACH, **mixture, output_router_logits=True)
+
+
+def _mistral(config: Any, end: int, d_m: int, **more: Any) -> PreTrainedModel:
+    """A decoder of Mistral's kind, or Mixtral's, which differs in the MLP alone."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=POSITIONS,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            intermediate_size=d_m,
+            sliding_window=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            **more,
+        )
+    )
     return model
 
 
-def train_model(model: GPT2LMHeadModel, sequences: list[list[int]], end: int) -> None:
+KINDS: dict[str, Callable[[int], PreTrainedModel]] = {
+    "tiny": _tiny,
+    "dense": _dense,
+    "wide": _wide,
+    "experts": _experts,
+}
+
+
+def train_model(
+    model: PreTrainedModel, sequences: list[list[int]], end: int, seed: int = SEED
+) -> None:
     """Train on whole documents, each from position 0, as the model will be measured.
 
     `sequences` holds the token ids of each document; `end` is appended to each.
     """
-    steps = sum(1 for _ in _batches(sequences, end))
+    steps = sum(1 for _ in _batches(sequences, end, seed))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )
@@ -105,7 +173,7 @@ def train_model(model: GPT2LMHeadModel, sequences: list[list[int]], end: int) ->
         optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
     model.train()
-    for step, (ids, labels) in enumerate(_batches(sequences, end), start=1):
+    for step, (ids, labels) in enumerate(_batches(sequences, end, seed), start=1):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -116,13 +184,15 @@ def train_model(model: GPT2LMHeadModel, sequences: list[list[int]], end: int) ->
             _say(f"step {step} of {steps}, loss {loss.item():.3f}")
 
 
-def _batches(sequences: list[list[int]], end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    sequences: list[list[int]], end: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (ids, labels), both (batch, longest), in a new order each epoch.
 
     Sequences of about one length share a batch. The padding follows the text, where causal
     attention does not see it; its labels are ignored.
     """
-    generator = random.Random(SEED)
+    generator = random.Random(seed)
     rows = [torch.tensor([*ids, end]) for ids in sequences]
     for _ in range(EPOCHS):
         order = sorted(rows, key=lambda row: len(row) + 2 * generator.random())
@@ -139,7 +209,7 @@ def _batches(sequences: list[list[int]], end: int) -> Iterator[tuple[torch.Tenso
             )
 
 
-def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write both beside `folder`, then move each file into it; other files stay."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-") as temporary:
@@ -151,9 +221,16 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
             file.replace(folder / file.name)
 
 
-def build(folder: Path) -> None:
-    """Train tokenizer and model and write them to `folder`."""
-    torch.set_num_threads(THREADS)
+def build(
+    folder: Path,
+    kind: str = "tiny",
+    seed: int = SEED,
+    threads: int = THREADS,
+    *,
+    untrained: bool = False,
+) -> None:
+    """Train tokenizer and model and write them to `folder`; `untrained`: the tokenizer alone."""
+    torch.set_num_threads(threads)
     texts = list(documents())
     tokenizer = train_tokenizer(texts)
     sequences: list[list[int]] = tokenizer(texts, truncation=True, max_length=POSITIONS - 1)[
@@ -161,8 +238,9 @@ def build(folder: Path) -> None:
     ]
     _say(f"{len(texts)} documents, {sum(map(len, sequences))} tokens")
     end: int = tokenizer.eos_token_id
-    model = new_model(end)
-    train_model(model, sequences, end)
+    model = new_model(end, kind, seed)
+    if not untrained:
+        train_model(model, sequences, end, seed)
     save(model, tokenizer, folder)
     _say(f"{model.num_parameters()} parameters in {folder}")
 
@@ -174,10 +252,16 @@ def _say(text: str) -> None:
 def main() -> None:
     """Read the command line and build."""
     parser = argparse.ArgumentParser(prog="python -m kscli.tiny.build", description=__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=MODEL_DIR, help="the folder to write [%(default)s]"
-    )
-    build(parser.parse_args().output)
+    parser.add_argument("--output", type=Path, help=f"the folder to write [{MODEL_DIR}]")
+    parser.add_argument("--kind", choices=KINDS, default="tiny", help="[%(default)s]")
+    parser.add_argument("--seed", type=int, default=SEED, help="[%(default)s]")
+    parser.add_argument("--threads", type=int, default=THREADS, help="[%(default)s]")
+    parser.add_argument("--untrained", action="store_true", help="leave the weights as drawn")
+    given = parser.parse_args()
+    if given.output is None and (given.kind, given.seed, given.untrained) != ("tiny", SEED, False):
+        parser.error("only the embedded model is written without --output")
+    output = given.output or MODEL_DIR
+    build(output, given.kind, given.seed, given.threads, untrained=given.untrained)
 
 
 if __name__ == "__main__":
