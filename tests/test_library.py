@@ -268,6 +268,11 @@ def test_a_path_keeps_a_result_as_the_command_line_does(model: Any, tmp_path: Pa
         assert file.attributes["command"].startswith(("python", "kscli"))
 
 
+def test_a_file_says_what_it_is(found: Any) -> None:
+    text = f"<PMatrixFile of {MODEL_DIR.name}, layers 0,3: {found.pmatrix.path}>"
+    assert repr(found.pmatrix) == text
+
+
 def test_open_refuses_what_is_no_artifact(tmp_path: Path) -> None:
     (tmp_path / "x.h5").write_text("text")
     for path in (tmp_path / "x.h5", tmp_path / "absent.h5"):
