@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -261,17 +261,19 @@ def _open_hub(spec: CorpusSpec, source: HubSource) -> Corpus:
 def _open_tiny(spec: CorpusSpec) -> Corpus:
     from kscli.tiny import corpus
 
-    return replace(corpus_of(list(corpus.documents()), "tiny"), field=spec.field)
+    return corpus_of(corpus.documents(), spec.field, "tiny")
 
 
-def corpus_of(texts: Sequence[str], name: str = "texts") -> Corpus:
-    """The corpus of texts in memory, a document each; the name stands before its identity, too."""
-    documents = tuple(texts)
+def corpus_of(
+    documents: Iterable[str | Mapping[str, object]], field: str = "text", name: str = "texts"
+) -> Corpus:
+    """The corpus of documents in memory, texts or records; the name begins its identity, too."""
+    documents = tuple(documents)
     digest = hashlib.sha256(json.dumps(documents, default=repr).encode()).hexdigest()
     return Corpus(
         name,
         f"{name}:sha256:{digest}",
-        "text",
+        field,
         lambda: ((f"{name}, document {at}", text) for at, text in enumerate(documents, 1)),
         count=len(documents),
     )

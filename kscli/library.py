@@ -10,12 +10,14 @@ logger `kscli`, and progress is shown in notebooks and on terminals.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -32,6 +34,7 @@ from kscli.models.locating import ModelOptions
 
 if TYPE_CHECKING:
     import pandas
+    import xarray
     from matplotlib.figure import Figure
 
     from kscli.corpus import Corpus
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from kscli.pipeline import LoadedSession
     from kscli.positions import KeyToken
 
+Texts = str | Path | Iterable[str | Mapping[str, object]]
 Facts = str | Path | FactSet | Iterable[Mapping[str, object] | Fact]
 AnyFile = TypeVar("AnyFile", bound=Artifact)
 
@@ -59,14 +63,33 @@ class KscliWarning(UserWarning):
 class LibraryReporter(ConsoleReporter):
     """Reports as Python's libraries do: warnings as warnings, notes to a logger, and bars."""
 
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(quiet=quiet)
+        self._held: list[str] | None = None
+
+    @contextmanager
+    def holding_warnings(self) -> Iterator[None]:
+        """Warn when the block ends: in it, the libraries' own warnings are ignored, and all are."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            for text in held:
+                self.warn(text)
+
     def note(self, text: str) -> None:
         """Log a text."""
         logging.getLogger("kscli").info(text)
 
     def warn(self, text: str) -> None:
         """Warn, at the line that called kscli, each time that there is reason to."""
+        if self._held is not None:
+            self._held.append(text)
+            return
         frame = sys._getframe(1)
-        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "kscli":
+        inside = ("kscli", "contextlib")
+        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
             frame = frame.f_back
         warnings.warn_explicit(text, KscliWarning, frame.f_code.co_filename, frame.f_lineno)
 
@@ -79,6 +102,12 @@ class Records(list[dict[str, Any]]):
         from kscli.artifacts.frames import frame_of
 
         return frame_of(self)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The records as a data set, whose axis `index` counts them."""
+        from kscli.artifacts.frames import dataset_of_rows
+
+        return dataset_of_rows(self)
 
 
 def load_model(
@@ -115,7 +144,7 @@ def load_model(
         options = ModelOptions(
             str(model), revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
         )
-        with reporter.task(f"loading {model}"):
+        with reporter.holding_warnings(), reporter.task(f"loading {model}"):
             found = load(options, reporter)
         return replace(found, digest=digest_of_weights(found.decoder.model))
     from kscli.models.live import live_model
@@ -125,7 +154,7 @@ def load_model(
 
 def second_moments(
     model: str | Path | LoadedModel,
-    corpus: str | Path | Iterable[str],
+    corpus: Texts,
     *,
     layers: str = "all",
     samples: int | None = 100_000,
@@ -142,8 +171,8 @@ def second_moments(
 ) -> CovarianceFile:
     """C of every layer's keys over a corpus, as `kscli cache-cov` measures it.
 
-    The corpus is named, or is a file or folder, or an iterable of texts, a document each. C of all
-    layers takes 4 d_m^2 bytes a layer on the disk of `path`.
+    The corpus is named, or is a file or folder, or an iterable of texts, a document each, or of
+    records with a `text_field`. C takes 4 d_m^2 bytes a layer on the disk of `path`.
     """
     from kscli.resources import parse_size
     from kscli.second_moment.options import CovarianceOptions, Execution
@@ -171,9 +200,9 @@ def extract_keys(
 ) -> KeysFile:
     """The key of every fact at every layer, as `kscli extract` reads it.
 
-    Facts are a name, a file, or an iterable of dicts with `prompt` (with {} for the subject),
-    `subject` and `target`, and `target_new` and questions where they are to be edited. `count`
-    takes the first so many.
+    Facts are a name, a file, a table of pandas, or an iterable of dicts with `prompt` (with {} for
+    the subject), `subject` and `target`, and `target_new` and questions where they are to be
+    edited. `count` takes the first so many.
     """
     from kscli.contexts import choose_contexts
     from kscli.editing.editors import ROME_CONTEXTS
@@ -289,7 +318,7 @@ def edit(
     count: int | None = 10,
     order: Order = "given",
     target_source: str | None = None,
-    held_out: str | Path | Iterable[str] | None = None,
+    held_out: Texts | None = None,
     held_out_tokens: int = 2048,
     path: str | Path | None = None,
     force: bool = False,
@@ -439,7 +468,7 @@ def _existing(*, force: bool) -> Existing:
 
 
 def _corpus(
-    corpus: str | Path | Iterable[str],
+    corpus: Texts,
     text_field: str | None,
     shuffle: int | Literal["default"] | None,
 ) -> Corpus:
@@ -447,14 +476,28 @@ def _corpus(
 
     if isinstance(corpus, str | Path):
         return open_corpus(CorpusSpec(str(corpus), text_field, shuffle))
-    return corpus_of([*corpus])
+    return corpus_of(corpus, text_field or "text")
 
 
 def _facts(facts: Facts, count: int | None) -> FactSet:
     if isinstance(facts, str | Path):
         return read_facts(facts, count)
-    found = facts if isinstance(facts, FactSet) else facts_of(facts)
+    records: Any = _rows(facts) if hasattr(facts, "to_dict") else facts
+    found = records if isinstance(records, FactSet) else facts_of(records)
     return replace(found, facts=found.facts[:count])
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table of pandas, each without what is missing in it."""
+    import pandas
+
+    def there(value: Any) -> bool:
+        return value is not pandas.NA and not (isinstance(value, float) and math.isnan(value))
+
+    return [
+        {name: value for name, value in row.items() if there(value)}
+        for row in table.to_dict("records")
+    ]
 
 
 def _opened(kind: type[AnyFile], given: Any) -> AnyFile:

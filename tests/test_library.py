@@ -13,6 +13,7 @@ from typing import Any
 
 import naive
 import numpy as np
+import pandas
 import pytest
 import torch
 from cli_kit import ROOT, kscli
@@ -28,6 +29,7 @@ from kscli.figures import KINDS
 from kscli.interrupts import InterruptedRunError
 from kscli.library import LibraryReporter
 from kscli.models.live import digest_of_weights
+from kscli.reporter import silenced
 from kscli.tiny import MODEL_DIR
 from kscli.tiny.corpus import documents
 
@@ -167,6 +169,28 @@ def test_facts_are_those_of_a_file(model: Any, found: Any, tmp_path: Path) -> No
     assert again.fingerprint == other.fingerprint
 
 
+def test_tables_and_records_are_facts_and_texts(model: Any, found: Any) -> None:
+    table = pandas.DataFrame([*FACTS, FACTS[0] | {"target_new": "Rome", "case_id": 5}])
+    keys = library.extract_keys(model, table, layers="0", contexts=0)
+    assert [fact.target_new for fact in keys.facts] == [""] * 5 + ["Rome"]
+    assert keys.facts[:5] == found.keys.facts
+    records = [{"body": text} for text in TEXTS]
+    cov = library.second_moments(model, records, layers="0", text_field="body")
+    assert np.array_equal(cov.second_moment(0), found.cov.second_moment(0))
+
+
+def test_a_warning_while_libraries_are_silenced_is_heard() -> None:
+    reporter = LibraryReporter()
+
+    def load() -> None:
+        with reporter.holding_warnings(), silenced("peft"):
+            reporter.warn("peft says so")
+
+    with pytest.warns(library.KscliWarning, match="peft says so") as seen:
+        load()
+    assert seen[0].filename == __file__
+
+
 def test_weights_that_changed_are_another_model_s(changeable: Any, found: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     model = library.load_model(changeable, tokenizer)
@@ -266,6 +290,11 @@ def test_a_path_keeps_a_result_as_the_command_line_does(model: Any, tmp_path: Pa
     with library.open(path) as file:
         assert file.layers == (3,)
         assert file.attributes["command"].startswith(("python", "kscli"))
+
+
+def test_a_file_says_what_it_is(found: Any) -> None:
+    text = f"<PMatrixFile of {MODEL_DIR.name}, layers 0,3: {found.pmatrix.path}>"
+    assert repr(found.pmatrix) == text
 
 
 def test_open_refuses_what_is_no_artifact(tmp_path: Path) -> None:
@@ -431,6 +460,7 @@ def test_risk_is_the_command_s(found: Any, options: Any, arguments: Any) -> None
     rows = library.risk(found.pmatrix, **arguments)
     assert json.loads(done.stdout) == json.loads(json.dumps(rows).replace("NaN", "null"))
     assert len(rows.to_pandas()) == len(rows) > 0
+    assert rows.to_xarray()["layer"].values.tolist() == [row["layer"] for row in rows]
 
 
 def test_figures_are_matplotlib_s(found: Any, measured_tiny: Path, tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def frame_of(rows: Iterable[Mapping[str, Any]]) -> DataFrame:
     return found
 
 
+def dataset_of_rows(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Flat records as a data set with the axis `index`."""
+    _package("xarray")
+    found: Dataset = frame_of(rows).to_xarray()
+    return found
+
+
 def covariance_frame(file: CovarianceFile, layers: str) -> DataFrame:
     """C, (d_m, d_m), of every layer, and expert if there are any, one below the other."""
     pandas, chosen = _package("pandas"), _chosen(file, layers)

@@ -34,7 +34,7 @@ from kscli.cosines import cosine, no_cosine, whitened_cosine
 from kscli.errors import ArtifactError, FactsError, KscliError, MissingError
 from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
-from kscli.layers import format_layers
+from kscli.layers import format_layers, layers_text
 from kscli.models.families import whose_p
 
 if TYPE_CHECKING:
@@ -90,6 +90,10 @@ class Artifact:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def __repr__(self) -> str:
+        where = f"{self.model}, {layers_text(self.layers)}"
+        return f"<{type(self).__name__} of {where}: {self.path}>"
 
     def closing(self) -> Callable[[], None]:
         """What closes the file, and does not keep this object."""
