@@ -289,24 +289,36 @@ def superposition_of_experts(
     Raises NumericsError, naming an expert and a fact that is routed to it, where it saw too few
     tokens.
     """
-    return superposition_of_blocks(_blocks(cov, keys, layer, ridge), len(keys.facts))
+    blocks = (block for _, block in _blocks(cov, keys, layer, ridge))
+    return superposition_of_blocks(blocks, len(keys.facts))
 
 
-def _blocks(cov: CovarianceFile, keys: KeysFile, layer: int, ridge: float) -> Iterator[Block]:
-    """The experts to which facts are routed, and the shared ones."""
-    experts, parts, routed = keys.experts_of(layer), keys.expert_keys_of(layer), cov.routed(layer)
-    for expert in np.unique(experts[experts >= 0]).tolist():
-        rows, slots = np.nonzero(experts == expert)
+def superpositions_by_expert(
+    cov: CovarianceFile, keys: KeysFile, layer: int, ridge: float = 0.0
+) -> Iterator[tuple[int, tuple[Superposition, NDArray[np.intp]]]]:
+    """By each expert's number, the matrices of it alone, and the facts that they are of.
+
+    Experts that no fact is routed to are left out; shared ones are last. Raises as
+    `superposition_of_experts` does.
+    """
+    for number, block in _blocks(cov, keys, layer, ridge):
+        of_facts = _without_zeros(block)
+        own = replace(of_facts, rows=np.arange(len(of_facts.rows)))
+        yield number, (superposition_of_blocks([own], len(own.rows)), of_facts.rows)
+
+
+def _blocks(
+    cov: CovarianceFile, keys: KeysFile, layer: int, ridge: float
+) -> Iterator[tuple[int, Block]]:
+    """By their numbers, the experts to which facts are routed, and the shared ones."""
+    for number, (rows, part) in keys.keys_by_expert(layer).items():
         try:
-            white = whitening(cov.second_moment_of(layer, expert), int(routed[expert]), ridge)
+            white = whitening(*cov.block(layer, number), ridge)
         except NumericsError as error:
             text = quote(keys.facts[rows[0]].text)
-            raise NumericsError(f"expert {expert}, to which {text} is routed: {error}") from error
-        yield Block(white, parts[rows, slots], rows)
-    shared = cov.shared_second_moment(layer)
-    if shared is not None:
-        of_facts = keys.shared_keys_of(layer)
-        yield Block(whitening(shared, cov.count, ridge), of_facts, np.arange(len(of_facts)))
+            name = cov.block_name(number)
+            raise NumericsError(f"{name}, to which {text} is routed: {error}") from error
+        yield number, Block(white, part, rows)
 
 
 def _warn_of_few_tokens(cov: CovarianceFile, layers: tuple[int, ...], reporter: Reporter) -> None:

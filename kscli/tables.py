@@ -69,7 +69,7 @@ def cell(column: Column, row: Row, undefined: str = "-") -> str:
         return str(value)
     text = number(value, column.spec)
     if column.interval:
-        low, high = (row[f"{column.key}_{end}"] for end in ("low", "high"))
+        low, high = (row.get(f"{column.key}_{end}") for end in ("low", "high"))
         if low is not None and low == low:
             return f"{text} [{number(low, column.spec)}, {number(high, column.spec)}]"
     return text
@@ -179,6 +179,18 @@ ROUTING = (
     Column("kurtosis", spec=".1f"),
     Column("kurtosis_common", "with a common expert", ".1f", "Kurtosis of p, such pairs."),
 )
+BY_EXPERT = (
+    MODEL,
+    LAYER,
+    Column("expert"),
+    Column("tokens", spec=",d", meaning="Tokens of the corpus that are routed to the expert."),
+    Column("token_share", "of all", ".1%"),
+    Column("facts", spec="d", meaning="Facts that are routed to the expert."),
+    Column("leverage_share", "of leverage", ".1%", "Its mean share of these facts' k'C^-1k."),
+    Column("std", "std of p", ".3f", "Of p of the expert alone, between these facts."),
+    Column("kurtosis", spec=".1f"),
+    Column("max", "largest p", ".2f"),
+)
 SAME_TOKEN = (
     LAYER,
     Column("same_token", "of all pairs", ".2%"),
@@ -207,8 +219,20 @@ SPECTRUM = (
     Column("m", spec="d", varying=True),
     LAYER,
     Column("d_m", spec="d", varying=True),
-    Column("participation_ratio", "participation ratio", ".1f", "Of C: (tr C)^2 / tr C^2."),
-    Column("effective_rank", "effective rank", ".1f", "Of C: exp of its spectrum's entropy."),
+    Column(
+        "participation_ratio",
+        "participation ratio",
+        ".1f",
+        "Of C: (tr C)^2 / tr C^2. Of experts: the median of theirs, in brackets the range.",
+        interval=True,
+    ),
+    Column(
+        "effective_rank",
+        "effective rank",
+        ".1f",
+        "Of C: exp of its spectrum's entropy.",
+        interval=True,
+    ),
     *OVERLAPS[1:],
     Column("null_share", "null", ".0%", "Directions that the absolute cut calls null."),
     Column("keys_in_null", "keys there", ".1%", "The share of the keys' energy in them."),

@@ -44,8 +44,8 @@ def measure(folder: Path, *options: str) -> Path:
     return folder / "artifacts" / "moe" / "pmatrix.h5"
 
 
-def true_matrices(family: str, folder: Path, layer: int) -> tuple[Any, Any]:
-    """P, and how many experts each pair of facts has in common, by the definition."""
+def parts_of(family: str, folder: Path, layer: int) -> tuple[list[Any], list[Any]]:
+    """By expert, shared ones last, the keys (tokens, d_m) of the text and (m, d_m) of the facts."""
     model, tokenizer = in_float64(folder), AutoTokenizer.from_pretrained(folder)
     texts = open_corpus(CorpusSpec("tiny")).documents()
     documents = [
@@ -53,17 +53,33 @@ def true_matrices(family: str, folder: Path, layer: int) -> tuple[Any, Any]:
         for text, _ in zip(texts, range(DOCUMENTS), strict=False)
     ]
     tokens = [np.concatenate(parts) for parts in zip(*documents, strict=True)]
-    C = block_diag(*[keys.T @ keys / len(keys) for keys in tokens])
-    keys = []
+    of_facts = []
     for fact in read_facts("tiny", FACTS).facts:
         ids, at = naive.subject_last(tokenizer, fact.text, *fact.subject_span)
-        keys.append([part[at] for part in stacked_keys(family, model, ids, layer)])
-    stacked = np.array([np.concatenate(parts) for parts in keys])
+        of_facts.append([part[at] for part in stacked_keys(family, model, ids, layer)])
+    return tokens, [np.array(part) for part in zip(*of_facts, strict=True)]
+
+
+def moment(keys: Any) -> Any:
+    """E[k k^T] over all tokens."""
+    return keys.T @ keys / len(keys)
+
+
+def diagonal(C: Any, keys: Any) -> Any:
+    """k^T C^-1 k of every key."""
+    return np.einsum("ia,ia->i", keys, np.linalg.solve(C, keys.T).T)
+
+
+def true_matrices(family: str, folder: Path, layer: int) -> tuple[Any, Any]:
+    """P, and how many experts each pair of facts has in common, by the definition."""
+    tokens, keys = parts_of(family, folder, layer)
+    C = block_diag(*map(moment, tokens))
+    stacked = np.concatenate(keys, axis=1)
     live = np.flatnonzero(np.diagonal(C))
     P = naive.superposition(C[np.ix_(live, live)], stacked[:, live])
-    n_experts = len(keys[0]) - (family in SHARED)
-    routed = np.array([[float((part != 0).any()) for part in parts[:n_experts]] for parts in keys])
-    return P, routed @ routed.T
+    routed = keys[: len(keys) - (family in SHARED)]
+    reached = np.array([(part != 0).any(axis=1) for part in routed], dtype=float).T
+    return P, reached @ reached.T
 
 
 SHARED = ("deepseek-v3", "glm4-moe", "qwen2-moe", "llama4")
@@ -165,3 +181,53 @@ def test_stats_and_topk_say_how_facts_are_routed(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     run(tmp_path, "report", "-m", tmp_path / "moe", "-o", page)
     assert f"{100 * rows[0]['no_common_expert']:.1f} %" in page.read_text("utf-8")
+
+
+def test_p_of_every_expert_alone_is_the_definitions(tmp_path: Path) -> None:
+    """Of shared experts too; weighted by their shares of leverage they add up to the layer's P."""
+    family = "deepseek-v3"
+    save_experts(family, tmp_path / "moe")
+    path = measure(tmp_path)
+    done = run(tmp_path, "stats", "--pmatrix", path, "--experts", "--layers", "0", "-f", "json")
+    rows = json.loads(done.stdout)
+    assert [row["expert"] for row in rows] == [*range(8), "shared"]
+    tokens, keys = parts_of(family, tmp_path / "moe", 0)
+    whole = sum(diagonal(moment(text), k) for text, k in zip(tokens, keys, strict=True))
+    total = np.zeros((FACTS, FACTS))
+    for row, of_tokens, k in zip(rows, tokens, keys, strict=True):
+        C = moment(of_tokens)
+        reached = np.flatnonzero((k != 0).any(axis=1))
+        assert row["tokens"] == (of_tokens != 0).any(axis=1).sum()
+        assert row["token_share"] == pytest.approx(row["tokens"] / len(of_tokens))
+        assert row["facts"] == len(reached) > 1
+        P = naive.superposition(C, k[reached])
+        off_diagonal = P[~np.eye(len(reached), dtype=bool)]
+        share = diagonal(C, k)[reached] / whole[reached]
+        assert row["leverage_share"] == pytest.approx(share.mean(), abs=1e-4)
+        assert row["std"] == pytest.approx(off_diagonal.std(), abs=1e-4)
+        assert row["max"] == pytest.approx(off_diagonal.max(), abs=1e-4)
+        total[np.ix_(reached, reached)] += share[:, None] * P
+    np.testing.assert_allclose(total, true_matrices(family, tmp_path / "moe", 0)[0], atol=1e-10)
+
+
+def test_spectra_of_experts_are_the_median_and_the_range(tmp_path: Path) -> None:
+    save_experts("mixtral", tmp_path / "moe")
+    path = measure(tmp_path)
+    how = ("stats", "--pmatrix", path, "--spectrum", "--layers", "1", "-f", "json")
+    (row,) = json.loads(run(tmp_path, *how, "--null-space", "0.05").stdout)
+    tokens, keys = parts_of("mixtral", tmp_path / "moe", 1)
+    ratios, null = [], []
+    for of_tokens, k in zip(tokens, keys, strict=True):
+        values, vectors = np.linalg.eigh(moment(of_tokens))
+        ratios.append(values.sum() ** 2 / (values**2).sum())
+        null.append(((k @ vectors[:, values < 0.05]) ** 2).sum() / (k**2).sum())
+    for name, wanted in (("participation_ratio", ratios), ("keys_in_null", null)):
+        ends = (row[name], row[f"{name}_low"], row[f"{name}_high"])
+        assert ends == pytest.approx((np.median(wanted), min(wanted), max(wanted)), rel=1e-3)
+    assert row["one_over_d_m"] is None
+
+
+def test_a_dense_model_has_no_experts_to_show(measured_tiny: Path) -> None:
+    done = kscli("stats", "--pmatrix", measured_tiny / "pmatrix.h5", "--experts")
+    assert done.exit_code == 2
+    assert "is of a dense model" in one_sentence(done.stderr)

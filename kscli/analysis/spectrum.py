@@ -9,6 +9,8 @@ With the singular values s of C (it is symmetric and not negative, so they are i
 
 The overlap is the mean of cos(k_i, k_j)^2 over pairs i != j. In the whitening space it is 1/d_m for
 keys that are not related; in the activation space about 1 / participation ratio.
+
+Of a layer of experts C_e of each expert has a spectrum of its own; a row has their median.
 """
 
 from __future__ import annotations
@@ -107,18 +109,14 @@ def spectra_of(
         cov.require_layers(layers)
         keys.require_layers(layers)
         rows = []
+        describe = _of_experts if cov.about.n_experts else _of_layer
         for layer in layers:
             try:
-                spectrum = spectrum_of(cov.second_moment(layer))
+                found = describe(cov, keys, layer, absolute, relative)
             except NumericsError as error:
                 raise NumericsError(f"layer {layer} of {cov.path}: {error}") from None
-            of_facts = keys.keys_of(layer)
-            rows.append(
-                {"model": pmatrix.model}
-                | overlap_row(pmatrix, layer)
-                | _dimensions(spectrum)
-                | _null_spaces(spectrum, of_facts, absolute, relative)
-            )
+            cuts = {"null_space": absolute.size, "relative_null_space": relative.size}
+            rows.append({"model": pmatrix.model} | overlap_row(pmatrix, layer) | cuts | found)
             task.advance()
     return rows
 
@@ -133,24 +131,55 @@ def overlap_row(pmatrix: PMatrixFile, layer: int) -> dict[str, Any]:
         "d_m": d_m,
         "overlap": mean_squared_overlap(cosines),
         "overlap_whitened": mean_squared_overlap(pmatrix.matrix("whitened_cosine", layer)),
-        "one_over_d_m": 1 / d_m,
+        # Of experts it is the overlap of keys that have all their experts in common.
+        "one_over_d_m": float("nan") if pmatrix.about.n_experts else 1 / d_m,
         "one_over_m": 1 / m,
     }
 
 
-def _dimensions(spectrum: Spectrum) -> dict[str, float]:
+def _of_layer(
+    cov: CovarianceFile, keys: KeysFile, layer: int, absolute: Cut, relative: Cut
+) -> dict[str, float]:
+    return _described(
+        spectrum_of(cov.second_moment(layer)), keys.keys_of(layer), absolute, relative
+    )
+
+
+def _of_experts(
+    cov: CovarianceFile, keys: KeysFile, layer: int, absolute: Cut, relative: Cut
+) -> dict[str, float]:
+    """The median over a layer's experts, shared ones left out, of what each has for itself.
+
+    `NAME_low` and `NAME_high` are the least and the largest. An expert that no token reached has no
+    spectrum; of the keys, each has those of the facts that are routed to it.
+    """
+    of_facts = keys.keys_by_expert(layer)
+    nothing = 0, np.zeros((0, cov.about.d_m))
+    rows = [
+        _described(
+            spectrum_of(cov.second_moment_of(layer, expert)),
+            of_facts.get(expert, nothing)[1],
+            absolute,
+            relative,
+        )
+        for expert in np.flatnonzero(cov.routed(layer)).tolist()
+    ]
+    found: dict[str, float] = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        known = values[~np.isnan(values)]
+        ends = (np.median(known), known.min(), known.max()) if len(known) else 3 * (np.nan,)
+        ends_of = (name, f"{name}_low", f"{name}_high")
+        found |= dict(zip(ends_of, map(float, ends), strict=True))
+    return found
+
+
+def _described(spectrum: Spectrum, keys: Array, absolute: Cut, relative: Cut) -> dict[str, float]:
     return {
         "participation_ratio": spectrum.participation_ratio,
         "effective_rank": spectrum.effective_rank,
-    }
-
-
-def _null_spaces(spectrum: Spectrum, keys: Array, absolute: Cut, relative: Cut) -> dict[str, Any]:
-    return {
-        "null_space": absolute.size,
         "null_share": spectrum.null_share(absolute),
         "keys_in_null": spectrum.energy_in_null(absolute, keys),
-        "relative_null_space": relative.size,
         "relative_null_share": spectrum.null_share(relative),
         "keys_in_relative_null": spectrum.energy_in_null(relative, keys),
     }

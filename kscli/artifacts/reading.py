@@ -284,6 +284,10 @@ class CovarianceFile(Artifact):
             return shared, self.count
         return self.second_moment_of(layer, number), int(self.routed(layer)[number])
 
+    def block_name(self, number: int) -> str:
+        """What a block is called: `expert 3`, or `the shared experts`, which come last."""
+        return f"expert {number}" if number < (self.about.n_experts or 0) else "the shared experts"
+
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths of a layer's blocks, side by side the length of a stacked key."""
@@ -440,6 +444,20 @@ class KeysFile(FactsFile):
     def expert_keys_of(self, layer: int) -> NDArray[np.float64]:
         """g k of each fact and expert of `experts_of`, (m, slot, d_m), in float64."""
         return self._of_layer("keys", layer).astype(np.float64)
+
+    def keys_by_expert(self, layer: int) -> dict[int, tuple[NDArray[np.intp], NDArray[np.float64]]]:
+        """By an expert's number, the facts that are routed to it, and their keys (facts, d_m).
+
+        Shared experts, to which all facts are, come last.
+        """
+        experts, parts = self.experts_of(layer), self.expert_keys_of(layer)
+        found = {}
+        for expert in np.unique(experts[experts >= 0]).tolist():
+            rows, slots = np.nonzero(experts == expert)
+            found[expert] = rows, parts[rows, slots]
+        if "shared_keys" in self._file.arrays:
+            found[self.about.n_experts or 0] = np.arange(len(experts)), self.shared_keys_of(layer)
+        return found
 
     def shared_keys_of(self, layer: int) -> NDArray[np.float64]:
         """g k of the experts that all tokens have, (m, d_shared), in float64."""

@@ -12,6 +12,7 @@ import typer
 from kscli.cli import options
 from kscli.cli.output import FOR_MACHINES, Format, print_head, print_line, print_rows
 from kscli.tables import (
+    BY_EXPERT,
     FIXED_POINTS,
     PAIRS_ABOVE_NOISE,
     ROUTING,
@@ -68,6 +69,13 @@ def stats(
             "null.",
         ),
     ] = False,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="Show P of every expert alone: the tokens and facts routed to it, and their p.",
+        ),
+    ] = False,
     null_space: Annotated[
         float | None,
         typer.Option(
@@ -110,11 +118,11 @@ def stats(
     each model's pmatrix.h5. Statistics of chosen layers, or of a file that --pmatrix names, are
     written only with --output.
 
-    Several models are compared in further tables. --scaling, --fixed-points, --against and
-    --spectrum print such a table alone, in any format. --spectrum reads the cov.h5 and keys.h5
-    beside each pmatrix.h5, too. The family and size of a model are known from its alias or
-    its name. --scaling compares a mixture of experts with the dense models whose tokens use as
-    many parameters, too.
+    Several models are compared in further tables. --scaling, --fixed-points, --against,
+    --spectrum and --experts print such a table alone, in any format. The last two read the cov.h5
+    and keys.h5 beside each pmatrix.h5, too. The family and size of a model are known from its
+    alias or its name. --scaling compares a mixture of experts with the dense models whose tokens
+    use as many parameters, too.
 
     Examples:
       kscli stats -m gpt2-small
@@ -123,6 +131,7 @@ def stats(
       kscli stats -m gpt-j --layers 0,-1 -f json | jq '.[] | {layer, kurtosis, kurtosis_low}'
       kscli stats -m gpt2-small --against other-text/pmatrix.h5
       kscli stats -m gpt2-small --spectrum
+      kscli stats -m olmoe --experts --layers 0
     """
     from kscli.analysis.fixed_points import comparable
     from kscli.analysis.resampling import Resampling
@@ -149,10 +158,11 @@ def stats(
 
     reporter = ConsoleReporter(quiet=quiet)
     paths = pmatrix_paths(model, pmatrix, directory, editor)
-    alone = sum([scaling, fixed_points, against is not None, spectrum])
+    alone = sum([scaling, fixed_points, against is not None, spectrum, experts])
     if alone > 1:
         raise UsageError(
-            "--scaling, --fixed-points, --against and --spectrum each print a table; name one."
+            "--scaling, --fixed-points, --against, --spectrum and --experts each print a table; "
+            "name one."
         )
     if output is not None and len(paths) > 1:
         raise UsageError("--output names one file, but several models were given.")
@@ -176,6 +186,8 @@ def stats(
             _print_noise(*chosen[0], other, k, above, output_format, reporter)
         elif spectrum:
             _print_spectrum(chosen, null_space, relative_null_space, output_format, reporter)
+        elif experts:
+            _print_experts(chosen, output_format, reporter)
         elif scaling:
             _print_scaling(chosen, resampling, output_format, reporter, asked=True)
         elif fixed_points:
@@ -317,6 +329,13 @@ def _print_spectrum(
         f"{cuts[1].size:g} times the mean singular value"
     )
     print_rows(rows, SPECTRUM, output_format, title)
+
+
+def _print_experts(chosen: Chosen, output_format: Format, reporter: Reporter) -> None:
+    from kscli.analysis.by_expert import expert_rows
+
+    rows = [row for file, layers in chosen for row in expert_rows(file, layers, reporter)]
+    print_rows(rows, BY_EXPERT, output_format, "P of every expert alone")
 
 
 def _print_noise(

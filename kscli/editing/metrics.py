@@ -100,7 +100,8 @@ class InverseByExpert:
             try:
                 found = whitening(*self.cov.block(self.layer, number), self.ridge)
             except NumericsError as error:
-                raise NumericsError(f"expert {number} of layer {self.layer}: {error}") from error
+                name = self.cov.block_name(number)
+                raise NumericsError(f"{name} of layer {self.layer}: {error}") from error
             self._factors[number] = found
         return self._factors[number]
 
