@@ -225,7 +225,7 @@ def test_a_small_mixture_of_experts_is_built_by_the_same_command(
     assert experts.active_parameters == dense.active_parameters + router
     name = "model.layers.0.mlp.experts.down_proj"
     assert not torch.equal(experts.model.get_parameter(name), other.model.get_parameter(name))
-    building.build(tmp_path / "drawn", "experts", untrained=True)
+    building.build(tmp_path / "drawn", "experts", epochs=0)
     drawn = load_model(ModelOptions(str(tmp_path / "drawn"), dtype="float32")).decoder.model
     assert torch.equal(
         drawn.get_parameter(name), building.new_model(0, "experts").get_parameter(name)

@@ -159,13 +159,15 @@ KINDS: dict[str, Callable[[int], PreTrainedModel]] = {
 
 
 def train_model(
-    model: PreTrainedModel, sequences: list[list[int]], end: int, seed: int = SEED
+    model: PreTrainedModel, sequences: list[list[int]], end: int, seed: int, epochs: int
 ) -> None:
     """Train on whole documents, each from position 0, as the model will be measured.
 
     `sequences` holds the token ids of each document; `end` is appended to each.
     """
-    steps = sum(1 for _ in _batches(sequences, end, seed))
+    steps = sum(1 for _ in _batches(sequences, end, seed, epochs))
+    if not steps:
+        return
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )
@@ -173,7 +175,7 @@ def train_model(
         optimizer, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
     model.train()
-    for step, (ids, labels) in enumerate(_batches(sequences, end, seed), start=1):
+    for step, (ids, labels) in enumerate(_batches(sequences, end, seed, epochs), start=1):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -185,7 +187,7 @@ def train_model(
 
 
 def _batches(
-    sequences: list[list[int]], end: int, seed: int
+    sequences: list[list[int]], end: int, seed: int, epochs: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (ids, labels), both (batch, longest), in a new order each epoch.
 
@@ -194,7 +196,7 @@ def _batches(
     """
     generator = random.Random(seed)
     rows = [torch.tensor([*ids, end]) for ids in sequences]
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         order = sorted(rows, key=lambda row: len(row) + 2 * generator.random())
         batches: list[list[torch.Tensor]] = [[]]
         for row in order:
@@ -225,11 +227,13 @@ def build(
     folder: Path,
     kind: str = "tiny",
     seed: int = SEED,
+    epochs: int | None = None,
     threads: int = THREADS,
-    *,
-    untrained: bool = False,
 ) -> None:
-    """Train tokenizer and model and write them to `folder`; `untrained`: the tokenizer alone."""
+    """Train tokenizer and model and write them to `folder`; without epochs, the tokenizer alone.
+
+    `epochs` is by default `EPOCHS`.
+    """
     torch.set_num_threads(threads)
     texts = list(documents())
     tokenizer = train_tokenizer(texts)
@@ -239,8 +243,7 @@ def build(
     _say(f"{len(texts)} documents, {sum(map(len, sequences))} tokens")
     end: int = tokenizer.eos_token_id
     model = new_model(end, kind, seed)
-    if not untrained:
-        train_model(model, sequences, end, seed)
+    train_model(model, sequences, end, seed, EPOCHS if epochs is None else epochs)
     save(model, tokenizer, folder)
     _say(f"{model.num_parameters()} parameters in {folder}")
 
@@ -256,12 +259,11 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default="tiny", help="[%(default)s]")
     parser.add_argument("--seed", type=int, default=SEED, help="[%(default)s]")
     parser.add_argument("--threads", type=int, default=THREADS, help="[%(default)s]")
-    parser.add_argument("--untrained", action="store_true", help="leave the weights as drawn")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="[%(default)s]")
     given = parser.parse_args()
-    if given.output is None and (given.kind, given.seed, given.untrained) != ("tiny", SEED, False):
+    if given.output is None and (given.kind, given.seed, given.epochs) != ("tiny", SEED, EPOCHS):
         parser.error("only the embedded model is written without --output")
-    output = given.output or MODEL_DIR
-    build(output, given.kind, given.seed, given.threads, untrained=given.untrained)
+    build(given.output or MODEL_DIR, given.kind, given.seed, given.epochs, given.threads)
 
 
 if __name__ == "__main__":
