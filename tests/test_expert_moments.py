@@ -173,4 +173,5 @@ def test_what_takes_no_experts_says_so(whole: Path) -> None:
         "export-cov", "--cov", whole / "whole.h5", "-o", whole / "npz", "--for", "rome"
     )
     assert exported.exit_code != 0
-    assert "mixture of 8 experts" in one_sentence(exported.stderr)
+    said = one_sentence(exported.stderr)
+    assert "a C for each of 8 experts a layer; what rome reads is one C a layer" in said

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.facts import read_facts
+from kscli.numbers import percent
 
 DOCUMENTS, MAX_LENGTH, FACTS = 100, 40, 24
 
@@ -180,7 +181,14 @@ def test_stats_and_topk_say_how_facts_are_routed(tmp_path: Path) -> None:
             assert json.loads(top.stdout)[0]["p"] == pytest.approx(largest, abs=2e-5)
     page = tmp_path / "report.html"
     run(tmp_path, "report", "-m", tmp_path / "moe", "-o", page)
-    assert f"{100 * rows[0]['no_common_expert']:.1f} %" in page.read_text("utf-8")
+    text = page.read_text("utf-8")
+    alone, of_common = rows[0]["no_common_expert"], rows[0]["std_common"]
+    assert f"At layer 0 {percent(alone)} of the pairs of facts have no expert in common" in text
+    assert f"Between the others the standard deviation of p is {of_common:.3f}" in text
+    assert "random directions have" not in text
+    with h5py.File(path.with_name("cov.h5")) as cov:
+        least = cov["routed"][()].min()
+    assert f"of which the least-used expert saw {least:,}, " in text
 
 
 def test_p_of_every_expert_alone_is_the_definitions(tmp_path: Path) -> None:

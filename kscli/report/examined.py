@@ -39,12 +39,14 @@ _SHOWN = 4
 class Corpus:
     """What C is a mean over, as far as the cov.h5 beside the pmatrix file tells.
 
-    An imported cov.h5 does not know of documents: they are None.
+    An imported cov.h5 does not know of documents: they are None. `least_routed` are the tokens that
+    the least-used expert of all layers saw; None of a dense model.
     """
 
     tokens: int
     documents: int | None
     max_length: int | None
+    least_routed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,9 @@ def _corpus(file: PMatrixFile) -> Corpus | None:
         with CovarianceFile(file.path.with_name("cov.h5")) as cov:
             if cov.fingerprint != file.about.inputs.get("cov"):
                 return None
-            return Corpus(cov.count, cov.about.documents, cov.about.max_length)
+            least = None
+            if cov.about.n_experts:
+                least = min(int(cov.routed(layer).min()) for layer in cov.layers)
+            return Corpus(cov.count, cov.about.documents, cov.about.max_length, least)
     except ArtifactError:
         return None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kscli.analysis.pairs import strongest_rows
 from kscli.analysis.relations import RelationStatistics
 from kscli.analysis.resampling import ROUNDING
-from kscli.analysis.statistics import DISTINCT, TAILS, caution
+from kscli.analysis.statistics import COMMON, DISTINCT, TAILS, caution
 from kscli.report.edit_findings import edits, risk
 from kscli.report.examined import Examined
 from kscli.report.words import (
@@ -109,6 +109,30 @@ def depth(examined: Examined) -> list[str]:
             )
         )
     return sentences
+
+
+def experts(examined: Examined) -> list[str]:
+    """How many pairs have no expert in common, and p of those that have one."""
+    if not _of_experts(examined):
+        return []
+    sentences = []
+    for layer in examined.ends:
+        alone = share(examined.at("no_common_expert", layer))
+        std, kurt = (
+            [number(examined.at(f"{name}{of}", layer), digits) for of in ("", COMMON)]
+            for name, digits in (("std", 3), ("kurtosis", 1))
+        )
+        sentences.append(
+            f"At layer {layer} {alone} of the pairs of facts have no expert in common, so that p "
+            "between them is 0, or what shared experts make it. Between the others the standard "
+            f"deviation of p is {std[1]} (of all pairs {std[0]}), and its kurtosis {kurt[1]} (of "
+            f"all pairs {kurt[0]})."
+        )
+    return sentences
+
+
+def _of_experts(examined: Examined) -> bool:
+    return "no_common_expert" in examined.statistics.values
 
 
 def _trend(layers: Sequence[int], values: NDArray[np.float64], what: str) -> str:
@@ -237,18 +261,22 @@ def right_angles(examined: Examined) -> list[str]:
             f"{at_layers(near, examined.layers)} in the whitening space, "
             f"{at_layers(raw_near, examined.layers)} in the activation space."
         )
+    if _of_experts(examined):
+        sentences.append("Keys without an expert in common are at a right angle in both spaces.")
     of_ends = [row for row in examined.overlaps if row["layer"] in examined.ends]
     return [*sentences, *map(_overlap, of_ends)]
 
 
 def _overlap(row: Row) -> str:
     """The overlap at one layer, against that of random directions."""
-    white, raw = row["overlap_whitened"], row["overlap"]
-    return (
+    white, raw, of_random = row["overlap_whitened"], row["overlap"], row["one_over_d_m"]
+    found = (
         f"The mean squared overlap of two keys at layer {row['layer']} is {number(white, 4)} in "
-        f"the whitening space and {number(raw, 4)} in the activation space; random directions have "
-        f"{number(row['one_over_d_m'], 4)}."
+        f"the whitening space and {number(raw, 4)} in the activation space"
     )
+    if math.isnan(of_random):
+        return f"{found}."
+    return f"{found}; random directions have {number(of_random, 4)}."
 
 
 def _angle(mode: float) -> str:
@@ -314,11 +342,14 @@ def corpus(examined: Examined) -> list[str]:
     if examined.corpus is None:
         return []
     d_m = examined.file.about.d_m
-    a_dimension = examined.corpus.tokens / d_m
+    tokens, least = examined.corpus.tokens, examined.corpus.least_routed
+    a_dimension = (tokens if least is None else least) / d_m
     few = a_dimension < FEWEST_TOKENS_PER_DIMENSION
+    seen = f"C is a mean over {counted(tokens, 'token')}, "
+    if least is not None:
+        seen += f"of which the least-used expert saw {least:,}, "
     return [
-        f"C is a mean over {counted(examined.corpus.tokens, 'token')}, "
-        f"{number(a_dimension, 1)} for each of {d_m:,} dimensions"
+        f"{seen}{number(a_dimension, 1)} for each of {d_m:,} dimensions"
         + (
             f"; under {FEWEST_TOKENS_PER_DIMENSION} a dimension p is noisy, and more text "
             "settles it."
@@ -341,6 +372,7 @@ _TOPICS: tuple[tuple[str, Callable[[Examined], list[str]]], ...] = (
     ("Mean", mean),
     ("Kurtosis", kurtosis),
     ("Depth", depth),
+    ("Experts", experts),
     ("Few pairs", carriers),
     ("Same token", same_token),
     ("Tightest bond", strongest),

@@ -123,9 +123,16 @@ def export_covariance(
     `sample_size` is always 100000: it is the key by which the editors take a file, not a
     count. A file that holds already what would be written is left, so that an export that was
     cut short goes on. Raises ArtifactError, before anything is written, when another file is in
-    the way and `force` is not set, and NumericsError when a sum is beyond float32.
+    the way and `force` is not set, or the file is of experts, and NumericsError when a sum is
+    beyond float32.
     """
     with CovarianceFile(cov_path) as cov:
+        if cov.about.n_experts:
+            raise ArtifactError(
+                f"{cov_path} is of a mixture of experts, with a C for each of "
+                f"{cov.about.n_experts} experts a layer; what {options.editor} reads is one C a "
+                "layer, of a dense down-projection, so nothing can be exported."
+            )
         layers = select_layers(options.layers, cov.layers, str(cov_path))
         model_id, hook = cov.about.model_id, cov.about.hook
         name = options.name or OLDER_IDS.get(model_id, model_id)
