@@ -28,10 +28,11 @@ from kscli.report.comparison import scaling
 from kscli.report.examined import Examined, examine
 from kscli.report.findings import findings
 from kscli.report.html import Html, join, tag, void
+from kscli.report.opening import PAPER, in_short
 from kscli.report.page import ModelFiles, write_report
 from kscli.report.pictures import Drawing, picture
 from kscli.report.sections import PAIRS
-from kscli.report.words import at_layers, listed
+from kscli.report.words import at_layers, listed, number, share
 
 Real = NDArray[np.float64]
 
@@ -240,13 +241,16 @@ def test_elements_are_closed_and_ids_are_unique(evil_page: Page) -> None:
 
 def test_nothing_is_loaded_from_elsewhere(evil_page: Page) -> None:
     loaded = evil_page.values("href") + evil_page.values("src")
+    # A link to the paper loads nothing by itself.
+    assert [name for name, _, value in evil_page.attributes if value == PAPER] == ["a"]
+    loaded.remove(PAPER)
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in loaded)
     assert evil_page.count("link") == evil_page.count("iframe") == evil_page.count("object") == 0
     (style,) = evil_page.raw["style"]
     assert "url(" not in style
     assert "@import" not in style
     in_attributes = [value for _, _, value in evil_page.attributes if value and "//" in value]
-    assert [value for value in in_attributes if not value.startswith("data:")] == []
+    assert [value for value in in_attributes if not value.startswith("data:")] == [PAPER]
 
 
 def test_the_policy_allows_the_page_its_own_script_only(evil_page: Page) -> None:
@@ -271,8 +275,8 @@ def test_what_the_data_say_is_text(evil_page: Page) -> None:
 def test_every_kind_of_figure_is_there(evil_page: Page) -> None:
     drawn = evil_page.count("svg") + evil_page.count("img")
     # Kurtosis, angles, convergence, relations; heatmap and kde of few layers, all, and marked;
-    # risk, forgetting, interference.
-    assert drawn == 13
+    # risk, forgetting, interference. Each but the two marked ones is there in two widths.
+    assert drawn == 2 * 11 + 2
     assert evil_page.count("figure") == drawn
     labels = " ".join(evil_page.values("aria-label") + evil_page.values("alt"))
     for kind in (
@@ -436,21 +440,21 @@ def test_what_a_token_does_follows_the_tokens(tmp_path: Path) -> None:
     assert "undefined for |p| > 0.5, which no entry has" in some
 
 
-def test_the_tightest_bond_and_whether_p_goes_beyond_1(tmp_path: Path) -> None:
+def test_the_largest_p_and_whether_p_goes_beyond_1(tmp_path: Path) -> None:
     P = np.clip(a_matrix(6), -0.2, 0.2)
     P[2, 3] = P[3, 2] = 0.9
     P[4, 1] = P[1, 4] = 0.8
     first = said(write_p(tmp_path / "a.h5", [P], tokens=[0, 1, 2, 2, 4, 5]))
-    bond = first["Tightest bond"]
-    assert "p = 0.90 at layer 0" in bond
+    bond = first["Largest p"]
+    assert "The largest p is 0.90 at layer 0" in bond
     assert bond.index("[subject 2]") < bond.index("[subject 3]") < bond.index("both share")
-    assert "Among other pairs the tightest is p = 0.80" in bond
+    assert "Among other pairs it is 0.80" in bond
     assert "No edit moves another fact further than its own" in first["Beyond 1"]
     P[2, 3] = P[3, 2] = 1.25  # which takes a key that is longer than that of the edited fact
     leverage = np.array([1.0, 1, 1, 4, 1, 1])
     P /= leverage[:, None]
     second = said(write_p(tmp_path / "b.h5", [P], leverage=leverage))
-    assert "the two do not share" in second["Tightest bond"]
+    assert "the two do not share" in second["Largest p"]
     assert "p is above 1 at layer 0, up to 1.25" in second["Beyond 1"]
 
 
@@ -461,7 +465,8 @@ def test_relations_that_bind_are_told_from_those_that_do_not(tmp_path: Path) -> 
     bound = np.where(one, 0.5, flat)
     binds = said(write_p(tmp_path / "a.h5", [flat, bound], facts))["Relations"]
     assert "at layer 1." in binds
-    assert "at layer 1: mean |p| is 0.50." in binds
+    assert "Mean |p| is largest within" in binds
+    assert "at layer 1: 0.50." in binds
     without = said(write_p(tmp_path / "b.h5", [flat], some_facts(M, ("",))))["Relations"]
     assert "is undefined: the facts of toy have no relation" in without
 
@@ -497,6 +502,89 @@ def test_convergence_is_the_sentence_of_the_figure(tmp_path: Path, matrices: lis
     assert said(file)["Number of facts"] == (
         f"Layer 0: {one.convergences[0].sentence} Layer 4: {one.convergences[1].sentence}"
     )
+
+
+def test_the_page_begins_with_what_p_and_c_are(evil_page: Page) -> None:
+    text = " ".join(evil_page.texts)
+    p, c, paper, found = (
+        text.index(words)
+        for words in (
+            "p(kᵢ, kⱼ) = kᵢᵀC⁻¹kⱼ / kᵢᵀC⁻¹kᵢ",
+            "is the mean of kkᵀ over all tokens",
+            "Knowledge in Superposition",
+            "The mean of p is",
+        )
+    )
+    assert p < c < paper < found
+
+
+def test_three_sentences_say_what_was_found(tmp_path: Path, matrices: list[Real]) -> None:
+    file = write_p(tmp_path / "a.h5", matrices)
+    reach, distribution, consequence = in_short(examined(file))
+    rms = [np.sqrt(np.mean(off_diagonal(P) ** 2)) for P in matrices]
+    least, most = int(np.argmin(rms)), int(np.argmax(rms))
+    assert f"by {share(rms[least])} (layer {least}) to {share(rms[most])} (layer {most})" in reach
+    ends = [number(scipy.stats.kurtosis(off_diagonal(matrices[at])), 1) for at in (0, -1)]
+    assert f"is {ends[0]} at layer 0 and {ends[1]} at layer 4" in distribution
+    largest = max(off_diagonal(P).max() for P in matrices)
+    assert f"the largest p of two facts is {largest:.2f}" in distribution
+    assert "no edit was made and tested" in consequence
+    (alone,) = in_short(examined(write_p(tmp_path / "b.h5", [np.ones((1, 1))])))
+    assert alone.startswith("One fact makes no pair")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_third_sentence_is_of_the_runs(tmp_path: Path, matrices: list[Real]) -> None:
+    file = write_p(tmp_path / "a.h5", matrices)
+    runs = [Run(12, M, layer) for layer in (0, 1, 2, 3)]
+    for changed, run in enumerate(runs):
+        run.log.known[:] = True
+        run.log.of_pass["answer_changed"][-1][:] = np.arange(M) < 6 * changed
+    paths = [run.write(tmp_path / f"{run.layer}.h5") for run in runs]
+    one = examined(file, runs=paths)
+    kept = [float(run.verification.outcomes.kept or 0) for run in one.runs]
+    assert kept[0] == 1 > kept[3]
+    sentence = in_short(one)[2]
+    assert sentence.startswith("Of 4 runs of edits the gentlest is “layer 0”, after which 100 %")
+    assert f"the harshest, “layer 3”, it is {share(kept[3])}." in sentence
+    # Of so many runs the findings say the range, and each run's own sentences stand with it.
+    found = said(file, *paths)["Edits"]
+    assert found.startswith("4 runs of edits were made;")
+    assert "predicted from P" not in found
+    page = page_of(file, to=tmp_path / "a.html", runs=paths)
+    assert sum("12 edits; the new target" in text for text in page.texts) == 4
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_spectrum_is_that_of_the_files_beside(tmp_path: Path) -> None:
+    place = write_toy(tmp_path)
+    one = examined(place / "pmatrix.h5")
+    with CovarianceFile(place / "cov.h5") as cov:
+        values = [np.linalg.eigvalsh(cov.second_moment(layer)) for layer in one.layers]
+    ratios = [s.sum() ** 2 / (s**2).sum() for s in values]
+    assert [row["participation_ratio"] for row in one.spectra] == pytest.approx(ratios, rel=1e-6)
+    sentences = said(place / "pmatrix.h5")["Dimensions of C"]
+    assert f"participation ratio of {ratios[0]:.1f}" in sentences
+    shown = page_of(place / "pmatrix.h5", to=tmp_path / "a.html").table("The dimensions of C")
+    assert shown.sorted_by("participation ratio") == pytest.approx(ratios, rel=1e-6)
+    (place / "cov.h5").unlink()
+    page = page_of(place / "pmatrix.h5", to=tmp_path / "b.html")
+    assert "The spectrum of C is not shown: " in " ".join(page.texts)
+    assert page.table("The overlap of keys")
+    assert "Dimensions of C" not in said(place / "pmatrix.h5")
+
+
+@pytest.mark.parametrize("affordable", [5, 2, 0])
+def test_the_spectrum_of_wide_layers_is_of_some(
+    affordable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = write_toy(tmp_path)
+    with PMatrixFile(place / "pmatrix.h5") as file:
+        there, d_m = len(file.layers), file.about.d_m
+    monkeypatch.setattr("kscli.report.examined._SPECTRUM_WORK", affordable * d_m**3)
+    one = examined(place / "pmatrix.h5")
+    assert len(one.spectra) == min(affordable, there)
+    assert ("`kscli stats --spectrum`" in one.no_spectra) == (affordable < there)
 
 
 # Edits
@@ -723,7 +811,8 @@ def drawn(kind: str, most: int = 0) -> Page:
 def test_an_image_keeps_to_its_bytes() -> None:
     def size(most: int) -> tuple[int, int]:
         page = drawn("heatmap", most)
-        (source,) = page.values("src")
+        source, narrow = page.values("src")
+        assert len(narrow) < len(source)  # for a telephone
         return len(base64.b64decode(source.partition(",")[2])), int(page.values("width")[0])
 
     (large, wide), (small, narrow) = size(10**7), size(24_000)
@@ -736,7 +825,8 @@ def test_a_vector_figure_refers_to_its_own_ids() -> None:
     page = drawn("kde")
     ids = page.values("id")
     assert ids
-    assert all(name.startswith("x-a-0-") for name in ids)
+    assert all(name.startswith(("x-a-0-", "x-n-a-0-")) for name in ids)
+    assert len(ids) == len(set(ids))
     referred = [value.removeprefix("#") for value in page.values("href")]
     referred += re.findall(r"url\(#([^)]+)\)", page.content)
     assert referred

@@ -48,7 +48,7 @@ def draw(runs: Sequence[EditsFile], options: FigureOptions) -> Figure:
             "what closed-form's edits do to other facts. Name another run with --edits."
         )
     width = options.look.width or (COLUMN if len(runs) == 1 else PAGE)
-    columns = fitting(width, 2 if len(runs) == 4 else min(len(runs), _MAX_COLUMNS), 1.9)
+    columns = fitting(width, 2 if len(runs) == 4 else min(len(runs), _MAX_COLUMNS), 1.7)
     rows = math.ceil(len(runs) / columns)
     side = (width - 0.5) / columns - 0.1
     fig = new_figure(width, rows * (side + 0.2) + 0.65)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from kscli.editing.estimates import Estimate
 from kscli.editing.predictors import FEWEST_FLIPS, NULL
@@ -28,6 +29,7 @@ SIMILARITY_NAMES = {
     NULL: "p of facts exchanged at random",
 }
 LEVERAGE = "kᵀC⁻¹k"
+MOST_TOLD = 3  # runs of which the findings tell everything
 
 
 def risk(examined: Examined) -> list[str]:
@@ -69,13 +71,43 @@ def risk(examined: Examined) -> list[str]:
 
 
 def edits(examined: Examined) -> list[str]:
-    """Of every run: what became of the edits, how far the theory held, what foretold the damage."""
+    """What came of each run; of many, between what all of them are."""
+    runs = examined.runs
+    if len(runs) > MOST_TOLD:
+        return [
+            f"{len(runs)} runs of edits were made; what came of each stands with its edits below.",
+            *_ranges(runs),
+        ]
+    return [sentence for run in runs for sentence in of_run(run)]
+
+
+def of_run(run: ExaminedRun) -> list[str]:
+    """What became of the edits, how far the theory held, what foretold the damage."""
     return [
         sentence
-        for run in examined.runs
         for say in (_outcome, _scores, _theory, _growth, _foretold)
         for sentence in say(run)
     ]
+
+
+def _ranges(runs: Sequence[ExaminedRun]) -> list[str]:
+    """The least and the most that the runs kept, retained, and changed."""
+    told = []
+    for name, what in (
+        ("kept", "Known facts that were not edited keep their answer in"),
+        ("retention", "The new target's first token is the first choice at the end of"),
+        ("text_change", "What the edits add to the values of all text is, by these values,"),
+    ):
+        known = [
+            (float(value), quoted(run.name))
+            for run in runs
+            if (value := getattr(run.verification.outcomes, name)) is not None
+        ]
+        if len(known) > 1:
+            (low, least), (high, most) = min(known), max(known)
+            unit = {"kept": " of cases", "retention": " of the edits"}.get(name, "")
+            told.append(f"{what} {share(low)}{unit} ({least}) to {share(high)} ({most}).")
+    return told
 
 
 def _outcome(run: ExaminedRun) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kscli.report.edit_findings import LEVERAGE
+from kscli.report.edit_findings import LEVERAGE, MOST_TOLD, of_run
 from kscli.report.examined import Examined, ExaminedRun
 from kscli.report.html import Html, join, tag
 from kscli.report.pictures import Drawing, picture
@@ -51,7 +51,9 @@ def edits(examined: Examined) -> Section | None:
     runs = examined.runs
     if not runs:
         return None
-    body = [*_figures(examined), *_run_tables(runs), *map(_edits_of, runs)]
+    told = len(runs) > MOST_TOLD
+    of_each = [_edits_of(run, told=told) for run in runs]
+    body = [*_figures(examined), *_run_tables(runs), *of_each]
     return Section("edits", "Edits that were made", join(body))
 
 
@@ -60,12 +62,15 @@ def _figures(examined: Examined) -> list[Html]:
     runs = examined.runs
     drawn = []
     if not all(run.is_single for run in runs):
-        caption = "What the model keeps of the edits, and of what it knew, over the edits made."
+        caption = (
+            "What the model keeps of the edits and of what it knew, and how held-out text fares, "
+            "over the edits made."
+        )
         drawn.append(Drawing("forgetting", "forgetting", caption))
     if any(run.predicts for run in runs):
         caption = (
-            "How far edits were predicted to move every fact's value, and moved it; after the last "
-            "edit of a sequence."
+            "How far edits were predicted to move every fact's value, and how far the live model's "
+            "moved; after the last edit of a sequence."
         )
         drawn.append(Drawing("interference", "interference", caption, most_bytes=300_000))
     files = [run.file for run in runs]
@@ -103,11 +108,12 @@ def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
 _RUN = Column("run")
 
 
-def _edits_of(run: ExaminedRun) -> Html:
-    """A run's edits, to unfold."""
+def _edits_of(run: ExaminedRun, *, told: bool) -> Html:
+    """A run's edits, to unfold, under what came of them where that is `told` here."""
     unfold = tag("summary", f"The edits of {run.name}")
     caption = f"The probability of each edit's new target, {run.name}"
-    return tag("details", unfold, table(_edit_rows(run), EDITS, caption))
+    said = [tag("p", " ".join(of_run(run)))] if told else []
+    return tag("details", unfold, *said, table(_edit_rows(run), EDITS, caption))
 
 
 def _edit_rows(run: ExaminedRun) -> list[Row]:

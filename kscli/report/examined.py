@@ -14,7 +14,7 @@ from kscli.analysis.convergence import Convergence, convergence_at
 from kscli.analysis.edit_runs import is_sequence
 from kscli.analysis.relations import Permutations, RelationStatistics, relation_statistics
 from kscli.analysis.resampling import Resampling
-from kscli.analysis.spectrum import overlap_row
+from kscli.analysis.spectrum import overlap_row, spectra_of
 from kscli.analysis.statistics import Statistics
 from kscli.analysis.stats_file import statistics_of
 from kscli.artifacts import CovarianceFile, PMatrixFile
@@ -24,15 +24,17 @@ from kscli.editing.predicted_damage import layer_rows, sequence_risk
 from kscli.editing.predictors import Prediction, predict_behaviour
 from kscli.editing.verification import Verification, verify
 from kscli.editing.where import points_of
-from kscli.errors import ArtifactError, FactsError
+from kscli.errors import ArtifactError, FactsError, NumericsError
 from kscli.figures import Source
 from kscli.figures.edit_runs import run_names
 from kscli.layers import spread
 from kscli.places import file_name
-from kscli.report.words import layers_text
+from kscli.report.words import counted, layers_text
 from kscli.reporter import SILENT, Reporter
 
 _SHOWN = 4
+# Layers times the cube of their width: a singular value decomposition of each, in about 2 minutes.
+_SPECTRUM_WORK = 4e11
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Examined:
     None where the facts do not allow them, and `no_relations` says why. `corpus` is None where
     the cov.h5 that P was made with is not beside it. `risk_rows` are `layer_rows` of edits of all
     facts (`kscli.editing.predicted_damage`), with what the order norm `saved`. `overlaps` has a row
-    a layer (`overlap_row` of `kscli.analysis.spectrum`).
+    a layer (`overlap_row` of `kscli.analysis.spectrum`), `spectra` one for each layer whose C was
+    looked at (`spectra_of`), and `no_spectra` says why others are missing.
     """
 
     key: str
@@ -108,6 +111,8 @@ class Examined:
     risk_rows: tuple[dict[str, Any], ...] = ()
     runs: tuple[ExaminedRun, ...] = ()
     overlaps: tuple[dict[str, Any], ...] = ()
+    spectra: tuple[dict[str, Any], ...] = ()
+    no_spectra: str = ""
 
     @property
     def model(self) -> str:
@@ -197,6 +202,7 @@ def examine(
         _risk(file),
         _runs(runs, resampling, reporter),
         tuple(overlap_row(file, layer) for layer in file.layers),
+        *_spectra(file, reporter),
     )
 
 
@@ -221,6 +227,21 @@ def _risk(file: PMatrixFile) -> tuple[dict[str, Any], ...]:
         row | {"saved": sequence_risk(file, row["layer"], every).saved}
         for row in layer_rows(file, file.layers, every)
     )
+
+
+def _spectra(file: PMatrixFile, reporter: Reporter) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The spectra of C of as many layers as take a few minutes, and why others are missing."""
+    affordable = int(_SPECTRUM_WORK / file.about.d_m**3)
+    layers = file.layers if affordable >= len(file.layers) else spread(file.layers, affordable)
+    rest = "`kscli stats --spectrum` has all of them."
+    if not layers:
+        return (), f"The spectrum of C would take long at this width; {rest}"
+    try:
+        rows = tuple(spectra_of(file, layers, reporter=reporter))
+    except (ArtifactError, NumericsError) as error:
+        return (), f"The spectrum of C is not shown: {error}"
+    some = f"To keep the page quick, C was looked at at {counted(len(layers), 'layer')}; {rest}"
+    return rows, "" if layers == file.layers else some
 
 
 def _runs(

@@ -35,6 +35,7 @@ from kscli.whitening import FEWEST_TOKENS_PER_DIMENSION
 TREND = 0.5
 CHANCE = 0.05
 FEWEST_LAYERS = 5
+_ONE_DIRECTION = 2.0  # a participation ratio: one direction has over 70 % of it
 RIGHT_ANGLE = 5.0  # degrees from 90 that count as a right angle, as the paper's claim is read
 
 
@@ -210,15 +211,15 @@ def _of_tail(part: float, threshold: float) -> str:
 
 
 def strongest(examined: Examined) -> list[str]:
-    """The tightest pair, and the tightest whose facts do not share a token."""
+    """The pair of largest p, and that of facts which do not share a token."""
     (row,) = strongest_rows(examined.file, examined.layers, 1)
-    bond = f"The tightest bond is p = {_bond(examined, row)}"
+    bond = f"The largest p is {_bond(examined, row)}"
     if not row["same_last_token"]:
         return [f"{bond}; the two do not share {examined.token}."]
     others = strongest_rows(examined.file, examined.layers, 1, distinct_token=True)
     return [
         f"{bond}; both share {examined.token}.",
-        *(f"Among other pairs the tightest is p = {_bond(examined, other)}." for other in others),
+        *(f"Among other pairs it is {_bond(examined, other)}." for other in others),
     ]
 
 
@@ -286,6 +287,34 @@ def _angle(mode: float) -> str:
     return f"{number(mode, 1)}{degree} ({number(abs(mode - 90), 1)}{degree} from a right angle)"
 
 
+def dimensions(examined: Examined) -> list[str]:
+    """How many dimensions C has, by both measures, and what AlphaEdit's cut leaves."""
+    rows = [row for row in examined.spectra if row["layer"] in examined.ends]
+    if not rows:
+        return []
+    sentences = [
+        f"At layer {row['layer']} C, of {row['d_m']:,} dimensions, has a participation ratio of "
+        f"{number(row['participation_ratio'], 1)} and an effective rank of "
+        f"{number(row['effective_rank'], 1)}."
+        for row in rows
+    ]
+    least = min(examined.spectra, key=lambda row: row["participation_ratio"])
+    ratio = least["participation_ratio"]
+    if len(examined.spectra) > 2:
+        sentences.append(
+            f"The participation ratio is least at layer {least['layer']}, {number(ratio, 1)}"
+            + (", where one direction has most of C." if ratio < _ONE_DIRECTION else ".")
+        )
+    null = [f"{share(row['null_share'])} at layer {row['layer']}" for row in rows]
+    keys = [share(row["keys_in_null"]) for row in rows]
+    sentences.append(
+        f"AlphaEdit's cut as published calls {listed(null)} of the directions null; "
+        f"{listed(keys)} of the energy of the facts' keys {'is' if len(keys) == 1 else 'are'} "
+        "in them."
+    )
+    return sentences
+
+
 def convergence(examined: Examined) -> list[str]:
     """Whether kurtosis has converged in the number of facts."""
     return [
@@ -318,8 +347,8 @@ def relations(examined: Examined) -> list[str]:
         row, column = np.unravel_index(int(each.argmax()), each.shape)
         relation = found.relations[int(column)]
         sentences.append(
-            f"The relation that binds hardest is {relation.name} ({quoted(relation.example)}), at "
-            f"layer {examined.layers[int(row)]}: mean |p| is {number(float(each[row, column]), 2)}."
+            f"Mean |p| is largest within {relation.title}, {quoted(relation.example)}, at layer "
+            f"{examined.layers[int(row)]}: {number(float(each[row, column]), 2)}."
         )
     return sentences
 
@@ -375,9 +404,10 @@ _TOPICS: tuple[tuple[str, Callable[[Examined], list[str]]], ...] = (
     ("Experts", experts),
     ("Few pairs", carriers),
     ("Same token", same_token),
-    ("Tightest bond", strongest),
+    ("Largest p", strongest),
     ("Beyond 1", beyond),
     ("Angles", right_angles),
+    ("Dimensions of C", dimensions),
     ("Number of facts", convergence),
     ("Relations", relations),
     ("Corpus", corpus),

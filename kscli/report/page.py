@@ -21,6 +21,7 @@ from kscli.report import comparison, sections
 from kscli.report.edits import edits, risk
 from kscli.report.examined import Examined, examine
 from kscli.report.html import Html, tag, void
+from kscli.report.opening import preface
 from kscli.report.sections import Section
 from kscli.report.words import counted, listed
 from kscli.reporter import SILENT, Reporter
@@ -45,6 +46,7 @@ _OF_PAIRS: tuple[Builder, ...] = (
     sections.same_token,
     sections.pairs,
     sections.right_angles,
+    sections.spectrum,
     sections.convergence,
     sections.relations,
     risk,
@@ -138,7 +140,7 @@ def model_parts(models: Sequence[Examined], reporter: Reporter = SILENT) -> list
 def _builders(examined: Examined) -> tuple[Builder, ...]:
     """What makes the sections on a model, in their order; one fact has no pairs to show."""
     of_pairs = _OF_PAIRS if examined.m > 1 else ()
-    return (sections.summary, *of_pairs, sections.provenance)
+    return (sections.short, sections.summary, *of_pairs, sections.provenance)
 
 
 def document(title: str, parts: Sequence[Part], command: str = "", origin: str = "") -> str:
@@ -166,6 +168,7 @@ def document(title: str, parts: Sequence[Part], command: str = "", origin: str =
     body = tag(
         "body",
         tag("header", tag("h1", title), *([_about_of(parts[0])] if len(parts) == 1 else [])),
+        preface(),
         _contents(parts),
         tag("main", *(_part(part, headed=len(parts) > 1) for part in parts)),
         tag("footer", made_by),

@@ -6,11 +6,11 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from kscli.figures import KINDS, FigureOptions, Shown
+from kscli.figures import KINDS, FigureOptions, Look, Shown
 from kscli.figures.saving import render
 from kscli.report.html import Html, tag, void
 
@@ -24,10 +24,11 @@ _NOT_DRAWN = ("metadata", "style")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Widths in pixels at which an image is tried, until its pages keep to the drawing's bytes.
 _WIDTHS = (1600, 1300, 1000, 800, 600)
+# Inches that a figure is drawn at for a page of full width, and for that of a telephone, so that
+# its text is of about the size of the page's.
+_WIDE, _NARROW = 7.6, 3.6
 _COLOURS = 256
 _PLAIN = FigureOptions()
-# A figure of one column of the printed page, in inches at most.
-_NARROW = 4.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Drawing:
     """A figure of the registry on the page; `name` is its own among a part's drawings.
 
     With `most_bytes` it is drawn as PNG, and all its pages together have no more bytes than
-    that where the narrowest width allows; 0: as SVG.
+    that where the narrowest width allows; 0: as SVG. A drawing that takes `half` of a full page
+    stands beside another.
     """
 
     name: str
@@ -43,29 +45,37 @@ class Drawing:
     caption: str
     options: FigureOptions = _PLAIN
     most_bytes: int = 0
+    half: bool = False
 
 
 def picture(drawing: Drawing, sources: Sequence[Shown], prefix: str) -> Html:
-    """The drawing of `sources`, a `figure` a page, and its caption; `prefix` begins all its ids."""
-    pages = KINDS[drawing.kind].pages(sources, drawing.options)
+    """The drawing of `sources`, a `figure` a page, and its caption; `prefix` begins all its ids.
+
+    It is drawn for a wide page and for a narrow one; the style shows that which fits.
+    """
+    if drawing.half:
+        drawn = [tag("div", *_figures(drawing, sources, prefix, _NARROW))]
+    else:
+        drawn = [
+            tag("div", *_figures(drawing, sources, prefix, _WIDE), class_="for-wide"),
+            tag("div", *_figures(drawing, sources, f"{prefix}-n", _NARROW), class_="for-narrow"),
+        ]
+    return tag("div", *drawn, tag("p", drawing.caption, class_="caption"), class_="picture")
+
+
+def _figures(drawing: Drawing, sources: Sequence[Shown], prefix: str, width: float) -> list[Html]:
+    options = replace(drawing.options, look=Look(width=width))
+    pages = KINDS[drawing.kind].pages(sources, options)
     if drawing.most_bytes:
-        drawn = _images(pages, drawing)
+        share = width / _WIDE
+        most = drawing.most_bytes * (1 if drawing.half else share)
+        drawn = _images(pages, drawing.caption, int(most), int(_WIDTHS[0] * share))
     else:
         drawn = [
             _svg(page, f"{prefix}-{drawing.name}-{at}-", drawing.caption)
             for at, page in enumerate(pages)
         ]
-    figures = [
-        tag("figure", inner, class_="card", tabindex="0", aria_label=drawing.caption)
-        for inner in drawn
-    ]
-    narrow = all(page.get_figwidth() <= _NARROW for page in pages)
-    return tag(
-        "div",
-        *figures,
-        tag("p", drawing.caption, class_="caption"),
-        class_=f"picture {'narrow' if narrow else 'wide'}",
-    )
+    return [tag("figure", inner, aria_label=drawing.caption) for inner in drawn]
 
 
 def _svg(page: Figure, prefix: str, label: str) -> Html:
@@ -99,21 +109,21 @@ def _own(value: str, name: str, prefix: str) -> str:
     return value.replace("url(#", f"url(#{prefix}")
 
 
-def _images(pages: Sequence[Figure], drawing: Drawing) -> list[Html]:
-    """The pages as PNG, as wide as their bytes allow."""
+def _images(pages: Sequence[Figure], caption: str, most_bytes: int, widest: int) -> list[Html]:
+    """The pages as PNG, as wide as their bytes allow, and `widest` pixels at most."""
     from PIL import Image
 
     originals = [Image.open(io.BytesIO(render(page, "png"))).convert("RGB") for page in pages]
     encoded: list[bytes] = []
-    for width in _WIDTHS:
+    for width in (widest, *(width for width in _WIDTHS if width < widest)):
         encoded = [_encoded(image, width) for image in originals]
-        if sum(map(len, encoded)) <= drawing.most_bytes:
+        if sum(map(len, encoded)) <= most_bytes:
             break
     return [
         void(
             "img",
             src=f"data:image/png;base64,{base64.b64encode(data).decode()}",
-            alt=drawing.caption,
+            alt=caption,
             width=str(size[0]),
             height=str(size[1]),
         )

@@ -26,3 +26,36 @@ function compared(a, b, descending) {
   const order = typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true });
   return descending ? -order : order;
 }
+
+// A table that is wider than its box is shown as records, a block a row: nothing is cut off.
+const widths = new WeakMap();
+const observer = new ResizeObserver((entries) => {
+  for (const { target } of entries) fit(target);
+});
+for (const box of document.querySelectorAll(".scroll")) observer.observe(box);
+
+function fit(box) {
+  const table = box.querySelector("table");
+  const width = box.offsetWidth;
+  if (!table.tHead || width === 0 || widths.get(box) === width) return;
+  widths.set(box, width);
+  table.classList.remove("records");
+  if (table.scrollWidth <= box.clientWidth) return;
+  if (!table.dataset.labelled) label(table);
+  table.classList.add("records");
+}
+
+// Each cell is told its column's title; the roles are those that a table without its layout loses.
+function label(table) {
+  table.dataset.labelled = "yes";
+  const titles = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+  table.setAttribute("role", "table");
+  for (const row of table.rows) {
+    row.setAttribute("role", "row");
+    for (const cell of row.cells) {
+      const head = cell.closest("thead") ? "columnheader" : "rowheader";
+      cell.setAttribute("role", cell.tagName === "TH" ? head : "cell");
+      cell.dataset.label = titles[cell.cellIndex];
+    }
+  }
+}

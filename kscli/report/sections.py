@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kscli.analysis.pairs import strongest_rows
+from kscli.analysis.spectrum import PUBLISHED, RELATIVE
 from kscli.artifacts import UNKNOWN
 from kscli.figures import FigureOptions
 from kscli.layers import format_layers
 from kscli.report.examined import Examined
 from kscli.report.findings import Finding, findings
 from kscli.report.html import Html, join, tag
+from kscli.report.opening import in_short
 from kscli.report.pictures import Drawing, picture
 from kscli.report.tables import plain_table, table
 from kscli.report.words import layers_text
@@ -19,9 +21,10 @@ from kscli.tables import (
     ANGLES,
     OVERLAPS,
     PAIRS_OF_LAYERS,
-    RELATIONS_BY_LAYER,
+    RELATIONS_BY_LAYER_TITLED,
     ROUTING,
     SAME_TOKEN,
+    SPECTRUM,
     STATISTICS,
     relation_columns,
 )
@@ -30,7 +33,7 @@ PAIRS = 20
 _MARKED = FigureOptions(mark_same_token=True)
 _GRID = FigureOptions(grid=True)
 # What the images of one figure may take; those of all layers are the page's largest part.
-_IMAGE, _GRID_IMAGES = 400_000, 1_800_000
+_IMAGE, _GRID_IMAGES = 400_000, 1_200_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Section:
     name: str
     title: str
     body: Html
+
+
+def short(examined: Examined) -> Section:
+    """Three sentences for who reads no further."""
+    said = tag("p", " ".join(in_short(examined)), class_="in-short")
+    return Section("in-short", "In short", said)
 
 
 def summary(examined: Examined) -> Section:
@@ -118,6 +127,7 @@ def same_token(examined: Examined) -> Section:
         "Density of P off the diagonal on a logarithmic scale; dashed: without the pairs that "
         f"share {examined.token}.",
         _MARKED,
+        half=True,
     )
     image = Drawing(
         "heatmap-marked",
@@ -125,6 +135,7 @@ def same_token(examined: Examined) -> Section:
         f"P at {layers_text(first)}; framed in green: pairs that share {examined.token}.",
         _MARKED,
         _IMAGE,
+        half=True,
     )
     caption = f"What share of P's entries are pairs that share {examined.token}, by layer"
     body = [
@@ -152,7 +163,7 @@ def pairs(examined: Examined) -> Section:
         ),
     ]
     tables = [table(rows, PAIRS_OF_LAYERS, text) for rows, text in lists if rows]
-    return Section("pairs", "Tightest bonds", join(tables))
+    return Section("pairs", "Largest p", join(tables))
 
 
 def right_angles(examined: Examined) -> Section:
@@ -177,13 +188,37 @@ def right_angles(examined: Examined) -> Section:
         for layer, (white, raw) in zip(examined.layers, examined.modes, strict=True)
     ]
     caption = "The most frequent angle between two keys by layer, in degrees"
-    overlaps = (
-        "The overlap of keys by layer: the mean squared cosine of two facts' keys, in the "
-        "activation and in the whitening space. Keys in random directions overlap by 1/d_m. "
-        "kscli stats --spectrum has the dimensions of C beside it"
+    return Section("angles", "Angles between keys", join([figure, table(rows, ANGLES, caption)]))
+
+
+def spectrum(examined: Examined) -> Section:
+    """The dimensions of C, the overlap of keys, and what AlphaEdit's cuts call null."""
+    overlap = (
+        "the overlap of keys, which is the mean squared cosine of two facts' keys, in the "
+        "activation and in the whitening space; keys in random directions overlap by 1/d_m"
     )
-    body = [figure, table(rows, ANGLES, caption), table(examined.overlaps, OVERLAPS, overlaps)]
-    return Section("angles", "Angles between keys", join(body))
+    if not examined.spectra:
+        said = f"{overlap[0].upper()}{overlap[1:]}"
+        body = [tag("p", examined.no_spectra), table(examined.overlaps, OVERLAPS, said)]
+        return Section("spectrum", "Overlap of keys", join(body))
+    drawing = Drawing(
+        "spectrum",
+        "spectrum",
+        "Dimensions of C, the overlap of keys, and the directions of C that AlphaEdit's cuts call "
+        "null with the share of the keys' energy in them, at every layer.",
+    )
+    caption = (
+        f"The dimensions of C by layer, and {overlap}. Null: directions whose singular value is "
+        f"below {PUBLISHED.size:g}; relative null: below {RELATIVE.size:g} times the mean"
+    )
+    measured = tuple(row["layer"] for row in examined.spectra)
+    source = replace(examined.source(measured), spectra=examined.spectra)
+    body = [
+        picture(drawing, [source], examined.key),
+        *([tag("p", examined.no_spectra)] if examined.no_spectra else []),
+        table(examined.spectra, SPECTRUM, caption),
+    ]
+    return Section("spectrum", "Spectrum of C and overlap of keys", join(body))
 
 
 def convergence(examined: Examined) -> Section:
@@ -213,7 +248,7 @@ def relations(examined: Examined) -> Section | None:
         _picture(examined, drawing, examined.ends),
         table(
             found.by_layer(),
-            RELATIONS_BY_LAYER,
+            RELATIONS_BY_LAYER_TITLED,
             "Mean |p| by layer, within relations by the text before the subject, and across; the "
             "null is of relations given at random. Hardest: the relations above the null with "
             "the largest mean",
