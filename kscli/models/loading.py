@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from kscli.errors import FactsError, ModelError
@@ -19,6 +22,7 @@ from kscli.models.config import (
     reading,
     sizes_of,
 )
+from kscli.models.files import ADAPTER
 from kscli.models.locating import LocatedModel, ModelIdentity, ModelOptions, locate_model
 from kscli.reporter import SILENT, Reporter
 
@@ -150,17 +154,14 @@ def _load_weights(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with model_errors(located):
+    with model_errors(located), _without_adapter(located) as base:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config=config,
             dtype=getattr(torch, dtype),
             use_safetensors=None if options.allow_pickle or located.gguf else True,
             output_loading_info=True,
-            # Where peft is installed, transformers would add an adapter of the folder by itself;
-            # it looks for one in this subfolder, which is not there.
-            adapter_kwargs={"subfolder": "no-adapter"},
             **device,
-            **reading(located, options),
+            **reading(base, options),
         )
     model, info = loaded
     if not device.get("device_map"):
@@ -178,6 +179,22 @@ def _load_weights(
         )
     frozen: torch.nn.Module = model.requires_grad_(False)
     return frozen, absent.isdisjoint(head)
+
+
+@contextmanager
+def _without_adapter(located: LocatedModel) -> Iterator[LocatedModel]:
+    """The model in a folder of links that leaves out the adapter beside it, where there is one.
+
+    Where peft is installed, transformers would add an adapter of the folder by itself.
+    """
+    if located.adapter != located.folder:
+        yield located
+        return
+    with TemporaryDirectory(prefix="kscli-") as folder:
+        for path in located.folder.iterdir():
+            if path.name != ADAPTER:
+                Path(folder, path.name).symlink_to(path.absolute())
+        yield replace(located, folder=Path(folder))
 
 
 def _leave_the_files(model: torch.nn.Module) -> None:
