@@ -112,7 +112,7 @@ def _edits_of(run: ExaminedRun, *, told: bool) -> Html:
     """A run's edits, to unfold, under what came of them where that is `told` here."""
     unfold = tag("summary", f"The edits of {run.name}")
     caption = f"The probability of each edit's new target, {run.name}"
-    said = [tag("p", " ".join(of_run(run)))] if told else []
+    said = [tag("p", sentence) for sentence in of_run(run)] if told else []
     return tag("details", unfold, *said, table(_edit_rows(run), EDITS, caption))
 
 
