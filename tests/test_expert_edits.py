@@ -14,10 +14,12 @@ import torch
 from cli_kit import kscli, one_sentence
 from experts_kit import FAMILIES, in_float64, save_experts, stacked_keys
 from numpy.typing import NDArray
-from test_expert_superposition import FACTS, measure, run, true_matrices
+from scipy.linalg import block_diag
+from test_expert_superposition import FACTS, measure, moment, parts_of, run, true_matrices
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kscli.artifacts import CovarianceFile
+from kscli.contexts import in_context
 from kscli.editing.edits_file import EditsFile
 from kscli.editing.metrics import InverseByExpert
 from kscli.editing.weights import EditableWeight
@@ -276,13 +278,68 @@ def test_ties_in_routing_are_taken_as_the_model_takes_them(tmp_path: Path) -> No
     np.testing.assert_allclose(lengths, measured[others], atol=1e-4 * measured.max())
 
 
-def test_other_editors_are_refused_by_name(measured: Any) -> None:
+@pytest.mark.parametrize("method", ["pmet", "alphaedit", "rect", "prune", "wilke"])
+def test_other_editors_are_refused_by_name(method: str, measured: Any) -> None:
     folder = measured("mixtral")
-    done = kscli("edit", "-m", folder / "moe", "--edits", "1", "--dir", folder / "artifacts")
+    how = ("--method", method, "--layer", "0", "--edits", "1")
+    done = kscli("edit", "-m", folder / "moe", "--dir", folder / "artifacts", *how)
     assert done.exit_code == 2
     said = one_sentence(done.stderr)
-    assert "is of a mixture of 6 experts, which rome does not edit" in said
-    assert "use --method closed-form or joint" in said
+    assert f"is of a mixture of 6 experts, which {method} does not edit" in said
+    assert "use --method closed-form, rome," in said
+
+
+CONTEXTS = ("It was long ago. {}", "He wrote this in a letter. {}", "Nobody knows why. {}")
+LAMBDA = 3.0
+
+
+def naive_direction(method: str, C: Array, k: Array, others: Array) -> Array:
+    """d of an edit at the key k (width,), with its keys in other contexts, as papers write it."""
+    mean = (k + others.sum(axis=0)) / (1 + len(others))
+    half = (k + others.mean(axis=0)) / 2
+    if method in ("rome", "rome-identity"):
+        u = mean if method == "rome-identity" else np.linalg.solve(C, mean)
+        return u / (k @ u)
+    if method == "r-rome":
+        u = np.linalg.solve(C, mean)
+        return u / (mean @ u)
+    if method in ("memit", "memit-seq"):
+        return np.linalg.solve(LAMBDA * C + np.outer(half, half), half)
+    assert method == "emmet"
+    u = np.linalg.solve(C, half)
+    return u / (half @ u + LAMBDA)
+
+
+@pytest.mark.parametrize(
+    "method", ["rome", "rome-identity", "r-rome", "memit", "memit-seq", "emmet"]
+)
+def test_editors_of_keys_in_contexts_write_what_papers_say(
+    method: str, measured: Any, tmp_path: Path
+) -> None:
+    """In other contexts a fact's token may go to other experts; the mean key has them all."""
+    family = "gpt-oss"
+    folder = measured(family)
+    (tmp_path / "contexts.txt").write_text("\n".join(CONTEXTS))
+    weight = () if "rome" in method else ("--weight", str(LAMBDA))
+    options = ("--contexts", tmp_path / "contexts.txt", *weight, *SHORT)
+    with edit(folder, tmp_path, method, *options) as file:
+        direction = file.values("direction")[:, 0]
+        assert file.values("live_error").max() < 1e-4
+    tokens, _ = parts_of(family, folder / "moe", LAYER)
+    C = block_diag(*map(moment, tokens))
+    model, tokenizer = in_float64(folder / "moe"), AutoTokenizer.from_pretrained(folder / "moe")
+    facts = read_facts("tiny", FACTS).facts
+    # memit-seq weighs the keys of earlier edits, too.
+    for number, fact in enumerate(EDITED[:1] if method == "memit-seq" else EDITED):
+        keys = []
+        for text in ("{}", *CONTEXTS):
+            whole = in_context(text, facts[fact])
+            ids, at = naive.subject_last(tokenizer, whole.text, *whole.subject_span)
+            parts = stacked_keys(family, model, ids, LAYER)
+            keys.append(np.concatenate([part[at] for part in parts]))
+        expected = naive_direction(method, C, keys[0], np.array(keys[1:]))
+        error = np.abs(direction[number] - expected).max()
+        assert error < 1e-3 * np.abs(expected).max()
 
 
 def test_what_reads_a_run_reads_one_of_experts(measured: Any, tmp_path: Path) -> None:

@@ -162,12 +162,6 @@ def test_memory_used_up_amid_a_layer_is_an_error_and_no_wrong_sum(whole: Path) -
         moments.add(found[0], 40)
 
 
-def test_until_settled_is_refused(whole: Path) -> None:
-    refused = cache_cov(whole, "settled.h5", "--until-settled", "0.02")
-    assert refused.exit_code == 2
-    assert "--until-settled does not look at mixtures of experts" in one_sentence(refused.stderr)
-
-
 def test_what_takes_no_experts_says_so(whole: Path) -> None:
     exported = kscli(
         "export-cov", "--cov", whole / "whole.h5", "-o", whole / "npz", "--for", "rome"

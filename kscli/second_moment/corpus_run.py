@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kscli.batching import TokenBatch, make_batches
 from kscli.corpus import Corpus
@@ -24,6 +24,7 @@ from kscli.models.loading import LoadedModel
 from kscli.reporter import SILENT, Reporter, Task
 from kscli.second_moment.checkpoints import Checkpoint, Checkpoints, Position
 from kscli.second_moment.expert_moments import Moment, new_moment
+from kscli.second_moment.expert_settling import ExpertSettling
 from kscli.second_moment.layer_sums import LayerSums
 from kscli.second_moment.moments import fastest_product
 from kscli.second_moment.options import WHOLE, CovarianceOptions, reads_stdin
@@ -44,7 +45,7 @@ class _Pass:
 
     number: int
     sums: LayerSums
-    settling: Settling | None
+    settling: Settling | ExpertSettling | None
     position: Position = field(default_factory=Position)
     before: int = 0
 
@@ -52,9 +53,12 @@ class _Pass:
         watched = self.settling.layers if self.settling else ()
         self._offered = dict.fromkeys(watched, self.before)
 
-    def watch(self, layer: int, keys: Tensor, batch: TokenBatch) -> None:
+    def watch(self, layer: int, keys: Any, batch: TokenBatch) -> None:
         """Sample keys of a batch for the settling estimate."""
         if self.settling is None or layer not in self._offered:
+            return
+        if isinstance(self.settling, ExpertSettling):
+            self.settling.offer(layer, keys, self.sums.of_experts(layer).routed)
             return
         start = self._offered[layer]
         self._offered[layer] = start + batch.tokens
@@ -169,11 +173,6 @@ class CovarianceRun:
 
     def _refuse_impossible(self) -> None:
         passes = self.plan.passes
-        if self.options.until_settled is not None and self.model.decoder.n_experts:
-            raise UsageError(
-                "--until-settled does not look at mixtures of experts yet; bound the run with "
-                "--tokens or --samples."
-            )
         if passes == 1:
             return
         if reads_stdin(self.corpus):
@@ -223,16 +222,26 @@ class CovarianceRun:
         sums = LayerSums(
             self.model.decoder, group, self.plan.placement, flush_tokens, self.plan.product
         )
-        dense = self.model.decoder.n_experts == 0
-        watch = dense and self.plan.passes == 1 and self._share.shard == WHOLE
-        settling = Settling(spread(group, MOST_LAYERS), self.model.decoder.d_m) if watch else None
+        settling = self._settling(group)
         if saved is None:
             return _Pass(number, sums, settling)
         for layer in group:
             sums.moments[layer].restore(saved.sums(layer), saved.position.tokens)
         if settling:
-            settling = Settling.restore(saved.arrays)
+            settling = type(settling).restore(saved.arrays)
         return _Pass(number, sums, settling, saved.position, before=saved.position.tokens)
+
+    def _settling(self, group: tuple[int, ...]) -> Settling | ExpertSettling | None:
+        """What follows p while C is measured; None where nobody can, or of experts need."""
+        if self.plan.passes > 1 or self._share.shard != WHOLE:
+            return None
+        decoder, watched = self.model.decoder, spread(group, MOST_LAYERS)
+        if not decoder.n_experts:
+            return Settling(watched, decoder.d_m)
+        # To look at all experts takes long enough to be asked for.
+        if self.options.until_settled is None:
+            return None
+        return ExpertSettling(watched, decoder.d_m, decoder.n_experts)
 
     def _sum_stream(
         self, current: _Pass, stream: TokenStream, signals: HeldSignals, task: Task
@@ -272,13 +281,17 @@ class CovarianceRun:
         settling, tokens = current.settling, current.position.tokens
         if settling is None or tokens < settling.next_at:
             return False
-        device_of = self.model.decoder.device_of
-        settled = settling.evaluate(
-            tokens, lambda layer: current.sums.dense(layer).lower_sums(device_of(layer))
-        )
+        device_of, worst = self.model.decoder.device_of, ""
+        if isinstance(settling, ExpertSettling):
+            settled = settling.evaluate(tokens, current.sums.of_experts, device_of)
+            worst = " in the worst experts"
+        else:
+            settled = settling.evaluate(
+                tokens, lambda layer: current.sums.dense(layer).lower_sums(device_of(layer))
+            )
         if settled is None:
             return False
-        self.reporter.note(f"at {tokens:,} tokens p is settled to {settled.rms:.4f} (rms).")
+        self.reporter.note(f"at {tokens:,} tokens p is settled to {settled.rms:.4f} (rms){worst}.")
         limit = self.options.until_settled
         return limit is not None and settled.rms <= limit
 

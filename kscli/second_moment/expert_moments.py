@@ -57,6 +57,10 @@ class ExpertMoments:
         self.count += tokens
         return finite
 
+    def lower_sums(self, expert: int, device: str) -> Tensor:
+        """One expert's sums, as `SecondMoment` gives them."""
+        return self._blocks[expert].lower_sums(device)
+
     def flush(self) -> None:
         """Bring everything that was added into the float64 sums."""
         for moment in self._moments:

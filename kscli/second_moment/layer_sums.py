@@ -16,12 +16,13 @@ from kscli.batching import TokenBatch
 from kscli.errors import ModelError, NumericsError, is_out_of_memory
 from kscli.models.experts import RoutedKeys
 from kscli.models.forward import Decoder
-from kscli.second_moment.expert_moments import Moment, new_moment
+from kscli.second_moment.expert_moments import ExpertMoments, Moment, new_moment
 from kscli.second_moment.moments import HostSums, Product, SecondMoment
 from kscli.second_moment.plan import Placement
 
-# Called with a layer, the keys (batch x length, d_m) of a batch, those of padding 0, and the batch.
-Watch = Callable[[int, Tensor, TokenBatch], None]
+# Called with a layer, the keys (batch x length, d_m) of a batch, those of padding 0, or RoutedKeys,
+# and the batch, when they are in the sums.
+Watch = Callable[[int, Any, TokenBatch], None]
 
 
 class LayerSums:
@@ -61,6 +62,12 @@ class LayerSums:
         """The sums of a layer that is dense."""
         moment = self.moments[layer]
         assert isinstance(moment, SecondMoment)
+        return moment
+
+    def of_experts(self, layer: int) -> ExpertMoments:
+        """The sums of a layer of experts."""
+        moment = self.moments[layer]
+        assert isinstance(moment, ExpertMoments)
         return moment
 
     @property

@@ -195,8 +195,8 @@ class Editor:
     `key` chooses the keys that stand for the edited facts. `contexts` are the (number of tokens,
     number of texts) that the model makes up to put before prompts (context_template_length_params).
     `depth`: the layers that it edits by default; several only where it is `over_layers`. `at_once`:
-    it edits several facts at once. `of_experts`: it edits mixtures of experts, too. `predicted`:
-    the P of pmatrix.h5 is this editor's p, so that equations 11 and 15 predict what its edits move.
+    it edits several facts at once. `predicted`: the P of pmatrix.h5 is this editor's p, so that
+    equations 11 and 15 predict what its edits move.
     """
 
     title: str
@@ -208,8 +208,18 @@ class Editor:
     depth: Depth = SIXTH
     over_layers: bool = False
     at_once: bool = False
-    of_experts: bool = False
     predicted: bool = False
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it edits mixtures of experts, too.
+
+        Not those that look at more of a layer than its keys and what W gives for them: the null
+        space of C, the attention's output, the entries and the spectrum of W.
+        """
+        afterwards = self.afterwards
+        of_W = afterwards.keep is not None or afterwards.limited or afterwards.one_layer
+        return not (of_W or self.value.attention or self.direction.metric == "null-space")
 
 
 def find_editor(name: str) -> Editor:

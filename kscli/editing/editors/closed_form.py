@@ -15,6 +15,5 @@ EDITOR = Editor(
     direction=Direction(),
     value=ValueSearch(steps=21, kl_at="end"),
     afterwards=Afterwards(share=everything),
-    of_experts=True,
     predicted=True,
 )

@@ -19,6 +19,5 @@ EDITOR = Editor(
     afterwards=Afterwards(share=everything),
     contexts=((10, 5),),
     at_once=True,
-    of_experts=True,
     predicted=True,
 )
