@@ -231,6 +231,8 @@ def _risk(file: PMatrixFile) -> tuple[dict[str, Any], ...]:
 
 def _spectra(file: PMatrixFile, reporter: Reporter) -> tuple[tuple[dict[str, Any], ...], str]:
     """The spectra of C of as many layers as take a few minutes, and why others are missing."""
+    if file.about.n_experts:
+        return (), "Each expert has a C of its own, whose spectrum is not shown."
     affordable = int(_SPECTRUM_WORK / file.about.d_m**3)
     layers = file.layers if affordable >= len(file.layers) else spread(file.layers, affordable)
     rest = "`kscli stats --spectrum` has all of them."
