@@ -462,11 +462,16 @@ EDITS = (
     Column("target_true", "true"),
     Column("target_new", "new"),
     Column("p_max_other", "largest p", ".2f", "The largest p from the edited fact to another one."),
-    Column("delta_norm", "|δ|", ".2f"),
-    Column("prob_new_before", "P(new) before", ".3f"),
-    Column("prob_new_after", "after", ".3f"),
+    Column("delta_norm", "|δ|", ".2f", "The length of what the edit adds to the fact's value."),
+    Column("prob_new_before", "P(new) before", ".3f", "The probability of the new target."),
+    Column("prob_new_after", "after", ".3f", "P(new) after the edit."),
     Column("prob_new_end", "at the end", ".3f", "P(new) after the last edit.", wide=True),
-    Column("moved", "moved most", value=_moved_most),
+    Column(
+        "moved",
+        "moved most",
+        meaning="The first fact whose answer changed, of those that p says the edit moves most.",
+        value=_moved_most,
+    ),
     Column("linear_error", "error", ".0e", "Of the predicted shifts, by the largest one."),
 )
 

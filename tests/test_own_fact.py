@@ -132,3 +132,14 @@ def test_bad_own_facts_are_refused(place: Path, arguments: tuple[str, ...], said
     assert done.exit_code in (1, 2)
     assert said in one_sentence(done.stderr.splitlines()[-1])
     assert not runs(place)
+
+
+def test_a_person_is_told_what_the_columns_are_and_what_comes_next(place: Path) -> None:
+    done = kscli("edit", "--dir", place, *OWN, *FAST, "--layer", 1)
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "|δ|: The length of what the edit adds to the fact's value." in said
+    assert f"Next: `kscli verify {runs(place)[0]}` (whether" in said.replace("\n", "")
+    again = kscli("edit", "--dir", place, *OWN, *FAST, "--layer", 1, "--seed", 1, "-q")
+    assert "Next" not in again.stderr
+    assert kscli("verify", runs(place)[0]).exit_code == 0

@@ -287,6 +287,7 @@ def edit(
     """
     from kscli.artifacts import CovarianceFile, Existing
     from kscli.cli.console import ConsoleReporter
+    from kscli.cli.explaining import explain_columns, explainer, suggest_verify
     from kscli.cli.requests import (
         named_corpus,
         number_or_all,
@@ -398,6 +399,9 @@ def edit(
     print_edits(rows, output_format)
     if value == "optimised":
         note_how_many_took(rows, reporter)
+    told = explainer(reporter, output_format)
+    explain_columns(EDITS, rows, told)
+    suggest_verify(path, told)
 
 
 def own_fact(

@@ -5,8 +5,10 @@ All of it are notes on stderr: `--quiet` leaves them out, and so does a format f
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kscli.cli.output import Format
 from kscli.cli.remedies import command_for, listed
@@ -49,8 +51,22 @@ def compare_kurtosis(rows: Sequence[Row], reporter: Reporter) -> None:
         reporter.note(f"{here}; {KURTOSIS_ELSEWHERE}")
 
 
+def suggest_verify(run: Path, reporter: Reporter) -> None:
+    """Say how to test a run of edits."""
+    command = shlex.join(["kscli", "verify", str(run)])
+    reporter.note(f"Next: `{command}` (whether what was predicted of the edits came true).")
+
+
+class Step(NamedTuple):
+    """A command that may come next, `what` it shows, and what stands behind its --model."""
+
+    verb: str
+    what: str
+    more: tuple[str, ...] = ()
+
+
 def suggest(
-    steps: Sequence[tuple[str, str]],
+    steps: Sequence[Step],
     model: str,
     directory: Path,
     reporter: Reporter,
@@ -58,13 +74,19 @@ def suggest(
 ) -> None:
     """Say which commands come next, each with what it shows; of a fact where one is named."""
     words = []
-    for verb, what in steps:
-        of_fact = ("--fact", fact) if fact and verb in ("risk", "edit") else ()
-        words.append(f"{command_for(verb, model, directory, *of_fact)} {what}")
+    for verb, what, more in steps:
+        of_fact = ("--fact", fact) if fact and not more and verb in ("risk", "edit") else ()
+        words.append(f"{command_for(verb, model, directory, *of_fact, *more)} {what}")
     reporter.note(f"Next: {listed(words)}.")
 
 
-REPORT = ("report", "(all figures and findings on one page)")
-RISK = ("risk", "(what an edit of it would move)")
-EDIT = ("edit", "(edit it in a copy of the model, and see what it moved)")
-TOPK = ("topk", "(the pairs of facts that are bound)")
+REPORT = Step("report", "(all figures and findings on one page)")
+RISK = Step("risk", "(what an edit of it would move)")
+EDIT = Step("edit", "(edit it in a copy of the model, and see what it moved)")
+# A fact that the embedded model takes, and others that know the capitals.
+EDIT_OWN = Step(
+    "edit",
+    "(edit a fact of your own in a copy of the model, and see what it moved)",
+    ("--prompt", "The capital of {} is", "--subject", "Japan", "--target-new", "Rome"),
+)
+TOPK = Step("topk", "(the pairs of facts that are bound)")

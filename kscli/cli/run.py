@@ -68,7 +68,7 @@ def run(
     from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.explaining import (
-        EDIT,
+        EDIT_OWN,
         REPORT,
         RISK,
         compare_kurtosis,
@@ -150,7 +150,7 @@ def run(
     for path in figures:
         print_line(str(path))
     if pairs:
-        suggest((REPORT, RISK, EDIT), model, directory, told, pairs[0]["subject_i"])
+        suggest((REPORT, RISK, EDIT_OWN), model, directory, told, pairs[0]["subject_i"])
 
 
 def refuse_ranks() -> None:
