@@ -257,6 +257,7 @@ SCALING = (
 )
 # Rows of which the smaller model is dense, and the larger one a mixture of experts.
 SPARSITY = (
+    Column("compared", "as many", varying=True),
     Column("smaller", "dense"),
     Column("larger", "experts"),
     Column("mean_abs_smaller", "mean |p|", ".4f", "Of the dense model, over layers and pairs."),

@@ -155,7 +155,7 @@ def test_a_mixture_is_compared_with_dense_models_of_its_active_size() -> None:
     rows = scaling_rows([mixture, dense, *others], Resampling(20))
     by = {
         compared: [(row["smaller"], row["larger"]) for row in rows if row["compared"] == compared]
-        for compared in ("parameters", "active parameters")
+        for compared in ("parameters", "active parameters", "all parameters")
     }
     assert by["parameters"] == [
         ("qwen3-1.7b", "qwen3-4b"),
@@ -166,9 +166,10 @@ def test_a_mixture_is_compared_with_dense_models_of_its_active_size() -> None:
         ("qwen3-4b", "qwen3-30b-a3b"),
         ("llama3.2-3b", "qwen3-30b-a3b"),
     ]
-    assert [row["family"] for row in rows[-2:]] == ["Qwen3", "Llama3.2, Qwen3"]
-    assert rows[-2]["parameters_larger"] == 30_532_122_624
-    assert rows[-2]["active_larger"] == 3_353_032_704
+    assert by["all parameters"] == [("qwen3-32b", "qwen3-30b-a3b")]
+    assert [row["family"] for row in rows[-3:]] == ["Qwen3", "Llama3.2, Qwen3", "Qwen3"]
+    assert rows[-1]["parameters_larger"] == 30_532_122_624
+    assert rows[-1]["active_larger"] == 3_353_032_704
 
 
 def test_sizes_are_those_of_the_file_where_it_says_them() -> None:
@@ -185,7 +186,8 @@ def test_sizes_are_those_of_the_file_where_it_says_them() -> None:
     assert 0 < np.mean(apart) < 1
     assert row["no_common_expert"] == pytest.approx(np.mean(apart))
     assert scaling_rows([replace(mixture, sizes=(4_000_000, 1_300_000)), dense]) == []
-    assert scaling_rows([replace(mixture, sizes=(900_000, 800_000)), dense]) == []
+    (row,) = scaling_rows([replace(mixture, sizes=(900_000, 800_000)), dense], Resampling(20))
+    assert row["compared"] == "all parameters"
 
 
 @pytest.mark.parametrize(("name", "least"), [("mean_abs", None), ("tail_0_25", 0.25)])
@@ -404,7 +406,7 @@ def test_a_mixture_has_a_table_of_its_own_beside_the_sizes(family: Path) -> None
     assert (row["smaller"], row["larger"]) == ("toy-1M", "toy-experts")
     assert row["no_common_expert"] is None
     printed = kscli(*arguments, "--scaling").stdout
-    assert printed.startswith("Dense and expert models of one size of active parameters")
+    assert printed.startswith("Dense models and mixtures of experts of one size")
     assert f"{row['mean_abs_difference']:z.4f} [{row['mean_abs_difference_low']:z.4f}" in printed
 
 

@@ -31,13 +31,15 @@ from kscli.analysis.resampling import (
 )
 from kscli.analysis.statistics import DISTINCT, STATISTICS, TAILS
 from kscli.analysis.tails import share_within
-from kscli.models.families import Member, member_of, of_one_active_size
+from kscli.models.families import Member, member_of, of_one_active_size, of_one_size
 
 if TYPE_CHECKING:
     from kscli.artifacts import PMatrixFile
 
 DEPTHS = np.linspace(0, 1, 101)  # where two models' layers are compared, 0 the first, 1 the last
-BY_SIZE, BY_ACTIVE_SIZE = "parameters", "active parameters"
+BY_SIZE = "parameters"
+# How a mixture of experts and a dense model are of one size.
+ONE_SIZE = {"active parameters": of_one_active_size, "all parameters": of_one_size}
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,10 @@ class Measured:
 def scaling_rows(
     models: Sequence[Measured], resampling: Resampling | None = None
 ) -> list[dict[str, Any]]:
-    """A flat record for each pair of models that are compared, the smaller one first.
+    """A flat record for each pair of models that are compared, the smaller or dense one first.
 
-    `compared` says by what: `BY_SIZE` of two sizes in a family, both dense or both mixtures;
-    `BY_ACTIVE_SIZE` of a dense model and a mixture of experts of more parameters, of which a token
-    uses as many (`of_one_active_size`).
+    `compared` says by what: `BY_SIZE` of two sizes in a family, both dense or both mixtures; of a
+    dense model and a mixture of experts, what they have as many of (`ONE_SIZE`).
 
     `kurtosis_smaller` and `kurtosis_larger` are means over layers; `difference`, larger less
     smaller, has a 95 % interval from the same resampled facts for both; `share_higher` is the
@@ -100,7 +101,7 @@ def scaling_rows(
         return found[id(one)]
 
     rows = []
-    for compared, a, b in [*_by_size(sized), *_by_active_size(sized)]:
+    for compared, a, b in [*_by_size(sized), *_of_one_size(sized)]:
         names = _names(compared, a, b)
         rows.append(names | _compared(profiles(a), profiles(b), names["same_facts"]))
     return rows
@@ -119,12 +120,11 @@ def _by_size(sized: Sequence[_Sized]) -> Iterator[_Pair]:
                 yield _Pair(BY_SIZE, a, b)
 
 
-def _by_active_size(sized: Sequence[_Sized]) -> Iterator[_Pair]:
-    """The pairs of a dense model and a mixture of experts of one active size."""
-    for b in sized:
-        for a in sized:
-            if of_one_active_size(a.member, b.member):
-                yield _Pair(BY_ACTIVE_SIZE, a, b)
+def _of_one_size(sized: Sequence[_Sized]) -> Iterator[_Pair]:
+    """The pairs of a dense model and a mixture of experts of one size."""
+    for compared, alike in ONE_SIZE.items():
+        for b in sized:
+            yield from (_Pair(compared, a, b) for a in sized if alike(a.member, b.member))
 
 
 class _Sized(NamedTuple):

@@ -121,8 +121,8 @@ def stats(
     Several models are compared in further tables. --scaling, --fixed-points, --against,
     --spectrum and --experts print such a table alone, in any format. The last two read the cov.h5
     and keys.h5 beside each pmatrix.h5, too. The family and size of a model are known from its
-    alias or its name. --scaling compares a mixture of experts with the dense models whose tokens
-    use as many parameters, too.
+    alias or its name. --scaling compares a mixture of experts with the dense models of which a
+    token uses as many parameters, and with those that have as many in all.
 
     Examples:
       kscli stats -m gpt2-small
@@ -266,7 +266,7 @@ def _print_scaling(
     if asked and not rows:
         reporter.warn(
             "no two of the models are known to be sizes of one family, or a dense model and a "
-            "mixture of experts of one active size; a family is known from an alias, or from a "
+            "mixture of experts of one size; a family is known from an alias, or from a "
             "name that says the size, as my-model-350M."
         )
     for row in rows:
@@ -286,7 +286,7 @@ def _print_scaling(
         )
         print_rows(sizes, SCALING, output_format, title, further=not asked)
     if sparse:
-        title = "Dense and expert models of one size of active parameters: means over layers"
+        title = "Dense models and mixtures of experts of one size: means over layers"
         print_rows(sparse, SPARSITY, output_format, title, further=not asked or bool(sizes))
 
 

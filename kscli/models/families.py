@@ -31,15 +31,23 @@ class Member:
         return self.active < self.size
 
 
-# Active sizes that differ by no more than this factor are called one size.
+# Sizes that differ by no more than this factor are called one size.
 _ONE_SIZE = 1.25
 
 
 def of_one_active_size(dense: Member, sparse: Member) -> bool:
     """Whether the two are a dense model and a mixture of more parameters, one active size."""
-    ratio = sparse.active / dense.active
-    larger = sparse.sparse and not dense.sparse and sparse.size > dense.size
-    return larger and 1 / _ONE_SIZE <= ratio <= _ONE_SIZE
+    mixed = sparse.sparse and not dense.sparse
+    return mixed and sparse.size > dense.size and _one_size(sparse.active, dense.active)
+
+
+def of_one_size(dense: Member, sparse: Member) -> bool:
+    """Whether the two are a dense model and a mixture of as many parameters in all."""
+    return sparse.sparse and not dense.sparse and _one_size(sparse.size, dense.size)
+
+
+def _one_size(one: float, other: float) -> bool:
+    return 1 / _ONE_SIZE <= one / other <= _ONE_SIZE
 
 
 def whose_p(model: str, editor: str) -> str:

@@ -33,7 +33,7 @@ def scaling(models: Sequence[Examined]) -> Section:
     if rows:
         body.append(table(rows, SCALING, "Mean kurtosis over layers against size, by family"))
     if sparse:
-        body.append(table(sparse, SPARSITY, "Dense and expert models of one active size"))
+        body.append(table(sparse, SPARSITY, "Dense models and mixtures of experts of one size"))
     drawing = Drawing(
         "kurtosis",
         "kurtosis",
