@@ -26,7 +26,8 @@ class Alias:
     it asks for nothing. The embedded model has neither `hub_id` nor `revision`.
 
     `listing_seen` is False where the model's page on the Hub could not be read when the line was
-    written: its commit, sizes and gate are what public repositories say that pin it.
+    written: its commit, sizes and gate are what public repositories say that pin it. A gate begins
+    with `perhaps` where these disagree.
     """
 
     name: str
