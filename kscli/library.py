@@ -221,14 +221,33 @@ def superposition(
     *,
     layers: str = "all",
     ridge: float = 0.0,
+    editor: str | None = None,
+    weight: float | None = None,
+    null_space: float | None = None,
+    relative_null_space: float | None = None,
     path: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
 ) -> PMatrixFile:
-    """P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i for all pairs of facts, as `kscli pmatrix` does."""
+    """P[i, j] = k_i^T C^-1 k_j / k_i^T C^-1 k_i for all pairs of facts, as `kscli pmatrix` does.
+
+    With `editor`, p of that editor, of which `weight` and the cuts of the null space are settings.
+    """
+    from kscli.editing.editor_p import editor_of_p
+    from kscli.editing.editors import PAPERS_EDITOR, find_editor, without_effect
+    from kscli.editing.null_space import null_space_cut
     from kscli.pmatrix import write_pmatrix
 
     moments, of_facts = _opened(CovarianceFile, cov), _opened(KeysFile, keys)
+    settings = {
+        "weight": weight,
+        "null_space": null_space,
+        "relative_null_space": relative_null_space,
+    }
+    given = [name for name, number in settings.items() if number is not None]
+    _refuse(given, without_effect(find_editor(editor or PAPERS_EDITOR)))
+    cut = null_space_cut(_real(null_space), _real(relative_null_space))
+    of_editor = editor_of_p(editor, of_facts.about.model, _real(weight), cut)
     return _made(
         PMatrixFile,
         path,
@@ -237,7 +256,8 @@ def superposition(
             of_facts,
             to,
             layers=select_layers(layers, of_facts.layers, str(of_facts.path)),
-            ridge=ridge,
+            ridge=float(ridge),
+            editor=of_editor,
             existing=_existing(force=force),
             reporter=LibraryReporter(quiet=quiet),
         ),
@@ -346,9 +366,7 @@ def edit(
     )
     pm, asked = files[2], EditSettings(**settings)
     editor, published = asked.editor(_published_name(session.model))
-    for names, reason in asked.without_effect(editor):
-        for name in set(names) & set(settings):
-            raise UsageError(f"{name}= has no effect {reason}; leave it out.")
+    _refuse(settings, asked.without_effect(editor))
     options, protected = asked.options(editor)
     request = EditRequest(
         facts=tuple(_named(facts) or ()),
@@ -392,16 +410,28 @@ def plot(
     mark_same_token: bool = False,
     facts_counts: Sequence[int] = (),
     grid: bool = False,
+    no_sentence: bool = False,
+    title: str | None = None,
+    size: tuple[float, float] = (0.0, 0.0),
+    dpi: int = 0,
+    names: Sequence[str] = (),
     seed: int = 0,
 ) -> Figure:
-    """A figure of one or more results, of P or of edits by the kind, as `kscli plot` draws it."""
-    from kscli.figures import KINDS, FigureOptions, Shown, shown_of
+    """A figure of one or more results, of P or of edits by the kind, as `kscli plot` draws it.
+
+    `size` is (width, height) in inches, and `names` are what the figure calls the results; 0 and
+    nothing are what suits the kind. `title` "" leaves the title out.
+    """
+    from kscli.figures import KINDS, FigureOptions, Look, Shown, shown_of
 
     if kind not in KINDS:
         from kscli.errors import no_such
 
         raise no_such("figure", kind, KINDS)
-    options = FigureOptions(grid, mark_same_token, tuple(facts_counts), seed)
+    if names and len(names) != len(results):
+        raise UsageError(f"names= are {len(names)}, and the results {len(results)}; name each.")
+    look = Look(title, *size, dpi, tuple(names))
+    options = FigureOptions(grid, mark_same_token, tuple(facts_counts), seed, no_sentence, look)
     sources: list[Shown] = []
     for each in results:
         if KINDS[kind].source == "edits":
@@ -427,6 +457,18 @@ def _named(facts: str | int | Sequence[str | int] | None) -> list[str] | None:
     if facts is None:
         return None
     return [*map(str, [facts] if isinstance(facts, str | int) else facts)]
+
+
+def _real(number: float | None) -> float | None:
+    """A number as the command line reads it: recipes tell 7 from 7.0."""
+    return None if number is None else float(number)
+
+
+def _refuse(given: Iterable[str], idle: Iterable[tuple[tuple[str, ...], str]]) -> None:
+    """Raise UsageError for a setting that was given and has no effect, with the reason."""
+    for names, reason in idle:
+        for name in set(names) & set(given):
+            raise UsageError(f"{name}= has no effect {reason}; leave it out.")
 
 
 def _published_name(model: LoadedModel) -> str:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kscli as library
 from kscli.cli.console import _in_notebook
 from kscli.cli.options import DEFAULT_MODEL
+from kscli.editing.settings import EditSettings
 from kscli.errors import MissingPackageError
 from kscli.figures import KINDS
 from kscli.interrupts import InterruptedRunError
@@ -149,6 +150,22 @@ def test_a_loaded_model_gives_what_its_folder_gives(objects: tuple[Any, Any]) ->
     theirs = library.extract_keys(named, FACTS, contexts=0)
     assert np.array_equal(mine.read("keys", (0, 3)), theirs.read("keys", (0, 3)))
     assert mine.fingerprint == theirs.fingerprint
+
+
+def test_p_of_an_editor_is_the_command_line_s(model: Any, found: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pmatrix.h5"
+    keys = library.extract_keys(model, FACTS, layers=SPEC, contexts=2)
+    made = kscli(
+        *("pmatrix", "--cov", found.cov.path, "--keys", keys.path, "-o", path),
+        *("--editor", "emmet", "--weight", 7),
+    )
+    assert made.exit_code == 0, made.stderr
+    with pytest.warns(library.KscliWarning, match="p is noisy"):
+        mine = library.superposition(found.cov, keys, editor="emmet", weight=7)
+    with library.open(path) as theirs:
+        assert mine.fingerprint == theirs.fingerprint
+    with pytest.raises(library.KscliError, match="weight= has no effect without --method"):
+        library.superposition(found.cov, found.keys, weight=7)
 
 
 def test_texts_are_documents_as_those_of_a_file(model: Any, found: Any, tmp_path: Path) -> None:
@@ -465,6 +482,7 @@ def test_risk_is_the_command_s(found: Any, options: Any, arguments: Any) -> None
 
 def test_figures_are_matplotlib_s(found: Any, measured_tiny: Path, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     Run().write(tmp_path / "edits.h5")
     for kind, of in KINDS.items():
@@ -475,6 +493,12 @@ def test_figures_are_matplotlib_s(found: Any, measured_tiny: Path, tmp_path: Pat
     two = library.plot("heatmap", found.pmatrix, layers=SPEC)
     one = library.plot("heatmap", found.pmatrix, layers="0")
     assert len(two.axes) > len(one.axes)
+    small = library.plot("kde", found.pmatrix, title="Mine", size=(4.0, 3.0), names=["A model"])
+    assert small.get_size_inches().tolist() == [4.0, 3.0]
+    texts = [text.get_text() for text in small.findobj(Text)]
+    assert "Mine" in texts
+    with pytest.raises(library.KscliError, match="names= are 2, and the results 1"):
+        library.plot("kde", found.pmatrix, names=["a", "b"])
     with pytest.raises(library.KscliError, match="did you mean heatmap"):
         library.plot("heatmaps", found.pmatrix)
 
@@ -550,6 +574,12 @@ def test_a_user_s_model_is_left_as_it_was(changeable: Any, found: Any) -> None:
     assert not changeable.transformer.h[0].ln_1.weight.requires_grad
     rest = [p for name, p in changeable.named_parameters() if "h.0.ln_1.weight" not in name]
     assert all(each.requires_grad and each.grad is None for each in rest)
+
+
+def test_a_whole_number_is_the_number_of_the_command_line() -> None:
+    settings = EditSettings(weight=7, norm_limit=4, steps=3, moved=2)
+    assert repr((settings.weight, settings.norm_limit)) == "(7.0, 4.0)"
+    assert repr((settings.steps, settings.moved)) == "(3, 2)"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,22 +96,11 @@ def chosen_editor(
 
     Raises UsageError for an editor that is not known, and for an option that it has no use for.
     """
-    from kscli.cli.requests import editors_own_p, refuse_given
-    from kscli.editing.editor_p import EditorOfP
+    from kscli.cli.requests import refuse_given
+    from kscli.editing.editor_p import editor_of_p
     from kscli.editing.editors import PAPERS_EDITOR, find_editor, without_effect
     from kscli.editing.null_space import null_space_cut
-    from kscli.editing.presets import preset_for
 
-    name = name or PAPERS_EDITOR
-    editor = find_editor(name)
-    if preset := preset_for(name, model):
-        # The contexts are those of keys.h5, whatever an edit of this model takes.
-        editor = replace(preset.apply(editor), contexts=editor.contexts)
-    for names, reason in without_effect(editor):
+    for names, reason in without_effect(find_editor(name or PAPERS_EDITOR)):
         refuse_given(context, names, reason)
-    cut = null_space_cut(*cuts)
-    if not editors_own_p(name):
-        return None
-    if weight is not None:
-        editor = replace(editor, direction=replace(editor.direction, weight=weight))
-    return EditorOfP(name, editor, cut)
+    return editor_of_p(name, model, weight, null_space_cut(*cuts))

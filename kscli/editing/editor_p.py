@@ -5,15 +5,16 @@ Each layer is taken as if the editor wrote it alone, in the clean model.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, KeysFile, Recipe
 from kscli.editing.directions import p_of_each
-from kscli.editing.editors import Editor
+from kscli.editing.editors import PAPERS_EDITOR, Editor, find_editor
 from kscli.editing.metrics import Cut, Metric, metric_of
+from kscli.editing.presets import preset_for
 
 Array = NDArray[np.float64]
 
@@ -55,6 +56,23 @@ class EditorOfP:
         if paraphrases is None:
             return p, None
         return p, p_of_each(metric, facts, paraphrases, self.weight).diagonal()
+
+
+def editor_of_p(name: str | None, model: str, weight: float | None, cut: Cut) -> EditorOfP | None:
+    """The editor of that name with the settings published for a model; None: P is the paper's.
+
+    A `weight` of None is the published one. Raises UsageError for an editor that is not known.
+    """
+    name = name or PAPERS_EDITOR
+    editor = find_editor(name)
+    if preset := preset_for(name, model):
+        # The contexts are those of keys.h5, whatever an edit of this model takes.
+        editor = replace(preset.apply(editor), contexts=editor.contexts)
+    if editor.predicted:
+        return None
+    if weight is not None:
+        editor = replace(editor, direction=replace(editor.direction, weight=weight))
+    return EditorOfP(name, editor, cut)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -71,6 +71,13 @@ class EditSettings:
     moved: int | None = 10
     generations: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # As the command line reads them: recipes tell 7 from 7.0.
+        for each in fields(self):
+            number = getattr(self, each.name)
+            if "float" in str(each.type) and isinstance(number, int):
+                object.__setattr__(self, each.name, float(number))
 
     def editor(self, model: str) -> tuple[Editor, Preset | None]:
         """The editor as published for a model, and what is published. Raises UsageError."""
