@@ -784,6 +784,8 @@ def test_several_models_are_written_to_one_page(
     page = Page((tmp_path / "report.html").read_text())
     # Both have one name, so their files tell them apart.
     assert f"toy ({tmp_path / 'toy' / 'pmatrix.h5'})" in page.texts
+    assert "toy (1)" in page.content  # in the figures' legends
+    assert "toy (2)" in page.content
     assert page.findings["Pairs"][0].startswith("20 pairs are in the top 20 of all 2 models")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kscli.analysis.fixed_points import comparable, fixed_points
 from kscli.analysis.resampling import Resampling
@@ -40,7 +41,7 @@ def scaling(models: Sequence[Examined]) -> Section:
         "Excess kurtosis of P off the diagonal over depth.",
         FigureOptions(seed=models[0].seed),
     )
-    body.append(_picture(drawing, [one.source(one.layers) for one in models]))
+    body.append(_picture(drawing, _sources(models, lambda one: one.layers)))
     return Section("scaling", "Kurtosis and size", join(body))
 
 
@@ -99,8 +100,8 @@ def points(models: Sequence[Examined]) -> Section:
 
 def side_by_side(models: Sequence[Examined]) -> Section:
     """First and last layers in one figure each."""
-    first = [one.source(one.layers[:1]) for one in models]
-    last = [one.source(one.layers[-1:]) for one in models]
+    first = _sources(models, lambda one: one.layers[:1])
+    last = _sources(models, lambda one: one.layers[-1:])
     body = [
         _picture(Drawing("heatmap", "heatmap", "P at the first layer.", most_bytes=_IMAGE), first),
         _picture(Drawing("kde", "kde", "Density of P off the diagonal, first layer."), first),
@@ -109,6 +110,20 @@ def side_by_side(models: Sequence[Examined]) -> Section:
         ),
     ]
     return Section("side-by-side", "Side by side", join(body))
+
+
+def _sources(
+    models: Sequence[Examined], layers_of: Callable[[Examined], tuple[int, ...]]
+) -> list[Source]:
+    """What figures of all models are drawn from; models of one name are numbered."""
+    names = [one.model for one in models]
+    return [
+        replace(
+            one.source(layers_of(one)),
+            name=f"{name} ({names[: at + 1].count(name)})" if names.count(name) > 1 else "",
+        )
+        for at, (one, name) in enumerate(zip(models, names, strict=True))
+    ]
 
 
 def _picture(drawing: Drawing, sources: list[Source]) -> Html:
