@@ -189,6 +189,10 @@ def test_stats_and_topk_say_how_facts_are_routed(tmp_path: Path) -> None:
     with h5py.File(path.with_name("cov.h5")) as cov:
         least = cov["routed"][()].min()
     assert f"of which the least-used expert saw {least:,}, " in text
+    spectra = run(tmp_path, "stats", "--pmatrix", path, "--spectrum", "-f", "json")
+    ratio = json.loads(spectra.stdout)[0]["participation_ratio"]
+    assert f"24 dimensions, has a participation ratio of {ratio:.1f} and" in text
+    assert "shown is the median over a layer" in text
 
 
 def test_p_of_every_expert_alone_is_the_definitions(tmp_path: Path) -> None:

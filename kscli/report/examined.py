@@ -231,9 +231,8 @@ def _risk(file: PMatrixFile) -> tuple[dict[str, Any], ...]:
 
 def _spectra(file: PMatrixFile, reporter: Reporter) -> tuple[tuple[dict[str, Any], ...], str]:
     """The spectra of C of as many layers as take a few minutes, and why others are missing."""
-    if file.about.n_experts:
-        return (), "Each expert has a C of its own, whose spectrum is not shown."
-    affordable = int(_SPECTRUM_WORK / file.about.d_m**3)
+    n_experts = file.about.n_experts or 0
+    affordable = int(_SPECTRUM_WORK / (file.about.d_m**3 * max(n_experts, 1)))
     layers = file.layers if affordable >= len(file.layers) else spread(file.layers, affordable)
     rest = "`kscli stats --spectrum` has all of them."
     if not layers:
@@ -242,8 +241,16 @@ def _spectra(file: PMatrixFile, reporter: Reporter) -> tuple[tuple[dict[str, Any
         rows = tuple(spectra_of(file, layers, reporter=reporter))
     except (ArtifactError, NumericsError) as error:
         return (), f"The spectrum of C is not shown: {error}"
-    some = f"To keep the page quick, C was looked at at {counted(len(layers), 'layer')}; {rest}"
-    return rows, "" if layers == file.layers else some
+    said = []
+    if n_experts:
+        said.append(
+            f"Each of {n_experts} experts has a C of its own: shown is the median over a layer's "
+            "experts, in brackets their range."
+        )
+    if layers != file.layers:
+        at = counted(len(layers), "layer")
+        said.append(f"To keep the page quick, C was looked at at {at}; {rest}")
+    return rows, " ".join(said)
 
 
 def _runs(

@@ -263,7 +263,10 @@ def right_angles(examined: Examined) -> list[str]:
             f"{at_layers(raw_near, examined.layers)} in the activation space."
         )
     if _of_experts(examined):
-        sentences.append("Keys without an expert in common are at a right angle in both spaces.")
+        sentences.append(
+            "Keys that have no expert in common, shared ones included, are at a right angle in "
+            "both spaces."
+        )
     of_ends = [row for row in examined.overlaps if row["layer"] in examined.ends]
     return [*sentences, *map(_overlap, of_ends)]
 
@@ -292,9 +295,10 @@ def dimensions(examined: Examined) -> list[str]:
     rows = [row for row in examined.spectra if row["layer"] in examined.ends]
     if not rows:
         return []
+    whose = "C of an expert, in the median," if _of_experts(examined) else "C,"
     sentences = [
-        f"At layer {row['layer']} C, of {row['d_m']:,} dimensions, has a participation ratio of "
-        f"{number(row['participation_ratio'], 1)} and an effective rank of "
+        f"At layer {row['layer']} {whose} of {row['d_m']:,} dimensions, has a participation ratio "
+        f"of {number(row['participation_ratio'], 1)} and an effective rank of "
         f"{number(row['effective_rank'], 1)}."
         for row in rows
     ]
