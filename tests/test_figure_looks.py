@@ -45,6 +45,15 @@ def test_a_figure_of_any_width_keeps_to_its_page(kind: str, width: float) -> Non
     assert_on_the_page(fig)
 
 
+@pytest.mark.parametrize("kind", ["heatmap", "kde"])
+def test_a_grid_has_as_many_columns_as_its_width_has_room_for(kind: str) -> None:
+    for width, columns in ((3.3, 2), (6.9, 4)):
+        options = FigureOptions(grid=True, look=Look(width=width))
+        (fig,) = KINDS[kind].pages([source(layers=8, m=8)], options)
+        assert fig.axes[0].get_gridspec().ncols == columns  # type: ignore[union-attr]
+        assert_on_the_page(fig)
+
+
 @pytest.mark.parametrize("kind", STANDARD)
 def test_title_height_and_resolution(kind: str) -> None:
     plain = KINDS[kind].draw([source(layers=2)])
