@@ -373,7 +373,7 @@ def test_heatmap_labels_stand_at_their_ticks(layers: int) -> None:
         ticks = [text for ax in fig.axes if ax.images for text in ax.get_xticklabels()]
         lowest = min(text.get_window_extent().y0 for text in ticks if text.get_text())
         gap = lowest - label.get_window_extent().y1
-    assert 1 < gap < 8
+    assert 1 < gap < 10  # text is a point higher in Matplotlib 3.10
 
 
 def test_heatmap_has_a_dot_for_every_fact() -> None:
