@@ -74,7 +74,7 @@ def plain_fields(record: object) -> Fields:
             f"{kind_of(record)}, but should be an object with prompt, subject and target."
         )
     if all(name in record for name in PLAIN):
-        return record
+        return {**record, "prompt": subject_as_slot(record["prompt"], record["subject"])}
     for form in FORMS:
         if all(record.get(name) is not None for name in form.known_by):
             return form.read(record)
@@ -110,6 +110,13 @@ def with_slot(text: str, subject: str) -> str:
     if not subject or subject not in text:
         raise LeftOutError(NO_SUBJECT)
     return text.replace(subject, SLOT, 1)
+
+
+def subject_as_slot(prompt: object, subject: object) -> object:
+    """A prompt that has no {} but the subject once, with {} in its place; any other as it is."""
+    if not isinstance(prompt, str) or not isinstance(subject, str) or SLOT in prompt:
+        return prompt
+    return prompt.replace(subject, SLOT) if subject and prompt.count(subject) == 1 else prompt
 
 
 # The forms

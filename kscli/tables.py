@@ -392,7 +392,12 @@ def _perplexity(row: Row) -> str | None:
 PRICES = (
     replace(LAYER, varying=True),
     RANK,
-    Column("price", spec=".3g", meaning="To move no other fact at its subject."),
+    Column(
+        "price",
+        spec=".3g",
+        meaning="To move no other fact at its subject, a plain edit being 1; at all its tokens, as "
+        "edit --protect does by default, it costs more.",
+    ),
     Column("text_rms", "of all text", ".3f", "rms p to the tokens of the corpus: 1 / √kᵀC⁻¹k."),
     Column("rms", "rms p", ".3f"),
     Column("paraphrase_p", "p to paraphrases", ".2f", optional=True),

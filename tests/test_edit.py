@@ -816,7 +816,13 @@ def test_how_many_edits_took_is_told(folder: Path, tmp_path: Path) -> None:
     request = ("edit", "--dir", folder.parent, "--target-new", "text:Rome", "--fact", 0)
     few = kscli(*request, "--steps", 2, "--layer", 2, "-o", tmp_path / "a.h5")
     assert few.exit_code == 0, few.stderr
-    assert "first choice right after 0 of 1 edits; more --steps" in " ".join(few.stderr.split())
+    said = " ".join(few.stderr.split())
+    assert "the edit did not take: 'Rome' is not the model's first choice after it (P = " in said
+    saved = tmp_path / "edited"
+    again = kscli(
+        *request, "--steps", 2, "--layer", 2, "-o", tmp_path / "a.h5", "--save-model", saved
+    )
+    assert f"warning: {saved} is of edits that did not all take." in " ".join(again.stderr.split())
 
 
 def test_equal_keys_cannot_be_given_two_values() -> None:

@@ -268,6 +268,16 @@ def test_a_plain_record_is_plain_whatever_else_it_holds(tmp_path: Path) -> None:
         ]
 
 
+def test_a_plain_prompt_may_hold_its_subject(tmp_path: Path) -> None:
+    """Once: where it stands twice, or not at all, nobody says where the subject goes."""
+    plain = {"prompt": "Paris lies in", "subject": "Paris", "target": "France"}
+    (fact,) = taken(tmp_path, [plain]).facts
+    assert (fact.prompt, fact.text) == ("{} lies in", "Paris lies in")
+    for prompt in ("Paris is Paris in", "It lies in"):
+        with pytest.raises(FactsError, match=r"write \{\} once"):
+            taken(tmp_path, [{**plain, "prompt": prompt}])
+
+
 def test_a_count_is_of_facts(tmp_path: Path) -> None:
     """Records that are left out do not count, and what follows is not read."""
     records = [ZSRE[3], ZSRE[2], ZSRE[0], {"broken": 1}]

@@ -315,7 +315,7 @@ def test_files_without_facts(tmp_path: Path, suffix: str) -> None:
         ("f.csv", "prompt,subject,target\nOf {}, a,b,c\n", "more columns than the header's 3"),
         ("f.csv", "prompt,subject,target\nOf {},,b\n", "line 2: the subject '' is empty"),
         ("f.csv", 'prompt,subject,target\n"Of {},a,b\n', "not valid CSV"),
-        ("f.csv", "prompt,subject,target\nOf {},a,b\nOf a,a,b\n", "line 3: the prompt 'Of a' has"),
+        ("f.csv", "prompt,subject,target\nOf {},a,b\nOf c,a,b\n", "line 3: the prompt 'Of c' has"),
         (
             "f.jsonl",
             as_jsonl([{**PLAIN[0], "prompt": "{} {}"}]),

@@ -669,14 +669,15 @@ def test_runs_that_another_p_predicted_are_left_out(tmp_path: Path) -> None:
     place = write_toy(tmp_path)
     with PMatrixFile(place / "pmatrix.h5") as pm:
         fingerprint, facts = pm.fingerprint, pm.facts
-    for layer, inputs in ((0, {"pmatrix": fingerprint}), (1, {"pmatrix": "another"})):
+    for layer, source in ((0, fingerprint), (1, "another"), (2, "another")):
+        inputs = {"pmatrix": source}
         run = Run(3, 6, layer, facts=facts, inputs=inputs)
         run.write(place / "edits" / f"closed-form-{layer}-0.h5")
     result = kscli("report", "-m", "toy", "--dir", tmp_path)
     assert result.exit_code == 0
-    assert "closed-form-1-0.h5 was predicted from another pmatrix.h5; left out" in " ".join(
-        result.stderr.split()
-    )
+    said = " ".join(result.stderr.split())
+    assert "left out: closed-form-1-0.h5 and closed-form-2-0.h5, predicted from another" in said
+    assert said.count("warning: ") == 1
     page = Page((place / "report.html").read_text())
     assert page.table("What became of the edits").column("run") == ["closed-form, layer 0"]
 

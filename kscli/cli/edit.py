@@ -342,7 +342,7 @@ def edit(
         (fact, ("edits",), "with --fact"),
         (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
         (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
-        (prompt is None, ("subject", "target"), "without --prompt"),
+        (prompt is None, ("subject", "target"), "without --prompt TEXT"),
         (
             prompt is not None,
             ("fact", "edits", "order", "facts", "keys", "pmatrix"),
@@ -398,7 +398,7 @@ def edit(
         rows = edit_model(session, sources, plan, path, save_model)
     print_edits(rows, output_format)
     if value == "optimised":
-        note_how_many_took(rows, reporter)
+        say_how_many_took(rows, save_model, reporter)
     told = explainer(reporter, output_format)
     explain_columns(EDITS, rows, told)
     suggest_verify(path, told)
@@ -410,6 +410,7 @@ def own_fact(
     """The fact that --prompt and its options give; None without it."""
     from kscli.editing.own_fact import OwnFact
     from kscli.errors import UsageError
+    from kscli.fact_forms import subject_as_slot
 
     if prompt is None:
         return None
@@ -419,15 +420,33 @@ def own_fact(
             f"--prompt needs {missing} too: --prompt 'The capital of {{}} is' --subject France "
             "--target-new Rome."
         )
-    return OwnFact(prompt, subject, target_new.removeprefix("text:"), target or "")
+    slotted = subject_as_slot(prompt, subject)
+    return OwnFact(str(slotted), subject, target_new.removeprefix("text:"), target or "")
 
 
-def note_how_many_took(rows: list[dict[str, Any]], reporter: ConsoleReporter) -> None:
-    """Say after how many edits the model says the new target, and what may help the others."""
-    took = sum(row["rank_new_after"] == 1 for row in rows)
-    said = f"the new target's first token is the first choice right after {took} of {len(rows)}"
-    if took < len(rows):
-        reporter.note(f"{said} edits; more --steps, or another --layer, may write the others.")
+def say_how_many_took(
+    rows: list[dict[str, Any]], saved: Path | None, reporter: ConsoleReporter
+) -> None:
+    """Say how many edits did not take, and what may help; warn where such a model was saved."""
+    failed = [row for row in rows if row["rank_new_after"] != 1]
+    if not failed:
+        return
+    if len(rows) == 1:
+        said = (
+            f"the edit did not take: {failed[0]['target_new']!r} is not the model's first choice "
+            f"after it (P = {failed[0]['prob_new_after']:.1%})"
+        )
+    else:
+        said = (
+            f"{len(failed)} of {len(rows)} edits did not take: right after each, the new target's "
+            "first token is not the model's first choice"
+        )
+    reporter.note(
+        f"{said}. Another --layer (`kscli risk --layers all` compares them), --method or new "
+        "target may."
+    )
+    if saved:
+        reporter.warn(f"{saved} is of edits that did not all take.")
 
 
 def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:

@@ -16,7 +16,8 @@ from kscli.reporter import SILENT, Reporter
 from kscli.tables import Column, Row, shown
 
 P_MEANS = (
-    "p(i, j): how much of what an edit writes into fact i reaches fact j; 0 is nothing, 1 is all."
+    "p(i, j): how much of what an edit writes into fact i reaches fact j; 0 is nothing, 1 is all, "
+    "below 0 the opposite."
 )
 # The first and the last layer; the authors' run of 100,000 articles, and `kscli guide reproduce`.
 KURTOSIS_ELSEWHERE = (

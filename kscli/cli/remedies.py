@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kscli.cli.output import Format
 from kscli.cli.settings import find_settings
 from kscli.errors import MADE_BY, ArtifactError, MissingError, nearest
 from kscli.models.aliases import ALIASES, classify, find_alias
@@ -80,7 +81,17 @@ def usage_mistake(error: Any) -> str:
         return _no_argument(extra[1], error)
     parameter = getattr(error, "param", None)
     text = " ".join(error.format_message().split()).replace("Value error, ", "")
-    return f"{text[:1].lower()}{text[1:].rstrip('.')}{_where(error, parameter)}."
+    if text.startswith("Missing argument"):
+        text = f"{text.rstrip('.')}: {error.ctx.command_path} {_arguments(error.ctx)}"
+    end = "" if text.endswith("?") else "."
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}{_where(error, parameter)}{end}"
+
+
+def _arguments(context: Any) -> str:
+    """What a command takes without an option, as its help has it."""
+    taken = [each for each in context.command.params if not each.opts[0].startswith("-")]
+    named = " ".join(each.metavar or each.name.upper() for each in taken)
+    return f"{named} (`{context.command_path} --help` says more)"
 
 
 def _no_argument(words: str, error: Any) -> str:
@@ -123,6 +134,8 @@ def _no_option(option: str, error: Any) -> str:
     above = context.parent.command.params if context.parent else []
     if any(option in each.opts for each in above):
         return f"{option} stands before the command: kscli {option} {context.info_name}."
-    near = nearest(option, own)
-    meant = f"did you mean {near[0]}? " if near else ""
+    near = nearest(option.lstrip("-"), [name.lstrip("-") for name in own], cutoff=0.7)
+    meant = f"did you mean --{near[0]}? " if near else ""
+    if "--format" in own and option.lstrip("-") in [*map(str, Format)]:
+        meant = f"did you mean --format {option.lstrip('-')}? "
     return f"there is no option {option}; {meant}`{context.command_path} --help` lists them all."

@@ -63,12 +63,13 @@ def report(
 
 def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> list[EditsFile]:
     """Open the runs of edits beside a pmatrix file that were predicted from it."""
+    from kscli.cli.remedies import listed
     from kscli.cli.requests import open_runs, runs_in
     from kscli.errors import ArtifactError
 
     if file.about.editor:
         return []  # runs are predicted from the paper's P and from their own directions
-    made_with = []
+    made_with, others = [], []
     for path in runs_in(file.path.parent):
         try:
             (run,) = open_runs([path], stack)
@@ -78,5 +79,10 @@ def open_runs_of(file: PMatrixFile, stack: ExitStack, reporter: Reporter) -> lis
         if run.about.inputs.get("pmatrix") == file.fingerprint:
             made_with.append(run)
         else:
-            reporter.warn(f"{run.path} was predicted from another {file.path.name}; left out.")
+            others.append(path.name)
+    if others:
+        reporter.warn(
+            f"left out: {listed(others)}, predicted from another {file.path.name}, as every run of "
+            "--prompt is; `kscli verify` tests them."
+        )
     return made_with

@@ -112,7 +112,8 @@ def refuse_given(context: typer.Context, names: Sequence[str], reason: str) -> N
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = written[name]
-            raise UsageError(f"{option} has no effect {reason}; leave it out.")
+            add = "add that, or " if reason.startswith("without ") else ""
+            raise UsageError(f"{option} has no effect {reason}; {add}leave it out.")
 
 
 def pmatrix_paths(
