@@ -222,7 +222,7 @@ def test_the_smallest_model_comes_first(kind: str) -> None:
         ("gpt2-large", 774_030_080, "GPT2"),
         ("EleutherAI--pythia-1b", 1_011_781_632, "Pythia"),
         ("SmolLM2-135M-Instruct.gguf", 135e6, "SmolLM2-Instruct"),
-        ("Qwen/Qwen2.5-0.5B", 0.5e9, "Qwen2.5"),
+        ("Qwen/Qwen1.5-0.5B", 0.5e9, "Qwen1.5"),
         ("Llama-3.2-1b", 1e9, "Llama-3.2"),
         ("Mixtral-8x7B", None, "Mixtral-8x7B"),
         ("7B", 7e9, "7B"),

@@ -355,6 +355,11 @@ def test_tables_for_people(place: tuple[str, Path]) -> None:
     layers = kscli("risk", *place, "--fact", "Bo", "--by-layer").stdout
     assert "cannot reach the answer" in layers
     assert "least" in layers
+    without_paraphrases = ("--fact", "2", "--by-layer")
+    rows = [row for row in objects(*place, *without_paraphrases) if row["reaches"]]
+    least = min(rows, key=lambda row: row["rms"])["layer"]
+    layers = kscli("risk", *place, *without_paraphrases).stdout
+    assert f"An edit of layer {least} moves other facts least." in " ".join(layers.split())
     some = kscli("risk", *place, "--edits", "4").stdout
     assert "What 4 edits do to facts that are not edited" in some
     assert "What the later of 4 edits do to the earlier" in some

@@ -203,7 +203,7 @@ def print_layers(
     file: PMatrixFile, layers: Sequence[int], edited: Sequence[int], output_format: Format
 ) -> float:
     """Print what each layer would do; returns the largest damage."""
-    from kscli.editing.predicted_damage import priced_layer_rows
+    from kscli.editing.predicted_damage import least_layer, priced_layer_rows
 
     rows = priced_layer_rows(file, layers, edited)
     whose = of_editor(file)
@@ -219,6 +219,12 @@ def print_layers(
             f"Edit layer {chosen['layer']}: to move a fact's paraphrases by 1, an edit there moves "
             f"other facts by {chosen['ratio']:.3f} in root mean square, the least of the layers "
             "that reach the answer."
+        )
+    elif output_format is Format.table and (least := least_layer(rows)) is not None:
+        print_line(
+            f"An edit of layer {least} moves other facts least. Whether the model says the new "
+            "target then, and in other words too, this does not tell: the facts have no "
+            "paraphrases, of which keys would say how far an edit goes."
         )
     return largest_of(row["largest"] for row in rows)
 
