@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from kscli.cli import console
 from kscli.cli.console import ConsoleReporter, clock, progress_text
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.models.loading import load_tokenizer
@@ -38,6 +39,22 @@ def test_a_line_of_progress_has_a_bar_a_rate_and_a_time_left(width: int) -> None
     assert len(last) <= width
     assert "━━━" in last
     assert re.search(r"/s, \d+:\d\d left", last)
+
+
+def test_without_a_terminal_a_long_task_says_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    for quiet in (False, True):
+        reporter = ConsoleReporter(quiet=quiet)
+        reporter.console = Console(file=stream, soft_wrap=True)
+        with reporter.task("keys", 90.0, unit="facts") as task:
+            for second in range(10, 100, 10):
+                now[0] += 10
+                task.reach(second / 2, 90, "at layer 3")
+    assert stream.getvalue() == "keys: 30/90 facts, 0.5/s, 2:00 left, at layer 3\n"
 
 
 def test_the_tokens_of_tiny_are_expected_rightly_from_a_tenth_on() -> None:

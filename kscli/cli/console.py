@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BAR_SHARE = 6
 """A bar takes one of so many parts of the terminal."""
+LINE_SECONDS = 60.0
+"""Where there is no terminal, as in a job's log, a long task says so often how far it is."""
 
 
 def stderr_console() -> Console:
@@ -40,9 +42,12 @@ class ConsoleReporter(Reporter):
     def task(
         self, label: str, total: float | None = None, unit: str = "", done: float = 0.0
     ) -> Iterator[Task]:
-        """A progress bar while the block runs, on a terminal or in a notebook only."""
-        if self.quiet or not (self.console.is_terminal or _in_notebook(self.console)):
+        """A progress bar while the block runs, on a terminal or in a notebook; elsewhere lines."""
+        if self.quiet:
             yield Task()
+            return
+        if not (self.console.is_terminal or _in_notebook(self.console)):
+            yield _LineTask(self, label, total, unit, done)
             return
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
@@ -72,30 +77,64 @@ def _in_notebook(console: Console) -> bool:
     return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
-class _BarTask(Task):
-    def __init__(
-        self, progress: Progress, label: str, total: float | None, unit: str, done: float
-    ) -> None:
-        self._progress = progress
+class _TimedTask(Task):
+    """Knows how much is done, and since when; `_show` is told of each step."""
+
+    def __init__(self, total: float | None, unit: str, done: float) -> None:
         self._unit = unit
         self._before = self._done = done
         self._total = total
         self._began = time.monotonic()
-        self._id = progress.add_task(label, total=total, completed=int(done), done="", status="")
 
     def advance(self, amount: float = 1.0, status: str = "") -> None:
         self.reach(self._done + amount, self._total, status)
 
     def reach(self, done: float, total: float | None, status: str = "") -> None:
         self._done, self._total = done, total
+        self._show(status)
+
+    def _show(self, status: str) -> None:
+        raise NotImplementedError
+
+    def _text(self) -> str:
         seconds = time.monotonic() - self._began
+        newly = self._done - self._before
+        return progress_text(self._done, self._total, self._unit, newly, seconds)
+
+
+class _BarTask(_TimedTask):
+    def __init__(
+        self, progress: Progress, label: str, total: float | None, unit: str, done: float
+    ) -> None:
+        super().__init__(total, unit, done)
+        self._progress = progress
+        self._id = progress.add_task(label, total=total, completed=int(done), done="", status="")
+
+    def _show(self, status: str) -> None:
         self._progress.update(
             self._id,
-            completed=done,
-            total=total,
-            done=progress_text(done, total, self._unit, done - self._before, seconds),
+            completed=self._done,
+            total=self._total,
+            done=self._text(),
             status=escaped(status),
         )
+
+
+class _LineTask(_TimedTask):
+    """A note every `LINE_SECONDS`: a log shows that a long task goes on, a short one nothing."""
+
+    def __init__(
+        self, reporter: Reporter, label: str, total: float | None, unit: str, done: float
+    ) -> None:
+        super().__init__(total, unit, done)
+        self._reporter, self._label = reporter, label
+        self._said = self._began
+
+    def _show(self, status: str) -> None:
+        now = time.monotonic()
+        if now - self._said >= LINE_SECONDS:
+            self._said = now
+            self._reporter.note(f"{self._label}: {', '.join(filter(None, (self._text(), status)))}")
 
 
 def progress_text(done: float, total: float | None, unit: str, newly: float, seconds: float) -> str:
