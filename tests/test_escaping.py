@@ -193,9 +193,9 @@ def test_completion_offers_no_name_that_acts(tmp_path: Path) -> None:
     class Context:
         params = {"directory": str(tmp_path)}  # noqa: RUF012
 
-    for name in ("mine", "m\x1b[31m", "m\nx", "m\u202e"):
+    for name in ("_mine", "_\x1b[31m", "_\nx", "_\u202e"):
         (tmp_path / name).mkdir()
-    assert complete_model(Context(), "m") == ["mine"]
+    assert complete_model(Context(), "_") == ["_mine"]
 
 
 def test_facts_files_are_exact_and_do_not_act(tmp_path: Path) -> None:
