@@ -822,7 +822,9 @@ def test_how_many_edits_took_is_told(folder: Path, tmp_path: Path) -> None:
     again = kscli(
         *request, "--steps", 2, "--layer", 2, "-o", tmp_path / "a.h5", "--save-model", saved
     )
-    assert f"warning: {saved} is of edits that did not all take." in " ".join(again.stderr.split())
+    assert f"warning: {saved} was saved with an edit that did not take." in " ".join(
+        again.stderr.split()
+    )
 
 
 def test_equal_keys_cannot_be_given_two_values() -> None:

@@ -442,11 +442,12 @@ def say_how_many_took(
             "first token is not the model's first choice"
         )
     reporter.note(
-        f"{said}. Another --layer (`kscli risk --layers all` compares them), --method or new "
-        "target may."
+        f"{said}. Another --layer (`kscli risk --layers all` compares them), another "
+        "--method or another new target may take."
     )
     if saved:
-        reporter.warn(f"{saved} is of edits that did not all take.")
+        edits = "an edit" if len(failed) == 1 else f"{len(failed)} edits"
+        reporter.warn(f"{saved} was saved with {edits} that did not take.")
 
 
 def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
