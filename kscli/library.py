@@ -322,7 +322,10 @@ def risk(
         layers = "all" if by == "layer" else layers
     chosen = select_layers(layers, pm.layers, str(pm.path))
     named = [facts] if isinstance(facts, str | int) else facts
-    edited = choose_facts(pm, count, seed) if named is None else find_facts(pm, [*map(str, named)])
+    if named is None:
+        edited = choose_facts(pm.facts, count, seed, pm.path)
+    else:
+        edited = find_facts(pm.facts, [*map(str, named)], pm.path)
     return Records(risk_rows(pm, chosen, edited, by, k, order, seed))
 
 

@@ -28,6 +28,21 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("edit", "--prompt", "{} is", "--subject", "Chad", "--prompt", "{} was"),
+        ("topk", "--layer", "0", "--layers", "1"),
+        ("run", "--facts", "a.json", "--facts=b.json"),
+    ],
+)
+def test_an_option_that_takes_one_value_is_not_given_twice(arguments: tuple[str, ...]) -> None:
+    """Click would take the last one, and the edit or layer before it would be lost."""
+    done = kscli(*arguments)
+    assert done.exit_code == 2
+    assert one_sentence(done.stderr).endswith(f"{arguments[1]} is given 2 times; give it once.")
+
+
 def test_topk_prints_the_largest_entries_of_p(toy: Path) -> None:
     result = kscli("topk", "-m", "toy", "--dir", toy, "--layer", "1", "-k", "4", "-f", "json")
     assert result.exit_code == 0, result.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from cli_kit import kscli, one_sentence
 from naive import keys_of_text, subject_last, superposition
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kscli.artifacts import CovarianceFile
+from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
 from kscli.editing.edits_file import EditsFile
 from kscli.tiny import MODEL_DIR
 
@@ -27,6 +29,11 @@ def place(measured_tiny: Path, tmp_path: Path) -> Path:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "cov.h5").symlink_to(measured_tiny / "cov.h5")
     return tmp_path
+
+
+def write_csv(path: Path, fields: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([fields, *rows])
 
 
 def edit(place: Path, *arguments: Any) -> Any:
@@ -84,6 +91,39 @@ def test_an_own_fact_is_watched_beside_those_of_keys_h5(place: Path, measured_ti
         ids, at = subject_last(tokenizer, fact.text, *fact.subject_span)
         keys.append(keys_of_text(model, ids, [hook])[hook][at])
     assert p[50] == pytest.approx(superposition(C, np.array(keys))[0, 1], abs=1e-4)
+
+
+def test_facts_of_a_file_of_ones_own_are_edited(place: Path, measured_tiny: Path) -> None:
+    """One of them is in keys.h5 too, with another target, and is no other fact."""
+    for kind in ("keys", "pmatrix"):
+        (place / "tiny" / f"{kind}.h5").symlink_to(measured_tiny / f"{kind}.h5")
+    with KeysFile(measured_tiny / "keys.h5") as file:
+        held = file.facts[7]
+    mine = [("{} lies in", "Chad", "Africa", "Asia"), (held.prompt, held.subject, "x", "Rome")]
+    own = place / "own.csv"
+    write_csv(own, ("prompt", "subject", "target", "other"), mine)
+    request = ("--facts", own, "--target-new", "field:other", *FAST, "--layer", 1)
+    done = edit(place, *request, "--method", "closed-form", "--moved", "all")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["prompt"], row["target_true"], row["target_new"]) for row in rows] == [
+        ("{} lies in", "Africa", "Asia"),
+        (held.prompt, "x", "Rome"),
+    ]
+    (path,) = runs(place)
+    with EditsFile(path) as file, PMatrixFile(measured_tiny / "pmatrix.h5") as pm:
+        assert len(file.facts) == 97
+        assert file.facts[2:] == tuple(fact for fact in pm.facts if fact != held)
+        # keys.h5's own fact, read again, has the p that it had.
+        before = np.delete(pm.matrix("P", 1)[7], 7)
+        assert file.values("p")[1, 2:] == pytest.approx(before, abs=1e-5)
+    one = edit(place, *request, "--fact", "Chad")
+    assert [row["subject"] for row in json.loads(one.stdout)] == ["Chad"]
+    assert "own.csv holds 2 facts" in edit(place, *request, "--edits", 3).stderr
+    assert (
+        "--keys has no effect with facts of your own" in edit(place, *request, "--keys", "x").stderr
+    )
+    assert "target_new of 'Chad lies in' is missing" in edit(place, "--facts", own).stderr
 
 
 def test_runs_that_differ_never_want_one_name(place: Path) -> None:

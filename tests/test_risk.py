@@ -338,7 +338,7 @@ def test_a_sequence_as_objects(place: tuple[str, Path], pm: PMatrixFile) -> None
     assert named == sequence_rows(pm, sequence_risk(pm, 0, [3, 4], "norm"), 3)
     drawn = objects(*place, "--edits", "4", "--seed", "5", "-k", "all")
     edited = sorted(row["fact"] for row in drawn if row["state"] == "edited")
-    assert edited == choose_facts(pm, 4, 5)
+    assert edited == choose_facts(pm.facts, 4, 5, pm.path)
     two = kscli("risk", *place, "--edits", "4", "--layers", "0,1", "-k", "1", "-f", "csv", "-q")
     read = list(csv.DictReader(io.StringIO(two.stdout)))
     assert [(row["layer"], row["state"]) for row in read] == [
@@ -389,10 +389,11 @@ def test_tables_for_people(place: tuple[str, Path]) -> None:
 def test_fail_above_says_so_with_3(
     place: tuple[str, Path], pm: PMatrixFile, arguments: tuple[str, ...], largest: str
 ) -> None:
+    four = choose_facts(pm.facts, 4, 0, pm.path)
     value = {
         "p": max(abs(pm.matrix("P", layer)[3, j]) for layer in (0, 1) for j in others(pm, 3)),
         "layers": max(abs(pm.matrix("P", layer)[3, j]) for layer in LAYERS for j in others(pm, 3)),
-        "sequence": max(sequence_risk(pm, 1, choose_facts(pm, 4, 0)).shifts.expected),
+        "sequence": max(sequence_risk(pm, 1, four).shifts.expected),
     }[largest]
     below = kscli("risk", *place, *arguments, "--fail-above", f"{value - 1e-6}", "-f", "json")
     assert below.exit_code == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -65,7 +66,22 @@ class Command(TyperCommand):
             if settings := find_settings(Path.cwd()):
                 path = ctx.command_path.split()[1:]
                 ctx.default_map = options_of_file(settings, path, self.params, all_options())
+            self.refuse_repeated(ctx, args)
         return super().parse_args(ctx, args)
+
+    def refuse_repeated(self, ctx: Any, args: Sequence[str]) -> None:
+        """Raise UsageError where an option that takes one value is given twice.
+
+        Click would take the last one without a word, and so lose an edit, a layer or a file.
+        """
+        from kscli.errors import UsageError
+
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        given = Counter(each.name for each in order)
+        for each in self.params:
+            one = not (getattr(each, "multiple", False) or getattr(each, "is_flag", False))
+            if given[each.name] > 1 and one and each.nargs == 1:
+                raise UsageError(f"{each.opts[0]} is given {given[each.name]} times; give it once.")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; says which model it is about, and how to make what is missing."""

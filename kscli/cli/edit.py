@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kscli.artifacts import Artifact
     from kscli.cli.console import ConsoleReporter
-    from kscli.editing.own_fact import OwnFact
+    from kscli.editing.own_facts import OwnFacts
 
 _AT_ONCE = editors_where(lambda editor: editor.at_once)
 _KEEPING = editors_where(lambda editor: editor.afterwards.keep is not None)
@@ -39,7 +39,8 @@ def edit(
         typer.Option(
             "--prompt",
             metavar="TEXT",
-            help="Edit a fact of your own instead: its prompt, with {} where the --subject stands.",
+            help="Edit a fact of your own instead: its prompt, with {} where the --subject stands. "
+            "Several go into a file for --facts.",
         ),
     ] = None,
     subject: Annotated[
@@ -69,7 +70,8 @@ def edit(
         typer.Option(
             "--facts",
             metavar="FACTS",
-            help="The facts whose records hold the field of --target-new.",
+            help="The facts whose records hold the field of --target-new. Where it has not all "
+            "facts of keys.h5, its facts are edited, as your own.",
             show_default="where keys.h5 has its facts from",
         ),
     ] = None,
@@ -272,8 +274,8 @@ def edit(
     to all other text. The price is said before the first edit: how many times as much as a plain
     edit such an edit changes in all text.
 
-    With --prompt a fact of your own is edited, and its keys and p are made on the way. The facts of
-    keys.h5 are watched beside it.
+    With --prompt a fact of your own is edited, and with --facts the facts of a file. Their keys and
+    p are made on the way, and the facts of keys.h5 are watched beside them.
 
     Examples:
       kscli edit -m gpt2-small --prompt "The capital of {} is" --subject France --target-new Rome
@@ -289,11 +291,12 @@ def edit(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.explaining import explain_columns, explainer, suggest_verify
     from kscli.cli.requests import (
+        is_given,
         named_corpus,
         number_or_all,
         refuse_given,
     )
-    from kscli.editing.own_fact import own_files
+    from kscli.editing.own_facts import OwnFacts, own_files
     from kscli.editing.presets import default_layers
     from kscli.editing.saving import require_new_folder
     from kscli.editing.settings import EditSettings
@@ -352,19 +355,32 @@ def edit(
         if idle:
             refuse_given(context, names, reason)
     edit_options, of_file = settings.options(editor)
-    own = own_fact(prompt, subject, target, target_new)
+    count, at_most = number_or_all("--edits", edits), not is_given(context, "edits")
+    if prompt is not None:
+        own: OwnFacts | None = fact_of_prompt(prompt, subject, target, target_new)
+    elif facts is not None:
+        field = target_new.removeprefix("field:")
+        own = OwnFacts.of_file(facts, keys or places.path("keys"), field)
+        if own:
+            refuse_given(context, ("keys", "pmatrix"), "with facts of your own")
+            own = own.choose(fact or (), count, seed, at_most=at_most)
+            reporter.note(f"{len(own.facts)} of the facts of {facts} are edited as your own.")
+    else:
+        own = None
     request = EditRequest(
-        facts=("0",) if own else tuple(fact or ()),
-        count=number_or_all("--edits", edits),
+        facts=tuple(fact or ()),
+        count=count,
+        at_most=at_most,
         order=order,
-        target_new=target_new,
-        target_source=facts,
+        target_new=FIELD if own else target_new,
+        target_source=None if own else facts,
         options=edit_options,
         held_out=HeldOut(named_corpus(held_out, text_field, reporter), held_out_tokens)
         if held_out
         else None,
         protected=of_file,
         values_of=settings.values_of,
+        first=len(own.facts) if own else None,
     )
     session = Session(
         ModelOptions(
@@ -404,24 +420,22 @@ def edit(
     suggest_verify(path, told)
 
 
-def own_fact(
-    prompt: str | None, subject: str | None, target: str | None, target_new: str
-) -> OwnFact | None:
-    """The fact that --prompt and its options give; None without it."""
-    from kscli.editing.own_fact import OwnFact
+def fact_of_prompt(
+    prompt: str, subject: str | None, target: str | None, target_new: str
+) -> OwnFacts:
+    """The fact that --prompt and its options give. Raises UsageError where one is missing."""
+    from kscli.editing.own_facts import OwnFacts
     from kscli.errors import UsageError
     from kscli.fact_forms import subject_as_slot
 
-    if prompt is None:
-        return None
     if subject is None or target_new == FIELD:
         missing = "--subject" if subject is None else "--target-new"
         raise UsageError(
             f"--prompt needs {missing} too: --prompt 'The capital of {{}} is' --subject France "
             "--target-new Rome."
         )
-    slotted = subject_as_slot(prompt, subject)
-    return OwnFact(str(slotted), subject, target_new.removeprefix("text:"), target or "")
+    slotted = str(subject_as_slot(prompt, subject))
+    return OwnFacts.of_prompt(slotted, subject, target_new.removeprefix("text:"), target)
 
 
 def say_how_many_took(

@@ -105,12 +105,17 @@ def number_or_all(option: str, value: str) -> int | None:
     raise UsageError(f"{option} {value!r} must be a positive number, or all.")
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option, by its parameter's name, is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_given(context: typer.Context, names: Sequence[str], reason: str) -> None:
     """Raise UsageError for an option, by its parameter's name, that was given without effect."""
     written = {each.name: each.opts[0] for each in context.command.params}
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, name):
             option = written[name]
             add = "add that, or " if reason.startswith("without ") else ""
             raise UsageError(f"{option} has no effect {reason}; {add}leave it out.")

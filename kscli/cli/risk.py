@@ -131,9 +131,9 @@ def risk(
             refuse_given(context, ("seed",), "with --fact")
         if fact:
             refuse_given(context, ("edits",), "with --fact")
-            edited = find_facts(file, fact)
+            edited = find_facts(file.facts, fact, file.path)
         else:
-            edited = choose_facts(file, drawn, seed)
+            edited = choose_facts(file.facts, drawn, seed, file.path)
         others = other_facts(file)
         copies = m - len({each.text for each in file.facts})
         if copies:

@@ -9,39 +9,48 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import FactsFile
 from kscli.errors import UsageError, nearest
+from kscli.facts import Fact
 
 Order = Literal["given", "random", "norm"]
 
 
-def find_facts(file: FactsFile, wanted: Sequence[str]) -> list[int]:
+def find_facts(facts: Sequence[Fact], wanted: Sequence[str], source: str | Path) -> list[int]:
     """The indexes of the facts that each of `wanted` names, in that order, each once.
 
     A subject names every fact about it; a number, where no subject is so called, the fact of that
-    index. Raises UsageError, with near names, where there is none.
+    index. Raises UsageError, naming the facts' `source` and near names, where there is none.
     """
     found: dict[int, None] = {}
     for name in wanted:
-        found.update(dict.fromkeys(_indexes(file, name)))
+        found.update(dict.fromkeys(_indexes(facts, name, source)))
     return list(found)
 
 
-def choose_facts(file: FactsFile, count: int | None, seed: int) -> list[int]:
-    """The indexes of `count` (None: all) facts of the file, drawn with `seed`, ascending.
+def choose_facts(
+    facts: Sequence[Fact],
+    count: int | None,
+    seed: int,
+    source: str | Path,
+    *,
+    at_most: bool = False,
+) -> list[int]:
+    """The indexes of `count` (None: all) of the facts of `source`, drawn with `seed`, ascending.
 
-    Raises UsageError when there are fewer.
+    Where there are fewer, they are all chosen with `at_most`, and UsageError is raised without.
     """
-    m = len(file.facts)
+    m = len(facts)
+    count = min(count, m) if at_most and count else count
     if (count or 0) > m:
         raise UsageError(
-            f"{count} edits were asked for, but {file.path} holds {m} facts; name fewer with "
-            "--edits, or all."
+            f"{count} edits were asked for, but {source} holds {m} facts; ask for at most {m}, or "
+            "all."
         )
     return draw_edits(m, m if count is None else count, seed)
 
@@ -79,8 +88,8 @@ def sequence_interference(P: NDArray[np.float64], sequence: Sequence[int]) -> fl
     return float(np.square(np.tril(chosen, -1)).sum())
 
 
-def _indexes(file: FactsFile, name: str) -> list[int]:
-    subjects = [fact.subject for fact in file.facts]
+def _indexes(facts: Sequence[Fact], name: str, source: str | Path) -> list[int]:
+    subjects = [fact.subject for fact in facts]
     same = [index for index, subject in enumerate(subjects) if subject == name]
     if same:
         return same
@@ -88,4 +97,4 @@ def _indexes(file: FactsFile, name: str) -> list[int]:
         return [int(name)]
     near = ", ".join(map(repr, nearest(name, subjects, n=3)))
     remedy = f"there is {near}" if near else f"its facts have the indexes 0 to {len(subjects) - 1}"
-    raise UsageError(f"{file.path} has no fact about {name!r}; {remedy}.")
+    raise UsageError(f"{source} has no fact about {name!r}; {remedy}.")

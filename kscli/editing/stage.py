@@ -60,9 +60,10 @@ class EditRequest:
     """Which facts are to be edited, to what, and how.
 
     `facts` are subjects or indexes; without them `count` (None: all) facts are drawn with the
-    options' seed. `target_new` is the target for all, with or without `text:` before it, or
-    `field:NAME` of the facts' records in `target_source` (None: where keys.h5 has its facts from).
-    Values are those of the run in the file `values_of`, where one is named.
+    options' seed, and with `at_most` all where there are fewer. Where `first` is given, the first
+    so many are edited instead. `target_new` is the target for all, with or without `text:` before
+    it, or `field:NAME` of the facts' records in `target_source` (None: where keys.h5 has its facts
+    from). Values are those of the run in the file `values_of`, where one is named.
     """
 
     facts: tuple[str, ...]
@@ -74,6 +75,8 @@ class EditRequest:
     held_out: HeldOut | None = None
     protected: tuple[Fact, ...] = ()
     values_of: Path | None = None
+    at_most: bool = False
+    first: int | None = None
 
     def plan(self, sources: EditSources) -> EditPlan:
         """The edits that are asked for.
@@ -83,10 +86,13 @@ class EditRequest:
         """
         self._check(sources)
         seed = self.options.seed
-        if self.facts:
-            chosen = find_facts(sources.pm, self.facts)
+        facts, name = sources.pm.facts, sources.pm.path
+        if self.first is not None:
+            chosen = list(range(self.first))
+        elif self.facts:
+            chosen = find_facts(facts, self.facts, name)
         else:
-            chosen = choose_facts(sources.pm, self.count, seed)
+            chosen = choose_facts(facts, self.count, seed, name, at_most=self.at_most)
         leverage = sources.pm.leverage(sources.layers[0])
         chosen = edit_order(self.order, leverage, chosen, seed)
         targets = new_targets(sources.pm, chosen, self.target_new, self.target_source)
