@@ -283,7 +283,7 @@ Facts = Annotated[
         help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file of records of "
         "CounterFact, zsRE, KnowEdit, MQuAKE or known_1000, or of prompt (with {}), subject, "
         f"target: {known_formats(fields=True)}.",
-        show_default="counterfact; tiny for the model tiny",
+        show_default="counterfact; tiny for the model tiny; those in an edited model's folder",
     ),
 ]
 
