@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from kscli.artifacts import Existing, Kind, Recipe, is_imported, must_make
 from kscli.errors import UsageError
 from kscli.files import require_other, require_writable
+from kscli.models.aliases import classify
 from kscli.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -48,6 +50,19 @@ class Session:
         from kscli.models.locating import locate_model
 
         return locate_model(self.options, self.reporter)
+
+    def require_model(self) -> None:
+        """Raise ModelError where the model is not there, before anything else is read for it.
+
+        Of a model on the Hub, as `locate_model` with no weights: these are fetched when needed.
+        """
+        from kscli.models.locating import locate_model
+
+        options = self.options
+        if classify(options.model) != "hub" or options.merge_adapter:
+            _ = self.located
+        elif options.weights:
+            locate_model(replace(options, weights=False))
 
     @cached_property
     def model(self) -> LoadedModel:

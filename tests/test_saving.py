@@ -15,8 +15,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kscli.editing.edited_folder import BASE, EDIT_LOG, facts_of_edited, first_model
-from kscli.editing.saving import require_new_folder, save_edited_model
+from kscli.editing.edited_folder import (
+    BASE,
+    EDIT_LOG,
+    facts_of_edited,
+    first_model,
+    require_new_folder,
+)
+from kscli.editing.saving import save_edited_model
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, UsageError
 from kscli.facts import read_facts

@@ -293,16 +293,33 @@ def edit(
         number_or_all,
         refuse_given,
     )
-    from kscli.editing.own_fact import own_files
-    from kscli.editing.presets import default_layers
-    from kscli.editing.saving import require_new_folder
-    from kscli.editing.settings import EditSettings
-    from kscli.editing.sources import EditSources
-    from kscli.editing.stage import EditRequest, HeldOut, edit_model, run_path
+    from kscli.editing.edited_folder import require_new_folder
     from kscli.layers import format_layers, select_layers
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
+
+    reporter = ConsoleReporter(quiet=quiet)
+    places = Places(directory, model)
+    count, of_largest_p = number_or_all("--edits", edits), number_or_all("--moved", moved)
+    if save_model:
+        require_new_folder(save_model)
+    session = Session(
+        ModelOptions(
+            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
+        ),
+        Existing.FORCE if force else Existing.REFUSE,
+        reporter,
+    )
+    session.require_model()
+    text = named_corpus(held_out, text_field, reporter) if held_out else None
+
+    # These import PyTorch, which takes seconds: what needs none of it is refused before.
+    from kscli.editing.own_fact import own_files
+    from kscli.editing.presets import default_layers
+    from kscli.editing.settings import EditSettings
+    from kscli.editing.sources import EditSources
+    from kscli.editing.stage import EditRequest, HeldOut, edit_model, run_path
 
     settings = EditSettings(
         method=method,
@@ -327,15 +344,11 @@ def edit(
         max_price=max_price,
         batch=batch,
         measure_every=measure_every,
-        moved=number_or_all("--moved", moved),
+        moved=of_largest_p,
         generations=generations,
         seed=seed,
     )
     editor, published = settings.editor(model)
-    reporter = ConsoleReporter(quiet=quiet)
-    places = Places(directory, model)
-    if save_model:
-        require_new_folder(save_model)
     for names, reason in settings.without_effect(editor):
         refuse_given(context, names, reason)
     for idle, names, reason in (
@@ -355,23 +368,14 @@ def edit(
     own = own_fact(prompt, subject, target, target_new)
     request = EditRequest(
         facts=("0",) if own else tuple(fact or ()),
-        count=number_or_all("--edits", edits),
+        count=count,
         order=order,
         target_new=target_new,
         target_source=facts,
         options=edit_options,
-        held_out=HeldOut(named_corpus(held_out, text_field, reporter), held_out_tokens)
-        if held_out
-        else None,
+        held_out=HeldOut(text, held_out_tokens) if text else None,
         protected=of_file,
         values_of=settings.values_of,
-    )
-    session = Session(
-        ModelOptions(
-            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
-        ),
-        Existing.FORCE if force else Existing.REFUSE,
-        reporter,
     )
 
     def layers_of(file: Artifact) -> str:

@@ -174,14 +174,16 @@ def refuse_mistyped_alias(context: typer.Context) -> None:
 
     A Hub id has an owner before its name, but for a few of the Hub's first models.
     """
-    model = str(context.params.get("model"))
-    if "trust_remote_code" not in context.params or classify(model) != "hub" or "/" in model:
+    if "trust_remote_code" not in context.params:
         return
-    if find_alias(model) is None and (near := close_aliases(model)):
-        raise UsageError(
-            f"there is no model {model!r}; did you mean {near[0]}? `kscli models` lists the "
-            "aliases; a Hub id is OWNER/NAME."
-        )
+    for model in filter(None, map(context.params.get, ("model", "base", "edited"))):
+        if classify(model) != "hub" or "/" in model or find_alias(model) is not None:
+            continue
+        if near := close_aliases(model):
+            raise UsageError(
+                f"there is no model {model!r}; did you mean {near[0]}? `kscli models` lists the "
+                "aliases; a Hub id is OWNER/NAME."
+            )
 
 
 def note_default_model(context: typer.Context) -> None:

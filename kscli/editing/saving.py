@@ -14,8 +14,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from kscli.editing.edited_folder import BASE, BASE_FACTS, EDIT_LOG, first_model
-from kscli.errors import ArtifactError, UsageError
+from kscli.editing.edited_folder import (
+    BASE,
+    BASE_FACTS,
+    EDIT_LOG,
+    first_model,
+    require_new_folder,
+)
+from kscli.errors import ArtifactError
 from kscli.escaping import escaped_json
 from kscli.facts import Fact, fact_record, write_records
 from kscli.files import utf8_path
@@ -24,23 +30,6 @@ from kscli.models.loading import LoadedModel
 
 # Where transformers keeps that a model was read from GGUF, though its weights are ordinary now.
 QUANTISATION_NOTES = ("hf_quantizer", "is_quantized", "quantization_method")
-
-
-def require_new_folder(folder: Path) -> None:
-    """Raise UsageError unless a folder may be made at `folder`, or is there and empty.
-
-    Makes nothing.
-    """
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--save-model {folder} is not empty; name a new folder.")
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise UsageError(f"--save-model {folder} is not a folder; name a new one.")
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UsageError(f"--save-model {folder}: nothing can be written in {there}.")
-    except OSError as error:
-        raise UsageError(f"--save-model {folder}: {error.strerror}.") from error
 
 
 def save_edited_model(

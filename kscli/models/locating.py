@@ -136,14 +136,12 @@ def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> Loca
 def _locate_gguf(path: Path, name: str) -> LocatedModel:
     require_ordinary(path, ModelError)
     if not path.exists():
-        raise ModelError(f"{path} does not exist.")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
+        raise ModelError(f"there is no GGUF file {path}; give the path of one that is there.")
+    if importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"{path} is a GGUF file, and the package gguf is not installed: "
             "pip install 'kscli[gguf]'."
-        ) from error
+        )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file.")
@@ -158,8 +156,13 @@ def _locate_gguf(path: Path, name: str) -> LocatedModel:
 def _locate_folder(
     folder: Path, name: str, model_id: str, options: ModelOptions, reporter: Reporter
 ) -> LocatedModel:
+    if not folder.exists():
+        raise ModelError(
+            f"there is no folder {folder}; give the path of a model's folder, an alias "
+            "(`kscli models` lists them) or a Hub id (OWNER/NAME)."
+        )
     if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder with a model.")
+        raise ModelError(f"{folder} is a file; name the folder of a model, or a .gguf file.")
     files = _files_of(folder, str(folder), options)
     weights = [name for name in files.weights if not name.endswith(".json")]
 
