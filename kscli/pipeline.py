@@ -83,9 +83,10 @@ class Session:
     @cached_property
     def dtype(self) -> str:
         """The dtype that the model is run in."""
-        from kscli.resources import resolve_device, resolve_dtype
+        from kscli.models.locating import dtype_of
+        from kscli.resources import resolve_device
 
-        dtype = resolve_dtype(self.options.dtype, resolve_device(self.options.device))
+        dtype = dtype_of(self.options, resolve_device(self.options.device))
         if dtype == "bfloat16" and self.options.dtype == "auto":
             self.reporter.note(
                 "--dtype auto is bfloat16 here, which is faster than float32 and moves p by about "

@@ -172,7 +172,8 @@ Dtype = Annotated[
         "--dtype",
         metavar="DTYPE",
         help="auto, float32, bfloat16 or float16. auto is bfloat16 where the hardware multiplies "
-        "it fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), and float32 elsewhere.",
+        "it fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), and float32 elsewhere and "
+        "for tiny.",
     ),
 ]
 Revision = Annotated[

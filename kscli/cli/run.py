@@ -125,7 +125,8 @@ def run(
         described = statistics_of(pm, pm.layers, places.path("stats"), None, reporter, existing)
         figures = draw_figures(pm, places.figures, existing, reporter)
         if said := caution(described, pm.facts):
-            reporter.warn(said)
+            # Of the embedded model's facts this is a finding: there are no others to take.
+            (told.note if model == options.DEFAULT_MODEL else reporter.warn)(said)
         statistics = described.rows()
         pairs = list(pair_rows(pm, pm.layers[0], k=20))  # read while the file is open
     if output_format is Format.json:

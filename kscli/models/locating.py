@@ -17,6 +17,7 @@ from kscli.models.aliases import classify, find_alias, slug
 from kscli.models.files import ADAPTER, ModelFiles, model_files
 from kscli.models.fingerprint import fingerprint_files
 from kscli.reporter import SILENT, Reporter
+from kscli.resources import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class ModelOptions:
     allow_pickle: bool = False
     merge_adapter: bool = False
     weights: bool = True
+
+
+def dtype_of(options: ModelOptions, device: str) -> str:
+    """The dtype that a model is run in on a device.
+
+    `auto` is float32 for the embedded model, for which it takes no time to speak of; for others see
+    `resolve_dtype`.
+    """
+    if options.dtype == "auto" and classify(options.model) == "embedded":
+        return "float32"
+    return resolve_dtype(options.dtype, device)
 
 
 @dataclass(frozen=True)
