@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kscli.errors import FactsError
 from kscli.fact_forms import SLOT
 from kscli.facts import UNUSABLE, Fact
 from kscli.files import require_ordinary
-from kscli.models.loading import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from kscli.models.loading import LoadedModel
 
 LIKELIEST = 5  # ROME's and MEMIT's code sample texts from so many tokens
 OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
@@ -94,6 +96,8 @@ def generated_contexts(
     code (memit/memit_main.py); ROME's starts from a beginning-of-text token, after which not every
     model writes plain text. Those that come out twice are left out.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     texts = [text for each in lengths for text in _generated(model, *each, generator)]
     return tuple(dict.fromkeys(f"{text}. {SLOT}" for text in texts if text))
@@ -102,6 +106,8 @@ def generated_contexts(
 def _generated(
     model: LoadedModel, length: int, count: int, generator: torch.Generator
 ) -> list[str]:
+    import torch
+
     tokenizer = model.tokenizer
     special = [token for token in tokenizer.all_special_ids if token < model.decoder.vocabulary]
     ids = torch.tensor([_beginning(tokenizer, number) for number in range(count)])

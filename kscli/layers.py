@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kscli.errors import UsageError
 
@@ -21,14 +21,10 @@ def select_layers(spec: str, available: Sequence[int], what: str) -> tuple[int, 
         return tuple(sorted(available))
     end = max(available) + 1
     chosen: set[int] = set()
-    for part in spec.split(","):
-        match = _PART.fullmatch(part.strip())
-        if match is None:
-            raise UsageError(f"layers {spec!r} are not understood; write all, 0, 0,3,5-8 or -1.")
-        written = int(match[1]), int(match[2] or match[1])
+    for part, written in _ranges(spec):
         first, last = (number if number >= 0 else end + number for number in written)
         if last < first:
-            raise UsageError(f"layers {spec!r}: the range {part.strip()} runs backwards.")
+            raise UsageError(f"layers {spec!r}: the range {part} runs backwards.")
         if first < 0:
             raise _no_layer(what, written[0], available)
         if last >= end:
@@ -38,6 +34,21 @@ def select_layers(spec: str, available: Sequence[int], what: str) -> tuple[int, 
     if absent:
         raise _no_layer(what, min(absent), available)
     return tuple(sorted(chosen))
+
+
+def require_understood(spec: str) -> None:
+    """Raise UsageError for a selection that no model could have, whatever its layers."""
+    if spec.strip() != "all":
+        list(_ranges(spec))
+
+
+def _ranges(spec: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Each part of a selection, and its first and last layer as they are written."""
+    for part in map(str.strip, spec.split(",")):
+        match = _PART.fullmatch(part)
+        if match is None:
+            raise UsageError(f"layers {spec!r} are not understood; write all, 0, 0,3,5-8 or -1.")
+        yield part, (int(match[1]), int(match[2] or match[1]))
 
 
 def default_layers(spec: str, available: Sequence[int]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from kscli.artifacts import Existing, Kind, Recipe, is_imported, must_make
 from kscli.errors import UsageError
 from kscli.files import require_other, require_writable
+from kscli.models.aliases import classify
 from kscli.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -49,6 +51,19 @@ class Session:
 
         return locate_model(self.options, self.reporter)
 
+    def require_model(self) -> None:
+        """Raise ModelError where the model is not there, before anything else is read for it.
+
+        Of a model on the Hub, as `locate_model` with no weights: these are fetched when needed.
+        """
+        from kscli.models.locating import locate_model
+
+        options = self.options
+        if classify(options.model) != "hub" or options.merge_adapter:
+            _ = self.located
+        elif options.weights:
+            locate_model(replace(options, weights=False))
+
     @cached_property
     def model(self) -> LoadedModel:
         """The model, loaded."""
@@ -68,9 +83,10 @@ class Session:
     @cached_property
     def dtype(self) -> str:
         """The dtype that the model is run in."""
-        from kscli.resources import resolve_device, resolve_dtype
+        from kscli.models.locating import dtype_of
+        from kscli.resources import resolve_device
 
-        dtype = resolve_dtype(self.options.dtype, resolve_device(self.options.device))
+        dtype = dtype_of(self.options, resolve_device(self.options.device))
         if dtype == "bfloat16" and self.options.dtype == "auto":
             self.reporter.note(
                 "--dtype auto is bfloat16 here, which is faster than float32 and moves p by about "

@@ -113,8 +113,15 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def require_device_name(device: str) -> None:
+    """Raise UsageError for what is the name of no device, here or elsewhere."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", device):
+        raise UsageError(f"--device {device} is unknown; it is auto, cpu, cuda, cuda:N or mps.")
+
+
 def resolve_device(device: str) -> str:
     """The device that `auto` means here; UsageError when the one named is not at hand."""
+    require_device_name(device)
     import torch
 
     if device == "auto":
@@ -122,19 +129,15 @@ def resolve_device(device: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or (kind != "cuda" and ":" in device):
-        raise UsageError(f"--device {device} is unknown; it is auto, cpu, cuda, cuda:N or mps.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no CUDA device is available; use --device cpu.")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError(f"--device {device}: MPS is not available; use --device cpu.")
-    if kind == "cuda" and ":" in device:
-        number = device.partition(":")[2]
-        if not number.isdigit() or int(number) >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, "
-                "counted from 0."
-            )
+    if ":" in device and int(device.partition(":")[2]) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, "
+            "counted from 0."
+        )
     return device
 
 

@@ -138,7 +138,7 @@ def test_a_merged_model_that_is_saved_is_that_model(base: Path, tmp_path: Path) 
     options = ModelOptions(
         str(tmp_path / "alone"), device="cpu", dtype="float32", merge_adapter=True
     )
-    save_edited_model(load_model(options), tmp_path / "saved", [])
+    save_edited_model(load_model(options), tmp_path / "saved", [], [])
     np.testing.assert_array_equal(
         keys_of(tmp_path / "saved"), keys_of(tmp_path / "alone", "--merge-adapter")
     )

@@ -260,6 +260,17 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
         (["show", "absent.h5"], 1, "does not exist"),
         (["show", "absent"], 1, "`kscli run --model absent` makes it"),
         (["pmatrix", "-m", "toy", "--layers", "7"], 2, "no layer 7"),
+        (["topk", "-m", "./absent"], 1, "does not exist, and no model ./absent either"),
+        (["cache-cov", "-m", "absent/"], 1, "there is no folder absent;"),
+        (["edit", "-m", "absent.gguf"], 1, "there is no GGUF file absent.gguf"),
+        (["run", "-m", "./toy/cov.h5"], 1, "toy/cov.h5 is a file; name the folder of a model"),
+        (["trace", "tiny", "./absent"], 1, "there is no folder absent;"),
+        (["trace", "tinny", "toy"], 2, "did you mean tiny?"),
+        (["trace", "-m", "tiny"], 2, "there is no option -m: kscli trace BASE EDITED"),
+        (["cache-cov", "--layers", "0;1"], 2, "not understood"),
+        (["edit", "--layer", ""], 2, "not understood"),
+        (["run", "--device", "cuda:one"], 2, "--device cuda:one is unknown"),
+        (["edit", "--method", "romme"], 2, "did you mean rome?"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -273,6 +284,77 @@ def test_a_mistake_is_one_sentence(
     assert said in one_sentence(result.stderr)
     assert result.stdout == ""
     assert sorted(toy.rglob("*")) == before
+
+
+LOADING = (
+    ("run", "-m"),
+    ("cache-cov", "-m"),
+    ("extract", "-m"),
+    ("edit", "-m"),
+    ("facts", "check", "-m"),
+    ("corpus", "peek", "-m"),
+    ("trace",),
+    ("trace", "tiny"),
+)
+"""The commands that load a model, up to its name."""
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nosuch/model", "nosuch/model is not complete in the local cache. Unset HF_HUB_OFFLINE"),
+        ("toy/model", "There is no folder toy/model either."),
+        ("nosuch", "nosuch is no alias (`kscli models` lists them) and no folder here"),
+        ("./nosuch", "there is no folder nosuch;"),
+    ],
+)
+def test_a_model_that_is_not_there_is_what_is_said_first(
+    model: str, said: str, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(toy)
+    for command in LOADING:
+        result = kscli(*command, model, *(["tiny"] if command == ("trace",) else []))
+        assert result.exit_code == 1
+        assert said in one_sentence(result.stderr).replace("\n", " ")
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--layers", "x"],
+        ["run", "--facts", "nosuch.jsonl"],
+        ["run", "--corpus", "nosuch"],
+        ["extract", "--contexts", "nosuch.txt"],
+        ["cache-cov", "--device", "gpu"],
+        ["edit", "--method", "romme"],
+        ["edit", "--edits", "x"],
+        ["edit", "--held-out", "nosuch"],
+        ["trace", "tiny", "tiny", "--cov", "nosuch.h5"],
+        ["facts", "check", "-m", "./nosuch"],
+        ["corpus", "peek", "nosuch"],
+    ],
+)
+def test_what_needs_no_model_is_refused_before_pytorch_is_imported(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    program = (
+        "import sys; from kscli.cli.app import app\n"
+        f"try: app({arguments!r}, prog_name='kscli')\n"
+        "except SystemExit as left: print(left.code, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert found.stdout.splitlines()[-1] in ("1 set()", "2 set()")
+    assert "error: " in found.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_without_an_option_is_asked_for_by_the_option_that_takes_it(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from kscli.editing.stage import (
 from kscli.editing.value import DivergedError
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, ModelError, NumericsError, UsageError
-from kscli.facts import Fact
+from kscli.facts import Fact, read_facts
 from kscli.interrupts import InterruptedRunError
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
@@ -703,10 +703,12 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
     saved = edit(folder, *command, "--save-model", tmp_path / "edited")
     assert saved.exit_code == 0, saved.stderr
-    known = kscli(
-        "facts", "check", "-m", tmp_path / "edited", "--facts", "tiny", "-q", "--dir", tmp_path
-    )
+    known = kscli("facts", "check", "-m", tmp_path / "edited", "--dir", tmp_path, "-f", "json")
     assert known.exit_code == 0, known.stderr
+    assert "The facts are those that tiny was measured with before its edits" in known.stderr
+    with KeysFile(folder / "keys.h5") as keys:
+        assert json.loads(known.stdout)[0]["facts"] == len(keys.facts)
+    assert read_facts(tmp_path / "edited" / "facts.jsonl").facts == keys.facts
     assert edit(folder, *command, "--save-model", tmp_path / "edited").exit_code == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_kit import kscli, one_sentence
 from families import GPT2_LIKE, save_family, save_model
 from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ from kscli.batching import TokenBatch, TokenSequence, make_batches
 from kscli.errors import ModelError, UsageError
 from kscli.models.forward import Decoder
 from kscli.models.loading import load_model
-from kscli.models.locating import ModelOptions, locate_model
+from kscli.models.locating import ModelOptions, dtype_of, locate_model
 from kscli.models.shape import model_shape
 from kscli.resources import MemorySplit, resolve_dtype
 from kscli.second_moment.layer_sums import LayerSums
@@ -176,6 +178,19 @@ def test_a_gguf_that_is_none(tmp_path: Path) -> None:
         load_model(ModelOptions(str(path)))
 
 
+def test_a_gguf_file_without_its_package_is_noticed_before_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for command in (("run",), ("extract",), ("cache-cov",), ("edit",), ("facts", "check")):
+        result = kscli(*command, "-m", path, "--dir", tmp_path / "out")
+        assert result.exit_code == 1
+        assert "pip install 'kscli[gguf]'" in one_sentence(result.stderr)
+        assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("read", [load_model, lambda o: model_shape(locate_model(o), o)])
 def test_a_gguf_file_of_more_layers_than_tensors_is_refused_at_once(
     read: Callable[[ModelOptions], object], tmp_path: Path
@@ -247,6 +262,9 @@ def test_auto_is_bfloat16_where_it_is_fast(
     assert resolve_dtype("float16", "cpu") == "float16"
     with pytest.raises(UsageError, match="--dtype int8"):
         resolve_dtype("int8", "cpu")
+    assert dtype_of(ModelOptions("gpt2-small"), "cpu") == dtype
+    assert dtype_of(ModelOptions("tiny"), "cpu") == "float32"
+    assert dtype_of(ModelOptions("tiny", dtype="bfloat16"), "cpu") == "bfloat16"
 
 
 def keys_of(decoder: Decoder) -> torch.Tensor:

@@ -15,9 +15,17 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kscli.editing.saving import EDIT_LOG, require_new_folder, save_edited_model
+from kscli.editing.edited_folder import (
+    BASE,
+    EDIT_LOG,
+    facts_of_edited,
+    first_model,
+    require_new_folder,
+)
+from kscli.editing.saving import save_edited_model
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, UsageError
+from kscli.facts import read_facts
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
 from kscli.tiny import MODEL_DIR
@@ -65,7 +73,7 @@ def test_saved_model_is_the_live_one(tmp_path: Path) -> None:
         logits(load("tiny").decoder.model, model.tokenizer),
     )
     folder = tmp_path / "new" / "saved"
-    save_edited_model(model, folder, LOG)
+    save_edited_model(model, folder, LOG, [])
     check_saved(model, folder, length=256)
     lines = (folder / EDIT_LOG).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -81,7 +89,7 @@ def test_saved_model_is_the_live_one(tmp_path: Path) -> None:
 def test_tied_embeddings_stay_tied(tied: bool, tmp_path: Path) -> None:
     save_family("llama", tmp_path / "made", tie_word_embeddings=tied)
     model = edited(str(tmp_path / "made"))
-    save_edited_model(model, tmp_path / "saved", [])
+    save_edited_model(model, tmp_path / "saved", [], [])
     check_saved(model, tmp_path / "saved", length=256)
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118
@@ -132,15 +140,35 @@ def test_model_read_from_gguf(tmp_path: Path) -> None:
         network.save_pretrained(tmp_path / "refused")
     before = network.hf_quantizer, network.is_quantized, network.quantization_method
     note = network.config.quantization_config
-    save_edited_model(model, tmp_path / "saved", LOG)
+    save_edited_model(model, tmp_path / "saved", LOG, [])
     check_saved(model, tmp_path / "saved", length=128)
     assert (network.hf_quantizer, network.is_quantized, network.quantization_method) == before
     assert network.config.quantization_config is note
 
 
+def test_saved_model_says_its_base_and_facts(tmp_path: Path) -> None:
+    facts = read_facts("tiny", 3).facts
+    save_edited_model(load("tiny"), tmp_path / "once", LOG, facts)
+    save_edited_model(load(str(tmp_path / "once")), tmp_path / "twice", LOG, facts[:2])
+    for name, number in (("once", 3), ("twice", 2)):
+        folder = str(tmp_path / name)
+        path = facts_of_edited(folder)
+        assert path is not None
+        assert read_facts(path).facts == facts[:number]
+        assert first_model(folder) == "tiny"
+    assert (first_model("tiny"), facts_of_edited("tiny")) == ("tiny", None)
+    assert (first_model(str(MODEL_DIR)), facts_of_edited(str(MODEL_DIR))) == (str(MODEL_DIR), None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_id": 3}', '{"model_id": ""}', "\xff"])
+def test_damaged_record_of_the_base_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / BASE).write_text(text, "latin-1")
+    assert first_model(str(tmp_path)) == str(tmp_path)
+
+
 def test_empty_folder_is_filled(tmp_path: Path) -> None:
     model = load("tiny")
-    save_edited_model(model, tmp_path, [])
+    save_edited_model(model, tmp_path, [], [])
     check_saved(model, tmp_path, length=256)
 
 
@@ -155,7 +183,10 @@ def test_folders_in_use_are_refused(tmp_path: Path) -> None:
         ("dangling", "is not a folder"),
         ("file/below", "nothing can be written in"),
     ]:
-        for refuse in (require_new_folder, lambda path: save_edited_model(load("tiny"), path, LOG)):
+        for refuse in (
+            require_new_folder,
+            lambda path: save_edited_model(load("tiny"), path, LOG, []),
+        ):
             with pytest.raises(UsageError, match=words):
                 refuse(tmp_path / name)
     assert (tmp_path / "full" / "a.txt").read_text() == "a"
@@ -173,5 +204,5 @@ def test_nothing_stays_of_a_folder_that_was_not_written(
 
     monkeypatch.setattr(model.decoder.model, "save_pretrained", full)
     with pytest.raises(ArtifactError, match="No space left"):
-        save_edited_model(model, tmp_path / "saved", LOG)
+        save_edited_model(model, tmp_path / "saved", LOG, [])
     assert list(tmp_path.iterdir()) == []

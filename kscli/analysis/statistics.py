@@ -31,6 +31,7 @@ from kscli.analysis.resampling import (
 )
 from kscli.analysis.tails import FEW_PAIRS, carriers, hill, share_within
 from kscli.layers import format_layers
+from kscli.models.aliases import classify
 from kscli.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -263,12 +264,14 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
     strongest = _told_apart(*(facts[int(fact)] for fact in pairs[:, worst]))
     layers = [statistics.layers[at] for at in few]
     carried = int(half[worst])
+    # The embedded model has no more facts.
+    remedy = "" if classify(statistics.model) == "embedded" else "take more facts (--count), or "
     return (
         f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
         f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
         f"{statistics.layers[worst]}, the strongest {strongest}). The kurtosis there "
-        "comes from these pairs, so that other facts may give another one: take more facts "
-        "(--count), or read the kurtosis of the pairs of a different last token."
+        f"comes from these pairs, so that other facts may give another one: {remedy}read the "
+        "kurtosis of the pairs of a different last token."
     )
 
 

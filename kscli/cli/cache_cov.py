@@ -90,8 +90,9 @@ def cache_cov(
             Existing.FORCE if force else Existing.REFUSE,
             reporter,
         )
-        chosen = corpus_for(model, corpus, text_field, shuffle, reporter)
         bound = parse_size(max_memory) if max_memory else None
+        session.require_model()
+        chosen = corpus_for(model, corpus, text_field, shuffle, reporter)
         execution = Execution(batch_tokens, bound, checkpoint_every, ranks)
         if dry_run:
             if ranks is None or ranks.leader:

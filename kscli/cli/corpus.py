@@ -47,16 +47,18 @@ def peek(
     from kscli.cli.requests import corpus_for, number_or_all
     from kscli.errors import UsageError
     from kscli.models.loading import read_tokenizer
-    from kscli.models.locating import ModelOptions
-    from kscli.peeking import peek as peek_into
+    from kscli.models.locating import ModelOptions, locate_model
 
     if named and corpus:
         raise UsageError(f"{named} and --corpus {corpus} name two corpora; give one.")
     reporter = ConsoleReporter(quiet=quiet)
     most = number_or_all("--samples", samples)
+    asked = ModelOptions(model, revision, trust_remote_code=trust_remote_code, weights=False)
+    locate_model(asked, reporter)
     chosen = corpus_for(model, named or corpus, text_field, shuffle, reporter)
-    asked = ModelOptions(model, revision, trust_remote_code=trust_remote_code)
     tokenizer, longest = read_tokenizer(asked, reporter)
+    from kscli.peeking import peek as peek_into
+
     documents = list(peek_into(tokenizer, chosen, most, max_length or longest))
     print_rows(map(asdict, documents), PEEKED, output_format)
     reporter.note(_sum(documents, model, max_length or longest))

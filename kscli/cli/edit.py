@@ -296,16 +296,33 @@ def edit(
         number_or_all,
         refuse_given,
     )
-    from kscli.editing.own_facts import OwnFacts, own_files
-    from kscli.editing.presets import default_layers
-    from kscli.editing.saving import require_new_folder
-    from kscli.editing.settings import EditSettings
-    from kscli.editing.sources import EditSources
-    from kscli.editing.stage import EditRequest, HeldOut, edit_model, run_path
+    from kscli.editing.edited_folder import require_new_folder
     from kscli.layers import format_layers, select_layers
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
+
+    reporter = ConsoleReporter(quiet=quiet)
+    places = Places(directory, model)
+    count, of_largest_p = number_or_all("--edits", edits), number_or_all("--moved", moved)
+    if save_model:
+        require_new_folder(save_model)
+    session = Session(
+        ModelOptions(
+            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
+        ),
+        Existing.FORCE if force else Existing.REFUSE,
+        reporter,
+    )
+    session.require_model()
+    text = named_corpus(held_out, text_field, reporter) if held_out else None
+
+    # These import PyTorch, which takes seconds: what needs none of it is refused before.
+    from kscli.editing.own_facts import OwnFacts, own_files
+    from kscli.editing.presets import default_layers
+    from kscli.editing.settings import EditSettings
+    from kscli.editing.sources import EditSources
+    from kscli.editing.stage import EditRequest, HeldOut, edit_model, run_path
 
     settings = EditSettings(
         method=method,
@@ -330,15 +347,11 @@ def edit(
         max_price=max_price,
         batch=batch,
         measure_every=measure_every,
-        moved=number_or_all("--moved", moved),
+        moved=of_largest_p,
         generations=generations,
         seed=seed,
     )
     editor, published = settings.editor(model)
-    reporter = ConsoleReporter(quiet=quiet)
-    places = Places(directory, model)
-    if save_model:
-        require_new_folder(save_model)
     for names, reason in settings.without_effect(editor):
         refuse_given(context, names, reason)
     for idle, names, reason in (
@@ -355,7 +368,7 @@ def edit(
         if idle:
             refuse_given(context, names, reason)
     edit_options, of_file = settings.options(editor)
-    count, at_most = number_or_all("--edits", edits), not is_given(context, "edits")
+    at_most = not is_given(context, "edits")
     if prompt is not None:
         own: OwnFacts | None = fact_of_prompt(prompt, subject, target, target_new)
     elif facts is not None:
@@ -375,19 +388,10 @@ def edit(
         target_new=FIELD if own else target_new,
         target_source=None if own else facts,
         options=edit_options,
-        held_out=HeldOut(named_corpus(held_out, text_field, reporter), held_out_tokens)
-        if held_out
-        else None,
+        held_out=HeldOut(text, held_out_tokens) if text else None,
         protected=of_file,
         values_of=settings.values_of,
         first=len(own.facts) if own else None,
-    )
-    session = Session(
-        ModelOptions(
-            model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
-        ),
-        Existing.FORCE if force else Existing.REFUSE,
-        reporter,
     )
 
     def layers_of(file: Artifact) -> str:

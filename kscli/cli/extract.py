@@ -58,7 +58,7 @@ def extract(
     )
     path = output or Places(directory, model).path("keys")
     chosen = choose_contexts(contexts, ROME_CONTEXTS)
-    if session.extract(
-        facts_for(model, facts, count, reporter, own_names), token, layers, path, chosen
-    ):
+    session.require_model()
+    chosen_facts = facts_for(model, facts, count, reporter, own_names)
+    if session.extract(chosen_facts, token, layers, path, chosen):
         reporter.note(f"wrote {path}")

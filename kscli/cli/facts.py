@@ -45,13 +45,14 @@ def check(
       kscli facts check -m pythia-1b --facts counterfact.json --count 512
       jq -r 'select(.known | not) | .prompt + " ->" + .continuation' artifacts/tiny/facts.jsonl
     """
+    from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import facts_for
     from kscli.facts import require_facts_path
     from kscli.files import require_other
     from kscli.knowledge import check_facts, write_knowledge
-    from kscli.models.loading import load_model
     from kscli.models.locating import ModelOptions
+    from kscli.pipeline import Session
     from kscli.places import Places
 
     own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}
@@ -60,11 +61,13 @@ def check(
     if facts:
         require_other(path, [facts])
     require_facts_path(path, force=force)
-    asked = facts_for(model, facts, count, reporter, own_names).facts
     chosen = ModelOptions(
         model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
     )
-    loaded = load_model(chosen, reporter)
+    session = Session(chosen, Existing.FORCE if force else Existing.REFUSE, reporter)
+    session.require_model()
+    asked = facts_for(model, facts, count, reporter, own_names).facts
+    loaded = session.model
     checked = check_facts(loaded, asked, reporter)
     write_knowledge(loaded, checked, path, force=force)
     reporter.note(f"wrote {path}")

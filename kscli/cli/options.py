@@ -10,7 +10,9 @@ import typer
 from kscli.cli.complete import complete_editor, complete_layers, complete_model
 from kscli.cli.output import Format
 from kscli.editing.editors import EDITORS, editors_where, find_editor
+from kscli.layers import require_understood
 from kscli.records import known_formats
+from kscli.resources import require_device_name
 
 DEFAULT_MODEL = "tiny"
 _LARGEST_SEED = 2**63 - 1  # what a file has room for
@@ -27,6 +29,32 @@ def _model(help_: str, default: str | bool = True) -> Any:
     )
 
 
+# Values that need no model to be wrong are refused before anything large is imported.
+
+
+def _check_layers(value: str | None) -> str | None:
+    if value is not None:
+        require_understood(value)
+    return value
+
+
+def _check_device(value: str) -> str:
+    require_device_name(value)
+    return value
+
+
+def _check_editor(value: str | None) -> str | None:
+    if value is not None:
+        find_editor(value)
+    return value
+
+
+def _check_seed(value: int) -> int:
+    if 0 <= value <= _LARGEST_SEED:
+        return value
+    raise typer.BadParameter(f"{value} is not in the range from 0 to {_LARGEST_SEED}.")
+
+
 def _layer(help_: str, default: str | bool = True) -> Any:
     return typer.Option(
         "--layer",
@@ -34,6 +62,7 @@ def _layer(help_: str, default: str | bool = True) -> Any:
         metavar="LAYERS",
         help=help_,
         show_default=default,
+        callback=_check_layers,
         autocompletion=complete_layers,
     )
 
@@ -44,12 +73,6 @@ def _file(name: str, help_: str, default: str | bool = True) -> Any:
 
 def _output(help_: str, default: str | bool = True) -> Any:
     return typer.Option("--output", "-o", metavar="FILE", help=help_, show_default=default)
-
-
-def _check_seed(value: int) -> int:
-    if 0 <= value <= _LARGEST_SEED:
-        return value
-    raise typer.BadParameter(f"{value} is not in the range from 0 to {_LARGEST_SEED}.")
 
 
 # Models and artifacts
@@ -136,7 +159,12 @@ LayersOfC = Annotated[
 
 Device = Annotated[
     str,
-    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."),
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps.",
+        callback=_check_device,
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -144,7 +172,8 @@ Dtype = Annotated[
         "--dtype",
         metavar="DTYPE",
         help="auto, float32, bfloat16 or float16. auto is bfloat16 where the hardware multiplies "
-        "it fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), and float32 elsewhere.",
+        "it fast (CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX), and float32 elsewhere and "
+        "for tiny.",
     ),
 ]
 Revision = Annotated[
@@ -283,7 +312,7 @@ Facts = Annotated[
         help="counterfact, tiny, hf:OWNER/NAME[:CONFIG[:SPLIT]], or a file of records of "
         "CounterFact, zsRE, KnowEdit, MQuAKE or known_1000, or of prompt (with {}), subject, "
         f"target: {known_formats(fields=True)}.",
-        show_default="counterfact; tiny for the model tiny",
+        show_default="counterfact; tiny for the model tiny; those in an edited model's folder",
     ),
 ]
 
@@ -351,6 +380,7 @@ Layers = Annotated[
         "--layer",
         metavar="LAYERS",
         help="all, 0, 0,3,5-8 or -1 (the last).",
+        callback=_check_layers,
         autocompletion=complete_layers,
     ),
 ]
@@ -417,6 +447,7 @@ Method = Annotated[
         "--method",
         metavar="EDITOR",
         help="The editor. " + " ".join(f"{name}: {find_editor(name).title}." for name in EDITORS),
+        callback=_check_editor,
         autocompletion=complete_editor,
     ),
 ]
@@ -427,6 +458,7 @@ EditorOfP = Annotated[
         metavar="EDITOR",
         help="Show p of this editor, from the file that `kscli pmatrix --editor` makes.",
         show_default="the paper's P",
+        callback=_check_editor,
         autocompletion=complete_editor,
     ),
 ]

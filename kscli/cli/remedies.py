@@ -58,8 +58,12 @@ def of_models(error: MissingError, models: Sequence[str], directory: Path) -> Ar
         others = [name for name in measured_models(directory) if name != places.folder.name]
         if meant:
             return ArtifactError(f"{error.path} does not exist; did you mean {meant}?")
-        remedy = f"{command_for(made_by, model, directory)} makes it"
         there = f" ({directory} has {listed(others)})" if others else ""
+        if classify(model) in ("folder", "gguf") and not Path(model).expanduser().exists():
+            return ArtifactError(
+                f"{error.path} does not exist, and no model {model} either{there}."
+            )
+        remedy = f"{command_for(made_by, model, directory)} makes it"
         return ArtifactError(f"{error.path} does not exist; {remedy}{there}.")
     return error
 
@@ -134,6 +138,8 @@ def _no_option(option: str, error: Any) -> str:
     above = context.parent.command.params if context.parent else []
     if any(option in each.opts for each in above):
         return f"{option} stands before the command: kscli {option} {context.info_name}."
+    if option in ("-m", "--model") and any(not name.startswith("-") for name in own):
+        return f"there is no option {option}: {context.command_path} {_arguments(context)}."
     near = nearest(option.lstrip("-"), [name.lstrip("-") for name in own], cutoff=0.7)
     meant = f"did you mean --{near[0]}? " if near else ""
     if "--format" in own and option.lstrip("-") in [*map(str, Format)]:

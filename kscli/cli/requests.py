@@ -12,6 +12,7 @@ import typer
 
 from kscli.cli.options import DEFAULT_MODEL
 from kscli.cli.remedies import command_for, listed, measured_models
+from kscli.editing.edited_folder import facts_of_edited, first_model
 from kscli.editing.editors import find_editor
 from kscli.errors import ArtifactError, UsageError
 from kscli.models.aliases import classify, close_aliases, find_alias
@@ -38,7 +39,7 @@ def corpus_for(
     reporter: Reporter,
 ) -> Corpus:
     """The corpus that the options name, or the model's default; says what is left out of it."""
-    embedded = classify(model) == "embedded"
+    embedded = classify(first_model(model)) == "embedded"
     name = corpus or (DEFAULT_MODEL if embedded else "wikipedia")
     if shuffle is None:
         return named_corpus(name, text_field, reporter)
@@ -71,18 +72,29 @@ def facts_for(
 ) -> FactSet:
     """The facts that the options name, or the model's default; says what is left out of them.
 
+    The default of an edited model are the facts that its base was measured with, which is said.
     `fields` are the records' own names of prompt, subject and target, where they have others.
     """
     from kscli.facts import DEFAULT_COUNT, read_facts
 
-    embedded = classify(model) == "embedded"
-    name = facts or (DEFAULT_MODEL if embedded else "counterfact")
+    name = facts or default_facts(model, reporter)
     own = {name: field for name, field in fields.items() if field is not None}
     number = DEFAULT_COUNT if count is None else number_or_all("--count", count)
     found = read_facts(name, number, at_most=count is None, fields=own)
     if found.left_out:
         reporter.warn(f"{name}: {found.left_out}.")
     return found
+
+
+def default_facts(model: str, reporter: Reporter) -> str:
+    """The facts that a model is measured with where none are named."""
+    if of_base := facts_of_edited(model):
+        reporter.note(
+            f"The facts are those that {first_model(model)} was measured with before its edits: "
+            f"{of_base} (--facts names others)."
+        )
+        return str(of_base)
+    return DEFAULT_MODEL if classify(model) == "embedded" else "counterfact"
 
 
 def device_of_rank(device: str, ranks: Ranks | None) -> str:
@@ -167,14 +179,16 @@ def refuse_mistyped_alias(context: typer.Context) -> None:
 
     A Hub id has an owner before its name, but for a few of the Hub's first models.
     """
-    model = str(context.params.get("model"))
-    if "trust_remote_code" not in context.params or classify(model) != "hub" or "/" in model:
+    if "trust_remote_code" not in context.params:
         return
-    if find_alias(model) is None and (near := close_aliases(model)):
-        raise UsageError(
-            f"there is no model {model!r}; did you mean {near[0]}? `kscli models` lists the "
-            "aliases; a Hub id is OWNER/NAME."
-        )
+    for model in filter(None, map(context.params.get, ("model", "base", "edited"))):
+        if classify(model) != "hub" or "/" in model or find_alias(model) is not None:
+            continue
+        if near := close_aliases(model):
+            raise UsageError(
+                f"there is no model {model!r}; did you mean {near[0]}? `kscli models` lists the "
+                "aliases; a Hub id is OWNER/NAME."
+            )
 
 
 def note_default_model(context: typer.Context) -> None:

@@ -98,16 +98,15 @@ def run(
         reporter,
     )
     told = explainer(reporter, output_format)
+    measured = CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers)
+    chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
+    session.require_model()
+    chosen_facts = facts_for(model, facts, count, reporter, own_names)
+    chosen_corpus = corpus_for(model, corpus, text_field, shuffle, reporter)
     if model == options.DEFAULT_MODEL:
         told.note(LESSON)
-    chosen_facts = facts_for(model, facts, count, reporter, own_names)
     told.note(f"1. C: which keys {model} has in text. The more text, the less p changes.")
-    session.cache_cov(
-        corpus_for(model, corpus, text_field, shuffle, reporter),
-        CovarianceOptions(number_or_all("--samples", samples), tokens, max_length, layers),
-        places.path("cov"),
-    )
-    chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
+    session.cache_cov(chosen_corpus, measured, places.path("cov"))
     told.note("2. Keys: what the model looks up at the last token of each fact's subject.")
     session.extract(chosen_facts, token, layers, places.path("keys"), chosen_contexts)
     told.note("3. P: p of every pair of facts, its statistics, and the figures.")
@@ -126,7 +125,8 @@ def run(
         described = statistics_of(pm, pm.layers, places.path("stats"), None, reporter, existing)
         figures = draw_figures(pm, places.figures, existing, reporter)
         if said := caution(described, pm.facts):
-            reporter.warn(said)
+            # Of the embedded model's facts this is a finding: there are no others to take.
+            (told.note if model == options.DEFAULT_MODEL else reporter.warn)(said)
         statistics = described.rows()
         pairs = list(pair_rows(pm, pm.layers[0], k=20))  # read while the file is open
     if output_format is Format.json:

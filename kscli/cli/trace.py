@@ -62,19 +62,21 @@ def trace(
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
-    from kscli.tracing.stage import say_what_differs, trace_models
 
     reporter = ConsoleReporter(quiet=quiet)
     listed = number_or_all("-k", k)
     own_names = {"prompt": prompt_field, "subject": subject_field, "target": target_field}
     chosen = choose_contexts(contexts or "0", ())
-    candidates = facts_for(base, facts, count, reporter, own_names)
     of_base = ModelOptions(base, revision, device, dtype, trust_remote_code, allow_pickle)
     of_edited = replace(of_base, model=edited, revision=None)
+    sessions = [Session(each, Existing.REFUSE, reporter) for each in (of_base, of_edited)]
+    for each in sessions:
+        each.require_model()
+    candidates = facts_for(base, facts, count, reporter, own_names)
     with CovarianceFile(cov or Places(directory, base).path("cov")) as file:
-        before, after = (
-            Session(each, Existing.REFUSE, reporter).model for each in (of_base, of_edited)
-        )
+        from kscli.tracing.stage import say_what_differs, trace_models
+
+        before, after = (each.model for each in sessions)
         found = trace_models(before, after, file, candidates, chosen, reporter, seed)
     say_what_differs(found, edited, reporter)
     print_rows(found.rows(listed), TRACED, output_format)

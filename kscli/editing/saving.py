@@ -1,4 +1,4 @@
-"""An edited model as an ordinary Hugging Face folder, with the log of its edits inside."""
+"""An edited model as an ordinary Hugging Face folder, with its edits, base and facts inside."""
 
 from __future__ import annotations
 
@@ -14,43 +14,36 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from kscli.errors import ArtifactError, UsageError
+from kscli.editing.edited_folder import (
+    BASE,
+    BASE_FACTS,
+    EDIT_LOG,
+    first_model,
+    require_new_folder,
+)
+from kscli.errors import ArtifactError
 from kscli.escaping import escaped_json
+from kscli.facts import Fact, fact_record, write_records
 from kscli.files import utf8_path
 from kscli.models.config import quiet_transformers
 from kscli.models.loading import LoadedModel
-
-EDIT_LOG = "kscli_edits.jsonl"
 
 # Where transformers keeps that a model was read from GGUF, though its weights are ordinary now.
 QUANTISATION_NOTES = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
-def require_new_folder(folder: Path) -> None:
-    """Raise UsageError unless a folder may be made at `folder`, or is there and empty.
-
-    Makes nothing.
-    """
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--save-model {folder} is not empty; name a new folder.")
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise UsageError(f"--save-model {folder} is not a folder; name a new one.")
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UsageError(f"--save-model {folder}: nothing can be written in {there}.")
-    except OSError as error:
-        raise UsageError(f"--save-model {folder}: {error.strerror}.") from error
-
-
 def save_edited_model(
-    model: LoadedModel, folder: Path, log: Sequence[Mapping[str, object]]
+    model: LoadedModel,
+    folder: Path,
+    log: Sequence[Mapping[str, object]],
+    facts: Sequence[Fact],
 ) -> None:
-    """Write config, weights (safetensors) and tokenizer to a new folder, and `log` beside them.
+    """Write config, weights (safetensors) and tokenizer to a new folder, and what was edited.
 
-    The log is `EDIT_LOG`, one JSON object a line; what is not finite is null there. The folder is
-    written beside its place and renamed, and the model is left as it is. Raises UsageError as
-    `require_new_folder` does, and ArtifactError when the folder cannot be written.
+    That is the `log` in `EDIT_LOG`, one JSON object a line, where what is not finite is null; the
+    model it was in `BASE`; and in `BASE_FACTS` the `facts` that this one was measured with. The
+    folder is written beside its place and renamed, and the model is left as it is. Raises
+    UsageError as `require_new_folder` does, and ArtifactError when the folder cannot be written.
     """
     require_new_folder(folder)
     folder = folder.absolute()
@@ -65,6 +58,9 @@ def save_edited_model(
             for edit in log:
                 text = json.dumps(_strict(edit), ensure_ascii=False, allow_nan=False)
                 file.write(escaped_json(text) + "\n")
+        base = {"model_id": first_model(model.identity.model_id)}
+        (temporary / BASE).write_text(json.dumps(base) + "\n", "utf-8")
+        write_records(temporary / BASE_FACTS, map(fact_record, facts), force=False)
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

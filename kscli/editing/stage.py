@@ -250,7 +250,7 @@ def edit_model(
         if save_model:
             if not made:
                 replay_edits(session.model, file)
-            save_edited_model(session.model, save_model, rows)
+            save_edited_model(session.model, save_model, rows, file.facts)
             reporter.note(f"wrote {save_model}")
     return rows
 

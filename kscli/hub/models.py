@@ -161,8 +161,20 @@ def _wanted(options: ModelOptions) -> asking.Wanted:
     known = any(alias.hub_id == hub_id for alias in ALIASES)
     close = [] if known else close_aliases(hub_id)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    # A name with an owner is none of a mistyped alias; only the Hub can say that it is wrong.
-    absent = f", and {hub_id} is not complete in the local cache.{'' if '/' in hub_id else hint}"
+    absent = f", and {hub_id} is not complete in the local cache."
+    if "/" not in hub_id:
+        hint = hint or (
+            f" {hub_id} is no alias (`kscli models` lists them) and no folder here; a Hub id is "
+            "OWNER/NAME."
+        )
+        unreachable = offline = f"{absent}{hint}"
+    else:
+        # A name with an owner is none of a mistyped alias; only the Hub can say that it is wrong.
+        folder = Path(hub_id)
+        no_folder = f" There is no folder {hub_id} either." if folder.parent.is_dir() else ""
+        hint += no_folder
+        unreachable = f"{absent}{no_folder} Check the network, or name a folder with a model."
+        offline = f"{absent}{no_folder} Unset HF_HUB_OFFLINE, or name a folder with a model."
     return asking.Wanted(
-        "model", hub_id, options.revision or "main", ModelError, absent, absent, hint
+        "model", hub_id, options.revision or "main", ModelError, unreachable, offline, hint
     )

@@ -23,7 +23,13 @@ from kscli.models.config import (
     sizes_of,
 )
 from kscli.models.files import ADAPTER
-from kscli.models.locating import LocatedModel, ModelIdentity, ModelOptions, locate_model
+from kscli.models.locating import (
+    LocatedModel,
+    ModelIdentity,
+    ModelOptions,
+    dtype_of,
+    locate_model,
+)
 from kscli.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -114,10 +120,10 @@ def load_model(
     """
     from kscli.models.adapters import merge_adapter
     from kscli.models.forward import Decoder
-    from kscli.resources import resolve_device, resolve_dtype
+    from kscli.resources import resolve_device
 
     device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
+    dtype = dtype_of(options, device)
     located = located or locate_model(options, reporter)
     with quiet_transformers(), gguf_read_once(located):
         config = load_config(located, options)

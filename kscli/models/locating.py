@@ -17,6 +17,7 @@ from kscli.models.aliases import classify, find_alias, slug
 from kscli.models.files import ADAPTER, ModelFiles, model_files
 from kscli.models.fingerprint import fingerprint_files
 from kscli.reporter import SILENT, Reporter
+from kscli.resources import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class ModelOptions:
     allow_pickle: bool = False
     merge_adapter: bool = False
     weights: bool = True
+
+
+def dtype_of(options: ModelOptions, device: str) -> str:
+    """The dtype that a model is run in on a device.
+
+    `auto` is float32 for the embedded model, for which it takes no time to speak of; for others see
+    `resolve_dtype`.
+    """
+    if options.dtype == "auto" and classify(options.model) == "embedded":
+        return "float32"
+    return resolve_dtype(options.dtype, device)
 
 
 @dataclass(frozen=True)
@@ -136,14 +148,12 @@ def _locate_on_hub(options: ModelOptions, name: str, reporter: Reporter) -> Loca
 def _locate_gguf(path: Path, name: str) -> LocatedModel:
     require_ordinary(path, ModelError)
     if not path.exists():
-        raise ModelError(f"{path} does not exist.")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
+        raise ModelError(f"there is no GGUF file {path}; give the path of one that is there.")
+    if importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"{path} is a GGUF file, and the package gguf is not installed: "
             "pip install 'kscli[gguf]'."
-        ) from error
+        )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file.")
@@ -158,8 +168,13 @@ def _locate_gguf(path: Path, name: str) -> LocatedModel:
 def _locate_folder(
     folder: Path, name: str, model_id: str, options: ModelOptions, reporter: Reporter
 ) -> LocatedModel:
+    if not folder.exists():
+        raise ModelError(
+            f"there is no folder {folder}; give the path of a model's folder, an alias "
+            "(`kscli models` lists them) or a Hub id (OWNER/NAME)."
+        )
     if not folder.is_dir():
-        raise ModelError(f"{folder} is not a folder with a model.")
+        raise ModelError(f"{folder} is a file; name the folder of a model, or a .gguf file.")
     files = _files_of(folder, str(folder), options)
     weights = [name for name in files.weights if not name.endswith(".json")]
 
