@@ -264,7 +264,13 @@ def on_terminal(*arguments: str | Path) -> str:
     environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
     command = [sys.executable, "-m", "kscli", *map(str, arguments)]
     done = subprocess.run(
-        command, stdin=theirs, stdout=theirs, env=environment, check=False, timeout=60
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        check=False,
+        timeout=60,
     )
     text = plain(os.read(ours, 1 << 16).decode())
     os.close(ours)
@@ -276,6 +282,18 @@ def on_terminal(*arguments: str | Path) -> str:
 
 def test_a_real_terminal_of_80_columns_shows_every_number(toy: Path) -> None:
     assert "same last" in on_terminal("topk", "-m", "toy", "-q", "--dir", toy)
+
+
+@pytest.mark.parametrize("command", ["plot heatmap -m toy", "corpus peek tiny --samples 2"])
+def test_what_imports_much_says_so_first_on_a_terminal(
+    command: str, toy: Path, tmp_path: Path
+) -> None:
+    first = " ".join(command.split()[: 1 + command.startswith("corpus")])
+    more = ("--dir", toy, "-o", tmp_path / "new.png") if first == "plot" else ()
+    assert on_terminal(*command.split(), *more).startswith(f"kscli {first} begins: ")
+    more = (*more, "--force") if more else ()
+    assert f"kscli {first} begins" not in on_terminal(*command.split(), *more, "-q")
+    assert f"kscli {first} begins" not in shell(f"kscli {command} 2>&1", toy).stdout.decode()
 
 
 def test_a_terminal_shows_the_begin_of_a_digest_and_a_pipe_all(toy: Path) -> None:
