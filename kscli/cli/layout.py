@@ -20,8 +20,12 @@ LONGEST_WORD = 40  # what is longer, as a digest, may be broken
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns that a table has, by their indexes; their widths; and the gap between them."""
+    """The columns that a table has, by their indexes; their widths; and the gap between them.
 
+    `intervals` are the indexes of the columns whose numbers have intervals.
+    """
+
+    intervals: frozenset[int]
     kept: tuple[int, ...]
     widths: tuple[int, ...]
     gap: int
@@ -34,11 +38,15 @@ class Layout:
     def placed(self, cells: Sequence[str]) -> list[str]:
         """The cells of a line that are kept; an interval is below its number for want of room."""
         return [
-            broken(cells[at].replace(INTERVAL, "\n["), width)
-            if _width(cells[at]) > width
-            else cells[at]
+            self._placed(cells[at], width, interval=at in self.intervals)
             for at, width in zip(self.kept, self.widths, strict=True)
         ]
+
+    @staticmethod
+    def _placed(cell: str, width: int, *, interval: bool) -> str:
+        if _width(cell) <= width:
+            return cell
+        return cell.replace(INTERVAL, "\n[") if interval else broken(cell, width)
 
 
 def broken(text: str, room: int) -> str:
@@ -81,9 +89,10 @@ def fit(
     None where no layout fits.
     """
     natural = [max(map(_width, of_column)) for of_column in zip(*cells, strict=True)]
+    intervals = frozenset(at for at, column in enumerate(columns) if column.interval)
     if room is None:
         plain = tuple(at for at, column in enumerate(columns) if not column.wide)
-        return Layout(plain, tuple(natural[at] for at in plain), 2)
+        return Layout(intervals, plain, tuple(natural[at] for at in plain), 2)
     of_columns = list(zip(columns, zip(*cells, strict=True), natural, strict=True))
     least = [_least(column, of_column) for column, of_column, _ in of_columns]
     easy = [
@@ -102,7 +111,7 @@ def fit(
     gap = 2 if _total(start, kept, 2) <= room else 1
     left = room - _total(start, kept, gap)
     widths = _shared([start[at] for at in kept], [natural[at] for at in kept], left)
-    return Layout(tuple(kept), tuple(widths), gap)
+    return Layout(intervals, tuple(kept), tuple(widths), gap)
 
 
 def _kept(columns: Sequence[Column], widths: Sequence[int], room: int) -> list[int]:
@@ -130,7 +139,9 @@ def _total(widths: Sequence[int], kept: Sequence[int], gap: int) -> int:
 def _least(column: Column, cells: Sequence[str]) -> int:
     """The least width of a column: a number is whole, and so is every word of a text."""
     heading, *values = cells
-    words = [part for text in values for word in text.split(" ") for part in _parts(word)]
+    words = [word for text in values for word in text.split(" ")]
+    words += [part for word in words if _width(word) > LONGEST_WORD for part in _parts(word)]
+    words = [word for word in words if _width(word) <= LONGEST_WORD or "/" not in word]
     if column.right:
         words = [part for text in values for part in text.replace(INTERVAL, "\n[").split("\n")]
     longest = max(map(_width, words), default=0)

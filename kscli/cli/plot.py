@@ -115,7 +115,8 @@ def plot(
             metavar="N",
             min=30,
             max=2400,
-            help="The dots per inch of a .png, and of images in other files.",
+            help="The dots per inch of a .png, and of images in other files. A dot of several "
+            "pairs of facts shows their largest |p|.",
             show_default="300, or more for a heatmap of many facts",
         ),
     ] = None,
