@@ -142,6 +142,18 @@ def test_a_path_breaks_behind_its_slashes_only(monkeypatch: pytest.MonkeyPatch) 
     assert all(any(part in line for line in lines) for part in parts)
 
 
+def test_a_fact_is_wrapped_between_words_and_not_before_its_brackets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = [Column("fact"), Column("p", spec=".2f")]
+    row = {"fact": "The capital of [North Carolina] is [Raleigh].", "p": 0.5}
+    text = printed([row], columns, Format.table, monkeypatch, 38)
+    assert [line[:31].strip() for line in text.splitlines()[2:4]] == [
+        "The capital of [North Carolina]",
+        "is [Raleigh].",
+    ]
+
+
 def test_intervals_go_before_the_table_does(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = [Column(name, spec=".2f", interval=True) for name in "abcde"]
     row = {f"{name}{end}": 0.25 for name in "abcde" for end in ("", "_low", "_high")}

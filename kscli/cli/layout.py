@@ -15,7 +15,7 @@ from kscli.tables import Column
 
 EASY_TEXT = 16  # a text that is narrower is hard to read
 INTERVAL = " ["  # where a number ends and its interval begins, which may stand below it
-LONGEST_WORD = 40  # what is longer, as a digest, may be broken
+LONGEST_WORD = 40  # what is longer may be broken: a path behind a slash, a digest anywhere
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,12 @@ def _total(widths: Sequence[int], kept: Sequence[int], gap: int) -> int:
 def _least(column: Column, cells: Sequence[str]) -> int:
     """The least width of a column: a number is whole, and so is every word of a text."""
     heading, *values = cells
-    words = [word for text in values for word in text.split(" ")]
-    words += [part for word in words if _width(word) > LONGEST_WORD for part in _parts(word)]
-    words = [word for word in words if _width(word) <= LONGEST_WORD or "/" not in word]
+    words = [
+        part
+        for text in values
+        for word in text.split(" ")
+        for part in (_parts(word) if _width(word) > LONGEST_WORD else [word])
+    ]
     if column.right:
         words = [part for text in values for part in text.replace(INTERVAL, "\n[").split("\n")]
     longest = max(map(_width, words), default=0)
