@@ -29,7 +29,7 @@ from kscli.editing.edits_file import EditsFile
 from kscli.errors import KscliError, ModelError, UsageError
 from kscli.facts import Fact, FactSet, facts_of, read_facts
 from kscli.interrupts import InterruptedRunError
-from kscli.layers import select_layers
+from kscli.layers import format_layers, select_layers
 from kscli.models.locating import ModelOptions
 
 if TYPE_CHECKING:
@@ -423,9 +423,10 @@ def plot(
     """A figure of one or more results, of P or of edits by the kind, as `kscli plot` draws it.
 
     `size` is (width, height) in inches, and `names` are what the figure calls the results; 0 and
-    nothing are what suits the kind. `title` "" leaves the title out.
+    nothing are what suits the kind. `title` "" leaves the title out. Raises UsageError where `grid`
+    would need several pages, naming the results and layers of each.
     """
-    from kscli.figures import KINDS, FigureOptions, Look, Shown, shown_of
+    from kscli.figures import KINDS, FigureOptions, Look, Shown, paged, shown_of
 
     if kind not in KINDS:
         from kscli.errors import no_such
@@ -441,6 +442,12 @@ def plot(
             sources.append(_opened(EditsFile, each))
         else:
             sources.append(shown_of(KINDS[kind], _opened(PMatrixFile, each), layers))
+    KINDS[kind].check_options(options)
+    if len(pages := paged(sources, options)) > 1:
+        each = "; ".join(f"{page.model}, layers={format_layers(page.layers)!r}" for [page] in pages)
+        raise UsageError(
+            f"grid= takes {len(pages)} pages here, and plot() draws one; draw each: {each}."
+        )
     return KINDS[kind].draw(sources, options)
 
 

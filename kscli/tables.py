@@ -366,12 +366,12 @@ def _moved_fact(row: Row) -> str:
     return written(row["prompt"], row["subject"], row["target"])
 
 
-def _moved_most(row: Row) -> str:
+def _moved_most(row: Row) -> str | None:
     """The first fact that answers otherwise than before, of those predicted to be moved most."""
     for moved in row["moved"]:
         if moved["answer_changed"]:
             return f"{moved['subject']}: {moved['answer_before']} → {moved['answer_after']}"
-    return ""
+    return "none" if row["moved"] else None
 
 
 def _kept(row: Row) -> str | None:
@@ -533,7 +533,14 @@ OUTCOMES = (
     Column("retention", "at the end", ".0%", "The same share after the last edit."),
     Column("kept", "known facts kept", ".0%", value=_kept),
     Column("kept_protected", "protected", ".0%", value=_kept_protected, optional=True),
-    Column("kept_paraphrased", "paraphrased", ".0%", "The same after paraphrases.", optional=True),
+    Column(
+        "kept_paraphrased",
+        "paraphrased",
+        ".0%",
+        "The same after paraphrases.",
+        optional=True,
+        spare=1,
+    ),
     Column(
         "kept_protected_paraphrased",
         "protected, paraphrased",
@@ -542,7 +549,7 @@ OUTCOMES = (
         optional=True,
         spare=3,
     ),
-    Column("perplexity_after", "perplexity", ".4g", value=_perplexity),
+    Column("perplexity_after", "perplexity", ".4g", value=_perplexity, spare=1),
     Column(
         "kl",
         "KL",
@@ -551,21 +558,21 @@ OUTCOMES = (
         optional=True,
         spare=2,
     ),
-    Column("text_change", "all text", ".1%", "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ)."),
+    Column("text_change", "all text", ".1%", "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ).", spare=1),
     Column("weight_change", "|W_n - W_0|", ".3g", spare=2),
 )
 SCORED = (
     *(Column(name, spec=".1%", interval=True) for name in ("S", "ES", "PS", "NS")),
-    Column("GE", spec=".2f", interval=True),
+    Column("GE", spec=".2f", interval=True, spare=3),
     *(
-        Column(name, title, ".1%", interval=True)
-        for name, title in (
-            ("RS", "RS"),
-            ("reliability", "reliability"),
-            ("generalisation", "generalisation"),
-            ("locality", "locality"),
-            ("portability", "portability"),
-            ("says", "says it"),
+        Column(name, title, ".1%", interval=True, spare=spare)
+        for name, title, spare in (
+            ("RS", "RS", 3),
+            ("reliability", "reliability", 0),
+            ("generalisation", "generalisation", 1),
+            ("locality", "locality", 1),
+            ("portability", "portability", 2),
+            ("says", "says it", 2),
         )
     ),
 )
@@ -621,7 +628,7 @@ PREDICTORS = (
     Column("spearman", "Spearman", ".2f", interval=True),
     Column("auc", "AUC", ".2f", interval=True),
     Column("flips", spec="d"),
-    Column("spearman_distinct", f"{_DIFFERENT}: Spearman", ".2f", interval=True),
-    Column("auc_distinct", "AUC", ".2f", interval=True, spare=1),
-    Column("flips_distinct", "flips", "d", spare=1),
+    Column("spearman_distinct", f"{_DIFFERENT}: Spearman", ".2f", interval=True, spare=1),
+    Column("auc_distinct", "AUC", ".2f", interval=True, spare=2),
+    Column("flips_distinct", "flips", "d", spare=2),
 )

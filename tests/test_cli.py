@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -530,9 +531,34 @@ def test_a_help_page_is_whole(command: str) -> None:
     examples = page.split("Examples:")[1].split("\n\n")[0]
     assert f"kscli {command} " in f"{examples} ".replace("\n", " ")
     # Nothing is cut, no type is Python's, nothing is markup, and no option breaks at a hyphen.
-    for wrong in ("\N{HORIZONTAL ELLIPSIS}", "<bool>", "<path>", "list[", "[bold]", "\\["):
+    types = ("<bool>", "<path>", "range>", "list[")
+    for wrong in (*types, "\N{HORIZONTAL ELLIPSIS}", "[bold]", "\\["):
         assert wrong not in page
     assert not [line for line in page.splitlines() if line.endswith("-") or len(line) > 100]
+
+
+def test_a_long_help_page_has_sections_that_name_each_option_once() -> None:
+    from kscli.cli.sections import MANY, SECTIONS
+
+    named = [name for names in SECTIONS.values() for name in names.split()]
+    known = {name.lstrip("-") for command in commands() for name in option_names(command)}
+    assert len(set(named)) == len(named)
+    assert set(named) <= known | {"help"}
+    page = kscli("edit", "--help").stdout
+    heads = [line[:-1] for line in page.splitlines() if line.endswith(":") and line[0] != " "]
+    assert heads == [heading for heading in SECTIONS if heading in heads]
+    assert "Options" not in heads  # every option is named in another section
+    listed = re.findall(r"^  (?:-\w, )?(--[\w-]+)", page, flags=re.MULTILINE)
+    assert len(listed) == len(set(listed)) > MANY
+    short = {"-m", "-o", "-f", "-q", "--layers"}
+    assert {*listed} == {*option_names("edit"), "--help"} - short
+
+
+def test_a_short_help_page_has_no_sections() -> None:
+    page = kscli("models", "--help").stdout
+    assert [line for line in page.splitlines() if line.endswith(":") and line[0] != " "] == [
+        "Options:"
+    ]
 
 
 def test_an_option_of_one_meaning_is_declared_once() -> None:

@@ -499,6 +499,11 @@ def test_figures_are_matplotlib_s(found: Any, measured_tiny: Path, tmp_path: Pat
     assert "Mine" in texts
     with pytest.raises(library.KscliError, match="names= are 2, and the results 1"):
         library.plot("kde", found.pmatrix, names=["a", "b"])
+    assert len(library.plot("heatmap", found.pmatrix, grid=True).axes) >= len(found.pmatrix.layers)
+    with pytest.raises(
+        library.KscliError, match=r"2 pages here.*draw each: .*, layers=.*; .*layers"
+    ):
+        library.plot("heatmap", found.pmatrix, found.pmatrix, grid=True)
     with pytest.raises(library.KscliError, match="did you mean heatmap"):
         library.plot("heatmaps", found.pmatrix)
 

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from termios import TIOCSWINSZ
 
 import pytest
-from artifact_kit import write_toy
+from artifact_kit import changed, write_toy
 from cli_kit import ROOT, one_sentence
 
 from kscli.cli.output import Format, print_rows
@@ -123,6 +124,59 @@ def test_spare_columns_go_and_wide_ones_come_with_the_width(
     assert "0.500" not in printed([row], columns, Format.table, monkeypatch)
 
 
+def test_a_path_breaks_behind_its_slashes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["/home/", "somebody-of-the-house/", "artifacts/", "a-rather-long-name/", "rome-0-0.h5"]
+    for width in (40, 60, 80):
+        columns = [Column("path"), Column("p", spec=".3f")]
+        lines = printed(
+            [{"path": "".join(parts), "p": 0.5}], columns, Format.table, monkeypatch, width
+        ).splitlines()
+        assert max(map(len, lines)) <= width
+        assert all(any(part in line for line in lines) for part in parts)
+    # Records, where no table fits.
+    columns += [Column(f"p{n}", spec=".3f") for n in range(12)]
+    row = {"path": "".join(parts), "p": 0.5} | {f"p{n}": 0.5 for n in range(12)}
+    lines = printed([row], columns, Format.table, monkeypatch, 40).splitlines()
+    assert "p11: 0.500" in lines
+    assert max(map(len, lines)) <= 40
+    assert all(any(part in line for line in lines) for part in parts)
+
+
+def test_a_fact_is_wrapped_between_words_and_not_before_its_brackets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = [Column("fact"), Column("p", spec=".2f")]
+    row = {"fact": "The capital of [North Carolina] is [Raleigh].", "p": 0.5}
+    text = printed([row], columns, Format.table, monkeypatch, 38)
+    assert [line[:31].strip() for line in text.splitlines()[2:4]] == [
+        "The capital of [North Carolina]",
+        "is [Raleigh].",
+    ]
+
+
+def test_intervals_go_before_the_table_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [Column(name, spec=".2f", interval=True) for name in "abcde"]
+    row = {f"{name}{end}": 0.25 for name in "abcde" for end in ("", "_low", "_high")}
+    for width, intervals in ((120, True), (64, True), (63, False), (24, False)):
+        text = printed([row], columns, Format.table, monkeypatch, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert text.count("[0.25, 0.25]") == (5 if intervals else 0)
+        assert text.count("0.25") == (15 if intervals else 5)
+        assert ("Not shown, for want of width: intervals." in " ".join(text.split())) != intervals
+
+
+def test_a_spare_column_stays_where_intervals_stand_below_their_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = [Column(name, spec=".2f", interval=True, spare=name == "d") for name in "abcd"]
+    row = {f"{name}{end}": 0.25 for name in "abcd" for end in ("", "_low", "_high")}
+    # Three numbers with their intervals beside them need 53 columns, four with them below 51.
+    for width, count in ((53, 3), (52, 4), (51, 4), (50, 3)):
+        text = printed([row], columns, Format.table, monkeypatch, width)
+        assert text.count("[0.25, 0.25]") == count
+        assert max(map(len, text.splitlines())) <= width
+
+
 def test_a_pipe_is_never_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Row] = [{"layer": 7, "fact": "word " * 5000 + "end"}]
     lines = printed(rows, COLUMNS[:2], Format.table, monkeypatch).splitlines()
@@ -214,21 +268,54 @@ def test_what_an_encoding_lacks_is_escaped(toy: Path) -> None:
     assert json.loads(done.stdout)[0]["subject_i"].startswith("Größe ")
 
 
-def test_a_real_terminal_of_80_columns_shows_every_number(toy: Path) -> None:
+def on_terminal(*arguments: str | Path) -> str:
+    """What kscli writes on a real terminal of 80 columns."""
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    command = [sys.executable, "-m", "kscli", "topk", "-m", "toy", "-q", "--dir", str(toy)]
+    command = [sys.executable, "-m", "kscli", *map(str, arguments)]
     done = subprocess.run(
-        command, stdin=theirs, stdout=theirs, env=environment, check=False, timeout=60
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        check=False,
+        timeout=60,
     )
     text = plain(os.read(ours, 1 << 16).decode())
     os.close(ours)
     os.close(theirs)
     assert done.returncode == 0
     assert max(map(len, text.splitlines())) <= 80
-    assert "same last" in text
+    return text
+
+
+def test_a_real_terminal_of_80_columns_shows_every_number(toy: Path) -> None:
+    assert "same last" in on_terminal("topk", "-m", "toy", "-q", "--dir", toy)
+
+
+@pytest.mark.parametrize("command", ["plot heatmap -m toy", "corpus peek tiny --samples 2"])
+def test_what_imports_much_says_so_first_on_a_terminal(
+    command: str, toy: Path, tmp_path: Path
+) -> None:
+    first = " ".join(command.split()[: 1 + command.startswith("corpus")])
+    more = ("--dir", toy, "-o", tmp_path / "new.png") if first == "plot" else ()
+    assert on_terminal(*command.split(), *more).startswith(f"kscli {first} begins: ")
+    more = (*more, "--force") if more else ()
+    assert f"kscli {first} begins" not in on_terminal(*command.split(), *more, "-q")
+    assert f"kscli {first} begins" not in shell(f"kscli {command} 2>&1", toy).stdout.decode()
+
+
+def test_a_terminal_shows_the_begin_of_a_digest_and_a_pipe_all(toy: Path) -> None:
+    path, digest = toy / "keys.h5", "0123456789abcdef" * 4
+    shutil.copy(toy / "toy" / "keys.h5", path)
+    with changed(path) as contents:
+        contents.attrs["facts_identity"] = digest
+    text = on_terminal("show", path)
+    assert f" {digest[:32]}...\n" in text.replace("\r", "")
+    assert digest in shell(f"kscli show {path}", toy).stdout.decode()
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,15 @@ def test_an_interval_stands_beside_its_value_where_it_is_defined(undefined: floa
     assert cell(column, {"x": undefined, "x_low": 1.0, "x_high": 3.0}, "?") == "?"
 
 
+def test_an_edit_that_changed_no_answer_moved_none() -> None:
+    [column] = [column for column in tables.EDITS if column.key == "moved"]
+    same = {"subject": "Rome", "answer_changed": False, "answer_before": "a", "answer_after": "a"}
+    other = {**same, "subject": "Oslo", "answer_changed": True, "answer_after": "b"}
+    assert cell(column, {"moved": [same, other]}) == "Oslo: a → b"
+    assert cell(column, {"moved": [same]}) == "none"
+    assert cell(column, {"moved": []}) == "-"
+
+
 def test_columns_that_vary_and_columns_that_need_room() -> None:
     columns = [Column("model", varying=True), Column("layer"), Column("min", wide=True)]
     one, two = {"model": "a"}, {"model": "b"}

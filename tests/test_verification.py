@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.weighted_ranks import roc_auc, spearman
+from kscli.cli.verify import short_names
 from kscli.editing.edit_arrays import EditArrays, read_arrays
 from kscli.editing.estimates import Estimate
 from kscli.editing.predictors import (
@@ -515,6 +517,16 @@ def test_the_command_where(measured_tiny: Path, tmp_path: Path) -> None:
     assert "ask for one" in one_sentence(refused.stderr)
 
 
+def test_files_are_named_by_as_few_of_their_last_parts_as_tell_them_apart() -> None:
+    assert short_names(["a/x/one.h5", "b/two.h5"]) == {"a/x/one.h5": "one.h5", "b/two.h5": "two.h5"}
+    assert short_names(["a/x/one.h5", "b/x/one.h5", "c/two.h5"]) == {
+        "a/x/one.h5": "a/x/one.h5",
+        "b/x/one.h5": "b/x/one.h5",
+        "c/two.h5": "c/two.h5",
+    }
+    assert short_names(["one.h5", "one.h5"]) == {"one.h5": "one.h5"}
+
+
 def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(measured_tiny, tmp_path / "tiny")
     none = kscli("verify", "--dir", tmp_path)
@@ -555,8 +567,12 @@ def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
 
     edits = tmp_path / "tiny" / "edits"
     shutil.copy(edits / "rome-0-0.h5", edits / "copy.h5")
-    named = kscli("verify", edits / "copy.h5", edits / "rome-0-0.h5")
-    assert "copy.h5" in named.stdout
+    named = kscli("verify", edits / "copy.h5", edits / "rome-0-0.h5").stdout
+    assert re.findall(r"^copy.h5|^rome-0-0.h5", named, flags=re.MULTILINE) == [
+        *("copy.h5", "rome-0-0.h5"),  # what became of the edits
+        *("copy.h5", "copy.h5", "rome-0-0.h5", "rome-0-0.h5"),  # their scores, before and after
+        *("copy.h5", "rome-0-0.h5"),  # the theory
+    ]
     wrong = kscli("verify", tmp_path / "tiny" / "pmatrix.h5")
     assert wrong.exit_code == 1
     assert "a run of edits" in one_sentence(wrong.stderr)

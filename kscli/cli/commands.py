@@ -57,6 +57,17 @@ class Command(TyperCommand):
                 parameter.envvar = variables
                 parameter.show_envvar = False  # type: ignore[attr-defined]
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, in sections where they are many."""
+        from kscli.cli.sections import MANY, sections
+
+        if len(self.get_params(ctx)) <= MANY:
+            super().format_options(ctx, formatter)
+            return
+        for heading, records in sections(self, ctx):
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line, over what the file of settings gives."""
         asks_help = any(name in args for name in ctx.help_option_names)

@@ -43,6 +43,10 @@ def peek(
       kscli corpus peek hf:wikimedia/wikipedia:20231101.fr --shuffle none -m ./my-llama
       kscli corpus peek --corpus 'opus/train-*.parquet' --text-field translation.en --samples 100
     """
+    from kscli.cli.stderr import say_at_once
+
+    if not quiet:
+        say_at_once("kscli corpus peek begins: the model's tokenizer is loaded.")
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import corpus_for, number_or_all
     from kscli.errors import UsageError

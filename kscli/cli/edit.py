@@ -103,7 +103,8 @@ def edit(
         ),
     ] = "optimised",
     value_norm: Annotated[
-        float, typer.Option("--value-norm", min=0.0, help="The length of a random value.")
+        float,
+        typer.Option("--value-norm", metavar="X", min=0.0, help="The length of a random value."),
     ] = 1.0,
     steps: Annotated[
         int | None,
@@ -120,6 +121,7 @@ def edit(
         float | None,
         typer.Option(
             "--learning-rate",
+            metavar="X",
             min=0.0,
             help="The learning rate of that search (v_lr).",
             show_default=_BY_EDITOR,
@@ -129,6 +131,7 @@ def edit(
         float | None,
         typer.Option(
             "--weight-decay",
+            metavar="X",
             min=0.0,
             help="The weight of the loss term that keeps the change of a value short "
             "(v_weight_decay).",
@@ -139,6 +142,7 @@ def edit(
         float | None,
         typer.Option(
             "--kl-weight",
+            metavar="X",
             min=0.0,
             help="The weight of the loss term that keeps what else is said of the subject "
             "(kl_factor).",
@@ -149,6 +153,7 @@ def edit(
         float,
         typer.Option(
             "--likelihood-weight",
+            metavar="X",
             min=0.0,
             help="The weight of the loss term that makes the model say the new target "
             "(nll_loss_factor).",
@@ -158,6 +163,7 @@ def edit(
         float | None,
         typer.Option(
             "--norm-limit",
+            metavar="X",
             min=0.0,
             help="The longest change of a value, as a multiple of that value's own length "
             "(clamp_norm_factor).",
@@ -197,7 +203,12 @@ def edit(
     max_price: options.MaxPrice = None,
     batch: Annotated[
         int,
-        typer.Option("--batch", min=1, help=f"({_AT_ONCE}) The number of facts to edit at once."),
+        typer.Option(
+            "--batch",
+            metavar="N",
+            min=1,
+            help=f"({_AT_ONCE}) The number of facts to edit at once.",
+        ),
     ] = 1,
     measure_every: Annotated[
         int,

@@ -468,6 +468,7 @@ Weight = Annotated[
     float | None,
     typer.Option(
         "--weight",
+        metavar="X",
         min=0.0,
         help=f"({WEIGHTED}) The weight lambda of what the model knew (mom2_update_weight; "
         "emmet: times emmet_lambda; alphaedit: L2).",

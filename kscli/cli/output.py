@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kscli.cli.layout import Layout, fit
+from kscli.cli.layout import Layout, broken, fit, without_intervals
 from kscli.errors import KscliError
 from kscli.escaping import escaped, escaped_json
 from kscli.tables import Column, Row, cell, shown
@@ -206,18 +206,23 @@ def _latex(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> str:
 def _print_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], title: str) -> None:
     """Print a table as wide as the terminal allows; a pipe has no width."""
     room = terminal_width()
+    left_out = []
     layout = fit(columns, cells, room)
     if layout is None:
-        _write(_records(cells, title, room or 0))
-        return
+        cells = without_intervals(columns, whole := cells)
+        left_out.append("intervals")
+        layout = fit(columns, cells, room)
+        if layout is None:
+            _write(_records(whole, title, room or 0))
+            return
     _write(_table(cells, columns, layout, title))
-    left_out = [
+    left_out += [
         column.title
         for at, column in enumerate(columns)
         if at not in layout.kept and not column.wide
     ]
     if left_out:
-        print_line(f"Not shown, for want of width: {', '.join(left_out)}.")
+        print_line(f"Not shown, for want of width: {', '.join(dict.fromkeys(left_out))}.")
         _write("\n")
 
 
@@ -266,13 +271,7 @@ def _records(cells: Sequence[Sequence[str]], title: str, room: int) -> str:
     blocks = [[wrapped(escaped(title), room)]] if title else []
     blocks += [
         [
-            textwrap.fill(
-                f"{heading}: {value}",
-                max(room, 1),
-                subsequent_indent="  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            broken(wrapped(f"{heading}: {value}", room, indent="  "), room - 2)
             for heading, value in zip(headings, row, strict=True)
         ]
         for row in rows
@@ -280,6 +279,12 @@ def _records(cells: Sequence[Sequence[str]], title: str, room: int) -> str:
     return "".join("\n".join(block) + "\n\n" for block in blocks)
 
 
-def wrapped(text: str, room: int) -> str:
+def wrapped(text: str, room: int, indent: str = "") -> str:
     """A text in lines of at most `room` columns, where its words allow."""
-    return textwrap.fill(text, max(room, 1), break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text,
+        max(room, 1),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -115,7 +115,8 @@ def plot(
             metavar="N",
             min=30,
             max=2400,
-            help="The dots per inch of a .png, and of images in other files.",
+            help="The dots per inch of a .png, and of images in other files. A dot of several "
+            "pairs of facts shows their largest |p|.",
             show_default="300, or more for a heatmap of many facts",
         ),
     ] = None,
@@ -154,6 +155,7 @@ def plot(
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_runs, pmatrix_paths, run_paths
+    from kscli.cli.stderr import say_at_once
     from kscli.figures import paged
     from kscli.figures.saving import check_target, page_paths, save_pages
     from kscli.files import require_other
@@ -192,6 +194,8 @@ def plot(
             check_target(page, force=True)
         existing = Existing.FORCE if force else Existing.REFUSE
         if [page for page in pages if origin.must_make(page, existing, reporter)]:
+            if not quiet:
+                say_at_once("kscli plot begins: Matplotlib is loaded, then the figure is drawn.")
             drawn = figure_kind.pages(sources, figure_options)
             save_pages(drawn, path, force=True, source=origin.line)
     print_paths(pages, output_format)

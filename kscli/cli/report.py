@@ -41,6 +41,10 @@ def report(
     """
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import open_pmatrices, pmatrix_paths
+    from kscli.cli.stderr import say_at_once
+
+    if not quiet:
+        say_at_once("kscli report begins: Matplotlib and SciPy are loaded.")
     from kscli.report.page import ModelFiles, write_report
     from kscli.secrets import command_line
 

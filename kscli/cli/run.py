@@ -151,6 +151,8 @@ def run(
         print_line(str(path))
     if pairs:
         suggest((REPORT, RISK, EDIT_OWN), model, directory, told, pairs[0]["subject_i"])
+        if model == options.DEFAULT_MODEL:
+            told.note("`kscli guide start` explains these tables, and goes on from here.")
 
 
 def refuse_ranks() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kscli.cli import options
-from kscli.cli.output import Format, print_json, print_rows
+from kscli.cli.output import Format, print_json, print_rows, terminal_width
 from kscli.tables import Column
 
 
@@ -63,6 +64,8 @@ def show(
     if output_format in (Format.csv, Format.tsv):
         print_rows(rows, [], output_format)
         return
+    if output_format is Format.table and terminal_width():
+        rows = [{**row, "value": _shortened(row["value"])} for row in rows]
     for description in descriptions:
         own = [row for row in rows if row["path"] == description["path"]]
         print_rows(own, [Column("attribute"), Column("value")], output_format)
@@ -101,6 +104,11 @@ def _flat(description: dict[str, Any]) -> list[tuple[str, str]]:
         elif name != "recipe":
             lines.append((name, str(value)))
     return lines
+
+
+def _shortened(text: str) -> str:
+    """A text with the first 32 digits of longer digests, for which a terminal has no room."""
+    return re.sub(r"([0-9a-f]{32})[0-9a-f]+", r"\1...", text)
 
 
 def _dataset(about: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,6 +130,7 @@ def verify(
     print_runs(rows, output_format, predictors=predictors)
 
 
+MOST_SPARE = 9  # such a column is left out before others
 ALIKE = ("model", "method", "protocol", "value", "order", "seed")
 
 
@@ -172,6 +174,16 @@ def print_where(
     print_rows(rows, [*RUN, *WHERE], output_format, title)
 
 
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """For each path its last parts, as few as tell all paths apart."""
+    parts = {path: Path(path).parts for path in paths}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {path: str(Path(*own[-count:])) for path, own in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: path for path in paths}
+
+
 def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) -> None:
     """Print runs, or with `predictors` what was predicted of each."""
     from kscli.layers import format_layers
@@ -184,7 +196,10 @@ def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) 
     names = [*RUN]
     told_apart = {tuple(row[column.key] for column in RUN) for row in rows}
     if len(told_apart) < len({row["path"] for row in rows}):
-        names.append(Column("path"))
+        file_of = short_names([row["path"] for row in rows])
+        rows = [{**row, "file": file_of[row["path"]]} for row in rows]
+        # The file's name tells what the other names do.
+        names = [Column("file"), *(replace(column, spare=MOST_SPARE) for column in RUN)]
     if predictors:
         title = "What predicts the damage to known facts; 95 % intervals"
         print_rows(rows, [*names, *PREDICTORS], output_format, title)

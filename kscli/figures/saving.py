@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,12 @@ def page_paths(path: Path, pages: int) -> list[Path]:
 
 def render(fig: Figure, extension: str, source: str = "") -> bytes:
     """The figure as the bytes of a file of one of `FORMATS`, which says that it shows `source`."""
+    from kscli.figures.dots import largest_shown
     from kscli.figures.style import house_style
 
     buffer = io.BytesIO()
-    with house_style():
+    # Other formats hold an image's entries, and not its dots.
+    with house_style(), largest_shown(fig) if extension == "png" else nullcontext():
         # Matplotlib's "figure" is the resolution that the figure was begun with.
         fig.savefig(buffer, dpi=fig.dpi, format=extension, metadata=_metadata(extension, source))
     return buffer.getvalue()
