@@ -286,7 +286,7 @@ def test_other_editors_are_refused_by_name(method: str, measured: Any) -> None:
     assert done.exit_code == 2
     said = one_sentence(done.stderr)
     assert f"is of a mixture of 6 experts, which {method} does not edit" in said
-    assert "use --method closed-form, rome," in said
+    assert "the editors that do are closed-form, rome," in said
 
 
 CONTEXTS = ("It was long ago. {}", "He wrote this in a letter. {}", "Nobody knows why. {}")
