@@ -47,13 +47,19 @@ def mean_in_slots(keys: Parts, experts: Experts) -> tuple[Experts, Parts]:
     return numbers, (sums / len(keys)).astype(np.float32)
 
 
-def stacked(keys: Parts, experts: Experts, n_experts: int) -> NDArray[np.float64]:
-    """Keys (m, slot, d_m) of a layer side by side, (m, n_experts d_m), in float64.
+def side_by_side(
+    keys: Parts, experts: Experts | None, shared: Parts | None, n_experts: int
+) -> NDArray[np.float64]:
+    """Keys (m, slot, d_m) of one layer as stacked ones, (m, width), in float64.
 
-    They are 0 of experts in no slot. A fact whose slots are NaN has no key: all is NaN.
+    They are 0 of experts in no slot; those of shared experts, (m, d_shared), are last. A fact whose
+    slots are NaN has no key: all is NaN. Without `experts` keys (m, d_m) are what they are.
     """
+    if experts is None:
+        return keys.astype(np.float64)
     found = np.zeros((len(experts), n_experts, keys.shape[-1]))
     fact, slot = np.nonzero(experts != NO_EXPERT)
     found[fact, experts[fact, slot]] = keys[fact, slot]
     found[np.isnan(keys[:, 0]).any(axis=-1)] = np.nan
-    return found.reshape(len(experts), -1)
+    flat = found.reshape(len(experts), -1)
+    return flat if shared is None else np.concatenate([flat, shared], axis=1)

@@ -37,7 +37,7 @@ from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
 from kscli.layers import format_layers, layers_text
 from kscli.models.families import whose_p
-from kscli.slots import stacked
+from kscli.slots import side_by_side
 
 if TYPE_CHECKING:
     import pandas
@@ -172,8 +172,8 @@ class Artifact:
         """Raise ArtifactError where the file is of a mixture of experts."""
         if self.about.n_experts:
             raise ArtifactError(
-                f"{self.path} is of a mixture of {self.about.n_experts} experts, which this "
-                "command does not take yet; pmatrix, and what reads pmatrix.h5, do."
+                f"{self.path} is of a mixture of {self.about.n_experts} experts, so it holds no "
+                "one key of a fact and no one C; read stacked_keys_of, and second_moment_of each."
             )
 
     def require_layers(self, layers: Sequence[int]) -> None:
@@ -432,8 +432,6 @@ class KeysFile(FactsFile):
 
         0 where a fact is not routed to an expert; of a dense layer what `keys_of` gives.
         """
-        if not self.about.n_experts:
-            return self.keys_of(layer)
         return self._stacked("bare", layer)
 
     def expert_keys_of(self, layer: int) -> NDArray[np.float64]:
@@ -486,14 +484,12 @@ class KeysFile(FactsFile):
 
     def _stacked(self, which: str, layer: int) -> NDArray[np.float64]:
         """One of `KEY_NAMES` at one layer, (m, width) in float64."""
-        names = KEY_NAMES[which]
-        keys = self._of_layer(names["keys"], layer)
-        if not self.about.n_experts:
-            return keys.astype(np.float64)
-        found = stacked(keys, self._of_layer(names["experts"], layer), self.about.n_experts)
-        if names["shared_keys"] not in self._file.arrays:
-            return found
-        return np.concatenate([found, self._of_layer(names["shared_keys"], layer)], axis=1)
+        keys, experts, shared = (
+            self._of_layer(name, layer) if name in self._file.arrays else None
+            for name in KEY_NAMES[which].values()
+        )
+        assert keys is not None
+        return side_by_side(keys, experts, shared, self.about.n_experts or 0)
 
 
 class PMatrixFile(FactsFile):
