@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from kscli.contexts import in_context
 from kscli.editing.edited_layers import WriteOptions
-from kscli.editing.edits_file import EditsFile
 from kscli.editing.editors import find_editor
+from kscli.editing.edits_file import EditsFile
 from kscli.editing.weights import EditableWeight
 from kscli.models.loading import load_model
 from kscli.models.locating import ModelOptions

@@ -84,7 +84,7 @@ def true_keys(family: str, folder: Path, layer: int) -> tuple[Array, Array, Arra
     return np.array(bare), np.array(contexts), np.array(own)
 
 
-def true_C(family: str, folder: Path, layer: int) -> Array:
+def moment_of(family: str, folder: Path, layer: int) -> Array:
     tokens, _ = parts_of(family, folder / "moe", layer)
     C: Array = block_diag(*map(moment, tokens))
     return C
@@ -114,7 +114,7 @@ def test_p_to_own_paraphrases_is_the_definitions(family: str, measured: Any) -> 
     with PMatrixFile(folder / "artifacts" / "moe" / "pmatrix.h5") as pm:
         for layer in range(LAYERS):
             bare, _, own = true_keys(family, folder, layer)
-            solved = np.linalg.solve(true_C(family, folder, layer), bare.T).T
+            solved = np.linalg.solve(moment_of(family, folder, layer), bare.T).T
             wanted = (solved * own).sum(axis=1) / (solved * bare).sum(axis=1)
             assert np.isnan(wanted[1])
             np.testing.assert_allclose(pm.paraphrase_p(layer), wanted, atol=5e-5)
@@ -132,7 +132,7 @@ def test_p_of_an_editor_is_that_of_its_directions(
     made = tmp_path / "pmatrix.h5"
     run(folder, "pmatrix", "-m", folder / "moe", "--editor", method, *weight, "-o", made)
     bare, contexts, own = true_keys(family, folder, layer)
-    C = true_C(family, folder, layer)
+    C = moment_of(family, folder, layer)
     directions = np.array(
         [naive_direction(method, C, k, others) for k, others in zip(bare, contexts, strict=True)]
     )

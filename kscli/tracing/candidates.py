@@ -49,6 +49,7 @@ class Candidates:
         row = self.keys.layers.index(layer)
         found = [getattr(self.keys, name) for name in KEY_NAMES[which].values()]
         keys, experts, shared = (None if each is None else each[row] for each in found)
+        assert keys is not None
         return side_by_side(keys, experts, shared, self.n_experts)
 
 

@@ -23,7 +23,8 @@ Array = NDArray[np.float64]
 class Differences:
     """`changes` are dW (d, d_m) of the down-projections that differ, by layer; `sizes` |dW| / |W|.
 
-    Of a layer of experts dW is (d, width), that of all experts side by side. `others` are the names of all other weights that differ.
+    Of a layer of experts dW is (d, width), that of all experts side by side. `others` are the names
+    of all other weights that differ.
     """
 
     changes: Mapping[int, Array]
