@@ -8,7 +8,6 @@ means.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli.artifacts import KeysAbout, Recipe, write_artifact
+from kscli.artifacts import KEY_NAMES, KeysAbout, Recipe, write_artifact
 from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.contexts import ContextChoice, in_context
 from kscli.errors import NumericsError
@@ -32,6 +31,7 @@ from kscli.models.locating import ModelIdentity
 from kscli.positions import KeyToken, LocatedPrompt, has_blank_end, locate_keys
 from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
+from kscli.slots import in_slots, mean_in_slots
 
 NO_CONTEXTS = ContextChoice()
 
@@ -48,7 +48,7 @@ class Keys:
     those over a fact's paraphrases, NaN for a fact without; None where no fact has any. Of layers
     of experts `keys` are (layer, m, slot, d_m), multiplied by the gates, of the `experts` (layer,
     m, slot) that a fact is routed to, -1 being none, and `shared_keys` (layer, m, d_shared) those
-    of shared experts; there are no means.
+    of shared experts (`kscli.slots`); so are the means, in slots of their own.
     """
 
     facts: tuple[Fact, ...]
@@ -61,6 +61,10 @@ class Keys:
     paraphrase_keys: NDArray[np.float32] | None = None
     experts: NDArray[np.int64] | None = None
     shared_keys: NDArray[np.float32] | None = None
+    context_experts: NDArray[np.int64] | None = None
+    shared_context_keys: NDArray[np.float32] | None = None
+    paraphrase_experts: NDArray[np.int64] | None = None
+    shared_paraphrase_keys: NDArray[np.float32] | None = None
 
 
 def extraction_recipe(
@@ -109,24 +113,19 @@ def extract_keys(
         )
     for fact, prompt in zip(facts.facts, prompts, strict=True):
         model.require_positions(fact.text, len(prompt.token_ids))
-    of_experts = model.decoder.n_experts > 0
-    read = _read_routed if of_experts else _read
     with reporter.task("keys", len(prompts), unit="facts") as task:
-        found = read(model, prompts, chosen, task.advance)
-    for name in ("keys", "shared_keys"):
-        if name in found:
-            _check_finite(found[name], chosen, facts)
+        found = _read(model, prompts, chosen, task.advance)
     texts = _contexts_of(model, contexts, reporter)
-    context_keys = None
     if texts:
         in_contexts = [[in_context(text, fact) for text in texts] for fact in facts.facts]
-        context_keys = _mean_keys(model, in_contexts, token, chosen, "keys in contexts", reporter)
-        _check_finite(context_keys, chosen, facts)
+        means = _mean_keys(model, in_contexts, token, chosen, "keys in contexts", reporter)
+        found |= {KEY_NAMES["context"][name]: values for name, values in means.items()}
+    for name in (name for name in found if not name.endswith("experts")):
+        _check_finite(found[name], chosen, facts)
     paraphrased = [paraphrases_of(fact) for fact in facts.facts]
-    paraphrase_keys = None
-    if any(paraphrased) and not of_experts:
-        named = "keys of paraphrases"
-        paraphrase_keys = _mean_keys(model, paraphrased, token, chosen, named, reporter)
+    if any(paraphrased):
+        means = _mean_keys(model, paraphrased, token, chosen, "keys of paraphrases", reporter)
+        found |= {KEY_NAMES["paraphrase"][name]: values for name, values in means.items()}
     return Keys(
         facts=facts.facts,
         layers=chosen,
@@ -134,20 +133,13 @@ def extract_keys(
         token_id=np.array([p.token_id for p in prompts], dtype=np.int64),
         position=np.array([p.position for p in prompts], dtype=np.int64),
         contexts=texts,
-        context_keys=context_keys,
-        paraphrase_keys=paraphrase_keys,
     )
 
 
 def _contexts_of(
     model: LoadedModel, contexts: ContextChoice, reporter: Reporter
 ) -> tuple[str, ...]:
-    """The context templates; none where a model without an LM head would have to make them up.
-
-    Nor are there any of a mixture of experts: no editor writes to it yet.
-    """
-    if model.decoder.n_experts:
-        return ()
+    """The context templates; none where a model without an LM head would have to make them up."""
     if contexts.generated and not model.has_head:
         reporter.warn(
             f"{model.identity.model_id} has no LM head and can make up no contexts, so keys.h5 "
@@ -164,9 +156,9 @@ def _mean_keys(
     layers: Sequence[int],
     named: str,
     reporter: Reporter,
-) -> NDArray[np.float32]:
-    """The mean key over each fact's `texts`, (layer, m, d_m); NaN where it has none."""
-    means = np.full((len(layers), len(texts), model.decoder.d_m), np.nan, dtype=np.float32)
+) -> dict[str, Any]:
+    """The mean key over each fact's `texts`, by the names that `_read` gives; NaN without texts."""
+    means = _Means(len(layers), len(texts), model.decoder.d_m)
     with reporter.task(named, sum(map(len, texts)), unit="prompts") as task:
         for start in range(0, len(texts), FACTS_AT_ONCE):
             some = texts[start : start + FACTS_AT_ONCE]
@@ -174,12 +166,46 @@ def _mean_keys(
             prompts = [_up_to_key(prompt) for prompt in locate_keys(model.tokenizer, flat, token)]
             for fact, prompt in zip(flat, prompts, strict=True):
                 model.require_positions(fact.text, len(prompt.token_ids))
-            found = _read(model, prompts, layers, task.advance)["keys"]
-            of_facts = np.split(found, np.cumsum([*map(len, some)])[:-1], axis=1)
-            for number, keys in enumerate(of_facts, start):
-                if keys.shape[1]:
-                    means[:, number] = keys.mean(axis=1, dtype=np.float64)
-    return means
+            found = _read(model, prompts, layers, task.advance)
+            ends = np.cumsum([*map(len, some)])
+            for number, (texts_of, end) in enumerate(zip(some, ends, strict=True), start):
+                if texts_of:
+                    means.add(number, found, slice(end - len(texts_of), end))
+    return means.arrays()
+
+
+class _Means:
+    """The mean keys of m facts at some layers, as they come in."""
+
+    def __init__(self, layers: int, m: int, d_m: int) -> None:
+        self._shape, self._d_m = (layers, m), d_m
+        self._dense: dict[str, NDArray[np.float32]] = {}
+        self._routed: dict[tuple[int, int], Any] = {}
+
+    def add(self, fact: int, found: dict[str, Any], prompts: slice) -> None:
+        """Take the mean over these of the prompts that `_read` found keys of."""
+        experts = found.get("experts")
+        if experts is not None:
+            for row in range(len(experts)):
+                keys = found["keys"][row, prompts]
+                self._routed[row, fact] = mean_in_slots(keys, experts[row, prompts])
+        for name in ("shared_keys",) if experts is not None else ("keys",):
+            if name in found:
+                values = found[name][:, prompts]
+                if name not in self._dense:
+                    shape = (*self._shape, values.shape[-1])
+                    self._dense[name] = np.full(shape, np.nan, dtype=np.float32)
+                self._dense[name][:, fact] = values.mean(axis=1, dtype=np.float64)
+
+    def arrays(self) -> dict[str, Any]:
+        """The means of all facts; NaN of those without."""
+        found: dict[str, Any] = dict(self._dense)
+        if self._routed:
+            found["keys"], found["experts"] = in_slots(self._routed, self._shape, self._d_m)
+            with_texts = [fact for _, fact in self._routed]
+            without = np.setdiff1d(np.arange(self._shape[1]), with_texts)
+            found["keys"][:, without] = np.nan
+        return found
 
 
 def _up_to_key(prompt: LocatedPrompt) -> LocatedPrompt:
@@ -188,6 +214,17 @@ def _up_to_key(prompt: LocatedPrompt) -> LocatedPrompt:
 
 
 def _read(
+    model: LoadedModel,
+    prompts: Sequence[LocatedPrompt],
+    layers: Sequence[int],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """`keys` of prompts at their tokens, and what `Keys` has beside them of layers of experts."""
+    read = _read_routed if model.decoder.n_experts else _read_dense
+    return read(model, prompts, layers, advance)
+
+
+def _read_dense(
     model: LoadedModel,
     prompts: Sequence[LocatedPrompt],
     layers: Sequence[int],
@@ -215,7 +252,8 @@ def _read_routed(
 
     As many slots are kept as the most experts of one prompt.
     """
-    rows: list[tuple[int, int, int, NDArray[np.float32]]] = []
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    parts: dict[tuple[int, int], tuple[list[int], list[NDArray[np.float32]]]] = {}
     shared: dict[tuple[int, int], NDArray[np.float32]] = {}
 
     def take(layer: int, keys: RoutedKeys, indexes: list[int], tokens: Tensor) -> None:
@@ -223,26 +261,20 @@ def _read_routed(
         own = keys.of_tokens(tokens)
         gated = own.gated.cpu().numpy()
         for token, expert, key in zip(own.token.tolist(), own.expert.tolist(), gated, strict=True):
-            rows.append((layer, index_of[token], expert, key))
+            experts, values = parts.setdefault((row_of[layer], index_of[token]), ([], []))
+            experts.append(expert)
+            values.append(key)
         if own.shared is not None:
             for index, key in zip(indexes, own.shared.cpu().numpy(), strict=True):
-                shared[layer, index] = key
+                shared[row_of[layer], index] = key
 
     _run(model, prompts, layers, take, advance)
-    places = Counter((layer, index) for layer, index, *_ in rows)
-    shape = len(layers), len(prompts), max(places.values(), default=1)
-    found: dict[str, Any] = {
-        "keys": np.zeros((*shape, model.decoder.d_m), dtype=np.float32),
-        "experts": np.full(shape, -1, dtype=np.int64),
-    }
-    row_of = {layer: row for row, layer in enumerate(layers)}
-    for layer, index, expert, key in rows:
-        places[layer, index] -= 1
-        place = row_of[layer], index, places[layer, index]
-        found["keys"][place], found["experts"][place] = key, expert
+    shape = len(layers), len(prompts)
+    found: dict[str, Any] = {}
+    found["keys"], found["experts"] = in_slots(parts, shape, model.decoder.d_m)
     if shared:
         found["shared_keys"] = np.array(
-            [[shared[layer, index] for index in range(len(prompts))] for layer in layers]
+            [[shared[row, index] for index in range(len(prompts))] for row in range(len(layers))]
         )
     return found
 
@@ -281,11 +313,8 @@ def write_keys(
     with write_artifact(path, "keys", about, force=True) as writer:
         writer.layers(keys.layers)
         writer.facts(keys)
-        for name in ("keys", "experts", "shared_keys"):
-            if getattr(keys, name) is not None:
-                writer.write(name, getattr(keys, name))
         writer.write("contexts", keys.contexts)
-        for name in ("context_keys", "paraphrase_keys"):
+        for name in (name for names in KEY_NAMES.values() for name in names.values()):
             if getattr(keys, name) is not None:
                 writer.write(name, getattr(keys, name))
 

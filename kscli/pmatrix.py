@@ -99,20 +99,22 @@ def superposition_in(
 
     Raises NumericsError for a key that is 0, not finite, or not 0 where C is.
     """
-    found = superposition_of_blocks([Block(white, keys, np.arange(len(keys)))], len(keys))
-    if paraphrases is None:
-        return found
-    own = _p_to_own(white, keys, found.leverage, paraphrases)
-    return replace(found, paraphrase_p=own)
+    block = Block(white, keys, np.arange(len(keys)), paraphrases)
+    return superposition_of_blocks([block], len(keys))
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of C, whitened, and the part `keys` (n, d_m) in it of the keys of facts `rows`."""
+    """One block of C, whitened, and the part `keys` (n, d_m) in it of the keys of facts `rows`.
+
+    `paraphrases` (n, d_m) are the parts of the mean keys of these facts' paraphrases, NaN of a fact
+    without; None where no fact has any.
+    """
 
     white: Whitening
     keys: NDArray[np.float64]
     rows: NDArray[np.intp]
+    paraphrases: NDArray[np.float64] | None = None
 
 
 def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
@@ -124,6 +126,7 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
     G, Q, variance = np.zeros((m, m)), np.zeros((m, m)), np.zeros((m, m))
     condition = whitening_residual = solve_residual = 0.0
     dead = 0
+    own: NDArray[np.float64] | None = None
     for block in map(_without_zeros, blocks):
         white, keys = block.white, block.keys
         _check_keys(block)
@@ -134,6 +137,9 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
         G[both] += whitened.T @ whitened
         Q[both] += keys @ keys.T
         variance[both] += white.storage_variance(whitened)
+        if block.paraphrases is not None:
+            own = np.zeros(m) if own is None else own
+            own[block.rows] += _products_with_own(white, whitened, block.paraphrases)
         condition = max(condition, white.condition)
         dead += len(white.dead)
         whitening_residual = max(whitening_residual, white.identity_residual())
@@ -151,24 +157,21 @@ def superposition_of_blocks(blocks: Iterable[Block], m: int) -> Superposition:
         whitening_residual=whitening_residual,
         solve_residual=solve_residual,
         storage_error=float((np.sqrt(variance) / leverage[:, None]).max()),
+        paraphrase_p=None if own is None else own / leverage,
     )
 
 
-def _p_to_own(
-    white: Whitening,
-    keys: NDArray[np.float64],
-    leverage: NDArray[np.float64],
-    others: NDArray[np.float64],
+def _products_with_own(
+    white: Whitening, whitened: NDArray[np.float64], others: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """p from each fact, by its key (m, d_m), to a key of its own in `others` (m, d_m).
+    """k_i^T C^-1 k'_i of each fact's key, `whitened` (d_m, n), and one of its own in `others`.
 
-    That is k_i^T C^-1 k'_i / k_i^T C^-1 k_i; NaN where the key is, and where it is not 0 in a
-    coordinate that was 0 on every token.
+    These are (n, d_m). The product is NaN where k'_i is, and where that is not 0 in a coordinate
+    that was 0 on every token.
     """
     found = np.full(len(others), np.nan)
     defined = np.isfinite(others).all(axis=1) & ~(others[:, white.dead] != 0).any(axis=1)
-    products = keys[defined] * white.solve(white.whiten(others[defined]))
-    found[defined] = products.sum(axis=1) / leverage[defined]
+    found[defined] = (whitened[:, defined] * white.whiten(others[defined])).sum(axis=0)
     return found
 
 
@@ -212,8 +215,8 @@ def write_pmatrix(
     require_writable(path, force=True)
     if not 0 <= ridge < float("inf"):
         raise UsageError(f"--ridge {ridge} must be 0 or more.")
-    if editor:
-        cov.require_dense()
+    if editor and cov.about.n_experts:
+        editor.require_of_experts(cov)
     for warning in require_same_identity(cov, keys):
         reporter.warn(warning)
     keys.require_layers(layers)
@@ -240,6 +243,7 @@ def write_pmatrix(
         writer.facts(keys)
         for index, layer in enumerate(layers):
             try:
+                white = None
                 if cov.about.n_experts:
                     result = superposition_of_experts(cov, keys, layer, ridge)
                     found = vars(result) | {"experts": keys.experts_of(layer)}
@@ -251,7 +255,7 @@ def write_pmatrix(
                 if editor:
                     # It no longer follows from P.
                     found["whitened_cosine"] = result.whitened_cosine
-                    found["P"], found["paraphrase_p"] = editor.p(cov, keys, layer, white)
+                    found["P"], found["paraphrase_p"] = editor.p(cov, keys, layer, ridge, white)
             except KeyOfFactError as error:
                 text = quote(keys.facts[error.index].text)
                 raise NumericsError(
@@ -311,6 +315,8 @@ def _blocks(
     cov: CovarianceFile, keys: KeysFile, layer: int, ridge: float
 ) -> Iterator[tuple[int, Block]]:
     """By their numbers, the experts to which facts are routed, and the shared ones."""
+    paraphrases = keys.paraphrase_keys_of(layer)
+    starts = dict(enumerate(np.cumsum([0, *cov.widths]).tolist()))
     for number, (rows, part) in keys.keys_by_expert(layer).items():
         try:
             white = whitening(*cov.block(layer, number), ridge)
@@ -318,7 +324,10 @@ def _blocks(
             text = quote(keys.facts[rows[0]].text)
             name = cov.block_name(number)
             raise NumericsError(f"{name}, to which {text} is routed: {error}") from error
-        yield number, Block(white, part, rows)
+        own = None
+        if paraphrases is not None:
+            own = paraphrases[rows, starts[number] : starts[number + 1]]
+        yield number, Block(white, part, rows, own)
 
 
 def _warn_of_few_tokens(cov: CovarianceFile, layers: tuple[int, ...], reporter: Reporter) -> None:
@@ -343,7 +352,10 @@ def _warn_of_few_tokens(cov: CovarianceFile, layers: tuple[int, ...], reporter: 
 def _without_zeros(block: Block) -> Block:
     """The block less the keys that are 0 in it, which add nothing."""
     there = (block.keys != 0).any(axis=1)
-    return block if there.all() else Block(block.white, block.keys[there], block.rows[there])
+    if there.all():
+        return block
+    own = None if block.paraphrases is None else block.paraphrases[there]
+    return Block(block.white, block.keys[there], block.rows[there], own)
 
 
 def _check_keys(block: Block) -> None:

@@ -118,7 +118,52 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Router, str]] = {
         "feed_forward",
     ),
     "granite-moe": ("granitemoe", LIKE_MIXTRAL, _top_then_softmax, "block_sparse_moe"),
+    "granite-moe-shared": (
+        "granitemoeshared",
+        LIKE_MIXTRAL | {"shared_intermediate_size": 40, "residual_multiplier": 0.7},
+        _top_then_softmax,
+        "block_sparse_moe",
+    ),
+    # Its first layer mixes tokens by a state space.
+    "granite-moe-hybrid": (
+        "granitemoehybrid",
+        LIKE_MIXTRAL
+        | {
+            "shared_intermediate_size": 40,
+            "layers_block_type": ["linear_attention", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 8,
+        },
+        _top_then_softmax,
+        "block_sparse_moe",
+    ),
 }
+# The shared experts' module, in a layer; not all families have it.
+SHARED_PATHS = (
+    "mlp.shared_experts",
+    "mlp.shared_expert",
+    "feed_forward.shared_expert",
+    "shared_mlp",
+)
+
+
+def shared_experts(model: Any, layer: int) -> Any:
+    """The module of a layer's shared experts; None without any."""
+    modules = dict(model.model.layers[layer].named_modules())
+    return next((modules[path] for path in SHARED_PATHS if path in modules), None)
+
+
+def shared_weight(model: Any, layer: int) -> Tensor | None:
+    """The down-projection of a layer's shared experts; None without any."""
+    shared = shared_experts(model, layer)
+    if shared is None:
+        return None
+    down = shared.down_proj if hasattr(shared, "down_proj") else shared.output_linear
+    weight: Tensor = down.weight
+    return weight
 
 
 def save_experts(family: str, folder: Path, **changes: Any) -> None:
@@ -153,8 +198,11 @@ def stacked_keys(family: str, model: Any, token_ids: Sequence[int], layer: int) 
             _gated_key(family, block.experts, expert, x, gates[:, [expert]])
             for expert in range(gates.shape[1])
         ]
-        shared = getattr(block, "shared_experts", None) or getattr(block, "shared_expert", None)
-        if shared is not None:
+        shared = shared_experts(model, layer)
+        if shared is not None and hasattr(shared, "input_linear"):
+            gate, up = shared.input_linear(x).chunk(2, dim=1)
+            parts.append(silu(gate) * up)
+        elif shared is not None:
             parts.append(silu(shared.gate_proj(x)) * shared.up_proj(x))
         if family == "qwen2-moe":
             parts[-1] *= block.shared_expert_gate(x).sigmoid()

@@ -83,7 +83,10 @@ def true_matrices(family: str, folder: Path, layer: int) -> tuple[Any, Any]:
     return P, reached @ reached.T
 
 
-SHARED = ("deepseek-v3", "glm4-moe", "qwen2-moe", "llama4")
+SHARED = (
+    *("deepseek-v3", "glm4-moe", "qwen2-moe", "llama4"),
+    *("granite-moe-shared", "granite-moe-hybrid"),
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,6 @@ import torch
 from experts_kit import (
     EXPERTS,
     FAMILIES,
-    LIKE_MIXTRAL,
     in_float64,
     save_experts,
     stacked_keys,
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from kscli.errors import ModelError, UsageError
 from kscli.models.down_projections import find_down_projections, select_alike
 from kscli.models.experts import RoutedKeys
+from kscli.models.forward import Decoder
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
 from kscli.reporter import Reporter
@@ -157,8 +157,6 @@ class _Halved(nn.Module):
 
 
 def test_experts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
-    from kscli.models.forward import Decoder
-
     save_experts("mixtral", tmp_path)
     model = in_float64(tmp_path).float()
     for layer in model.model.layers:
@@ -168,8 +166,6 @@ def test_experts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_token_that_is_routed_to_one_expert_twice_is_refused(tmp_path: Path) -> None:
-    from kscli.models.forward import Decoder
-
     save_experts("mixtral", tmp_path)
     model = in_float64(tmp_path).float()
     gate = model.model.layers[1].mlp.gate
@@ -184,23 +180,70 @@ def test_a_token_that_is_routed_to_one_expert_twice_is_refused(tmp_path: Path) -
         Decoder(model, 32, LAYERS)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "settings", "reason"),
-    [
-        ("jetmoe", {}, "one parameter down_proj of three dimensions"),
-        (
-            "granitemoeshared",
-            LIKE_MIXTRAL | {"shared_intermediate_size": 40},
-            "another MLP beside them",
-        ),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(
-    model_type: str, settings: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    save_model(model_type, GROUPED | settings, tmp_path)
-    with pytest.raises(ModelError, match=reason):
+def test_experts_that_are_no_parameter_down_proj_are_refused(tmp_path: Path) -> None:
+    save_model("jetmoe", GROUPED, tmp_path)
+    with pytest.raises(ModelError, match="one parameter down_proj of three dimensions"):
         load(tmp_path)
+
+
+def granite_with_shared(folder: Path) -> Any:
+    save_experts("granite-moe-shared", folder)
+    return in_float64(folder).float()
+
+
+def test_shared_experts_beside_the_others_change_nothing_of_what_the_model_gives(
+    tmp_path: Path,
+) -> None:
+    model = granite_with_shared(tmp_path)
+    ids = torch.arange(100, 1300, 30)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        decoder = Decoder(model, 32, LAYERS)
+        torch.testing.assert_close(decoder.logits(ids, 40), before, rtol=0, atol=1e-4)
+        # Where a value is read it is the sum; the model itself is left as it was.
+        layer = model.model.layers[0]
+        inputs: list[Tensor] = []
+        with layer.block_sparse_moe.register_forward_pre_hook(lambda _, i: inputs.append(i[0])):
+            decoder.logits(ids, 1)
+        routed = layer.block_sparse_moe(inputs[0])
+        routed = routed[0] if isinstance(routed, tuple) else routed
+        true = routed + layer.shared_mlp(inputs[0])
+        value = decoder.output_of(decoder.projections[0].module, ids)
+        torch.testing.assert_close(value, true, rtol=0, atol=1e-5 * float(true.abs().max()))
+
+
+def test_an_mlp_beside_experts_that_is_not_added_to_them_is_refused(tmp_path: Path) -> None:
+    model = granite_with_shared(tmp_path)
+    experts = model.model.layers[1].block_sparse_moe
+    own = type(experts).forward
+
+    class Doubled(type(experts)):  # type: ignore[misc]
+        def forward(self, hidden: Tensor) -> Tensor:
+            found = own(self, hidden)
+            return found[0] if isinstance(found, tuple) else found
+
+    experts.__class__ = Doubled
+    layer_of = type(model.model.layers[1])
+
+    class HalfOfThem(layer_of):  # type: ignore[misc, valid-type]
+        """The experts' output counts half, and only once it has left their module."""
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            halve = lambda _, __, output: 0.5 * output  # noqa: E731
+            with self.block_sparse_moe.register_forward_hook(halve):
+                return super().forward(*args, **options)
+
+    model.model.layers[1].__class__ = HalfOfThem
+    with pytest.raises(ModelError, match="is not added to what the others give"):
+        Decoder(model, 32, LAYERS)
+
+
+def test_two_mlps_beside_experts_are_refused(tmp_path: Path) -> None:
+    model = granite_with_shared(tmp_path)
+    layer = model.model.layers[0]
+    layer.another = type(layer.shared_mlp)(model.config)
+    with pytest.raises(ModelError, match="another MLP beside them"):
+        Decoder(model, 32, LAYERS)
 
 
 def test_layers_that_differ_in_size_are_kept_apart() -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from cli_kit import kscli, one_sentence
+from experts_kit import save_experts
+from test_expert_superposition import FACTS, measure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kscli.corpus import CorpusSpec, open_corpus
@@ -92,6 +94,32 @@ def test_edits_over_layers(measured_tiny: Path, tmp_path: Path) -> None:
     assert "memit" in first[0]["editors"]
     # The second layer's keys are those of the model that the first one's edit left.
     assert set(found(rows[M:])) <= set(edited)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("method", ["closed-form", "rome-identity", "memit"])
+def test_edits_of_experts(family: str, method: str, tmp_path: Path) -> None:
+    """W is that of all experts side by side; shared ones, and biases beside them, too."""
+    save_experts(family, tmp_path / "moe")
+    measure(tmp_path)
+    edited = edit(
+        tmp_path / "artifacts" / "moe",
+        tmp_path / "edited",
+        *("-m", tmp_path / "moe", "--method", method, "--layer", 0, "--edits", 3, "--seed", 1),
+        *(("--weight", 1) if method == "memit" else ()),
+    )
+    done = kscli(
+        *("trace", tmp_path / "moe", tmp_path / "edited", "--dir", tmp_path / "artifacts"),
+        *("--facts", "tiny", "--count", FACTS, "-k", "all", "--dtype", "float32", "-f", "json"),
+    )
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["layer"] for row in rows} == {0}
+    assert found(rows) == edited
+    assert method in rows[0]["editors"]
+    assert not {"pmet", "alphaedit", "rect", "prune", "wilke"} & set(rows[0]["editors"])
+    assert rows[0]["explained"] == pytest.approx(1, abs=1e-3)
+    assert "weights that no editor of kscli changes" not in done.stderr
 
 
 def test_nothing_is_said_of_a_model_that_is_the_same(measured_tiny: Path, tmp_path: Path) -> None:

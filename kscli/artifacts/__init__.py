@@ -18,6 +18,7 @@ from kscli.artifacts.reading import (
     require_same_identity,
 )
 from kscli.artifacts.schema import (
+    KEY_NAMES,
     SCHEMAS,
     UNKNOWN,
     About,
@@ -36,6 +37,7 @@ from kscli.artifacts.writing import ArtifactWriter, write_artifact
 __all__ = [
     "EXPECTED_EQUAL",
     "IDENTITY",
+    "KEY_NAMES",
     "SCHEMAS",
     "UNKNOWN",
     "About",

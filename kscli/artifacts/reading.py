@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts.schema import (
+    KEY_NAMES,
     SCHEMAS,
     About,
     CovarianceAbout,
@@ -36,6 +37,7 @@ from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
 from kscli.layers import format_layers, layers_text
 from kscli.models.families import whose_p
+from kscli.slots import side_by_side
 
 if TYPE_CHECKING:
     import pandas
@@ -170,8 +172,8 @@ class Artifact:
         """Raise ArtifactError where the file is of a mixture of experts."""
         if self.about.n_experts:
             raise ArtifactError(
-                f"{self.path} is of a mixture of {self.about.n_experts} experts, which this "
-                "command does not take yet; pmatrix, and what reads pmatrix.h5, do."
+                f"{self.path} is of a mixture of {self.about.n_experts} experts, so it holds no "
+                "one key of a fact and no one C; read stacked_keys_of, and second_moment_of each."
             )
 
     def require_layers(self, layers: Sequence[int]) -> None:
@@ -430,16 +432,7 @@ class KeysFile(FactsFile):
 
         0 where a fact is not routed to an expert; of a dense layer what `keys_of` gives.
         """
-        if not self.about.n_experts:
-            return self.keys_of(layer)
-        experts, parts = self.experts_of(layer), self.expert_keys_of(layer)
-        stacked = np.zeros((len(experts), self.about.n_experts, parts.shape[-1]))
-        fact, slot = np.nonzero(experts >= 0)
-        stacked[fact, experts[fact, slot]] = parts[fact, slot]
-        flat = stacked.reshape(len(experts), -1)
-        if "shared_keys" not in self._file.arrays:
-            return flat
-        return np.concatenate([flat, self.shared_keys_of(layer)], axis=1)
+        return self._stacked("bare", layer)
 
     def expert_keys_of(self, layer: int) -> NDArray[np.float64]:
         """g k of each fact and expert of `experts_of`, (m, slot, d_m), in float64."""
@@ -469,7 +462,7 @@ class KeysFile(FactsFile):
         return tuple(self._values("contexts").tolist()) if "contexts" in self._file.arrays else ()
 
     def context_keys_of(self, layer: int) -> NDArray[np.float64]:
-        """The mean of each key over the contexts at one layer, (m, d_m), in float64.
+        """The mean of each key over the contexts at one layer, as `stacked_keys_of`: (m, width).
 
         Raises ArtifactError where the file has none.
         """
@@ -478,16 +471,25 @@ class KeysFile(FactsFile):
                 f"{self.path} holds no keys in contexts, over which the editor takes a mean; make "
                 "it again with `kscli extract --contexts FILE|N --force`."
             )
-        return self._of_layer("context_keys", layer).astype(np.float64)
+        return self._stacked("context", layer)
 
     def paraphrase_keys_of(self, layer: int) -> NDArray[np.float64] | None:
-        """The mean of the keys of each fact's paraphrases at one layer, (m, d_m); NaN without.
+        """The mean of the keys of each fact's paraphrases at one layer, as `stacked_keys_of`.
 
-        None where no fact has any.
+        It is NaN for a fact without paraphrases; None where no fact has any.
         """
         if "paraphrase_keys" not in self._file.arrays:
             return None
-        return self._of_layer("paraphrase_keys", layer).astype(np.float64)
+        return self._stacked("paraphrase", layer)
+
+    def _stacked(self, which: str, layer: int) -> NDArray[np.float64]:
+        """One of `KEY_NAMES` at one layer, (m, width) in float64."""
+        keys, experts, shared = (
+            self._of_layer(name, layer) if name in self._file.arrays else None
+            for name in KEY_NAMES[which].values()
+        )
+        assert keys is not None
+        return side_by_side(keys, experts, shared, self.about.n_experts or 0)
 
 
 class PMatrixFile(FactsFile):

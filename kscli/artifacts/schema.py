@@ -251,6 +251,18 @@ _KEYS = _table("keys  float32  layer m d_m  the key of every fact") | _table(
     """,
     optional=True,
 )
+# The datasets of a fact's key, and of its means over contexts and paraphrases: of layers of experts
+# the key is in three.
+_WHAT = ("keys", "experts", "shared_keys")
+KEY_NAMES: dict[str, dict[str, str]] = {
+    "bare": dict(zip(_WHAT, _WHAT, strict=True)),
+    "context": dict(
+        zip(_WHAT, ("context_keys", "context_experts", "shared_context_keys"), strict=True)
+    ),
+    "paraphrase": dict(
+        zip(_WHAT, ("paraphrase_keys", "paraphrase_experts", "shared_paraphrase_keys"), strict=True)
+    ),
+}
 # What files of a mixture of experts hold beside the others', or with an axis more.
 _SHARED = "shared_second_moment  float32  layer d_shared d_shared  C of the experts that all have"
 _EXPERTS: dict[str, dict[str, Dataset]] = {
@@ -264,7 +276,16 @@ _EXPERTS: dict[str, dict[str, Dataset]] = {
         experts  int64    layer m slot      the numbers of these experts; -1: there is no more
     """)
     | _table(
-        "shared_keys  float32  layer m d_shared  g k of the experts that all have", optional=True
+        """
+    shared_keys  float32  layer m d_shared  g k of the experts that all have
+    context_keys     float32  layer m context_slot d_m  the mean of g k over the contexts
+    context_experts  int64    layer m context_slot      the experts of any context; -1: no more
+    shared_context_keys  float32  layer m d_shared      that mean of the experts that all have
+    paraphrase_keys     float32  layer m paraphrase_slot d_m  over paraphrases; NaN without
+    paraphrase_experts  int64    layer m paraphrase_slot      their experts; -1: no more
+    shared_paraphrase_keys  float32  layer m d_shared         of the experts that all have
+    """,
+        optional=True,
     ),
     "pmatrix": _table(
         "experts  int64  layer m slot  the experts that a fact is routed to; -1: there is no more"

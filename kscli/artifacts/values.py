@@ -110,7 +110,10 @@ LOG_PROBABILITY = Rule("0 or less", lambda values, _: values > ROUNDING)
 SHARE = Rule("0 to 1", lambda values, _: (values < 0) | (values > 1 + ROUNDING))
 FINITE_COUNT = Rule("0 or more", lambda values, _: (values < 0) | np.isinf(values))
 
-_EXPERT = _at_least(-1)
+_EXPERT = Rule(
+    "-1 to less than {expert}",
+    lambda values, lengths: (values < -1) | (values >= lengths["expert"]),
+)
 
 _Rules = dict[str, tuple[Rule, ...]]
 _LAYER: _Rules = {"layer": (ASCENDING,)}
@@ -133,8 +136,9 @@ VALUES: dict[str, _Rules] = {
     },
     "keys": _LAYER
     | _FACTS
-    | dict.fromkeys(("keys", "context_keys", "shared_keys"), (FINITE,))
-    | {"paraphrase_keys": (NOT_INFINITE,), "experts": (_EXPERT,)},
+    | dict.fromkeys(("keys", "context_keys", "shared_keys", "shared_context_keys"), (FINITE,))
+    | dict.fromkeys(("paraphrase_keys", "shared_paraphrase_keys"), (NOT_INFINITE,))
+    | dict.fromkeys(("experts", "context_experts", "paraphrase_experts"), (_EXPERT,)),
     "pmatrix": _LAYER
     | _FACTS
     | {

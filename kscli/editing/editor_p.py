@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, KeysFile, Recipe
 from kscli.editing.directions import p_of_each
-from kscli.editing.editors import PAPERS_EDITOR, Editor, find_editor
+from kscli.editing.editors import PAPERS_EDITOR, Editor, find_editor, require_of_experts
 from kscli.editing.metrics import Cut, Metric, metric_of
 from kscli.editing.presets import preset_for
 
@@ -37,25 +37,39 @@ class EditorOfP:
         return {"editor": self.name, "weight": self.weight, "null_space": asdict(self.null_space)}
 
     def p(
-        self, cov: CovarianceFile, keys: KeysFile, layer: int, inverse: Metric
+        self,
+        cov: CovarianceFile,
+        keys: KeysFile,
+        layer: int,
+        ridge: float,
+        inverse: Metric | None = None,
     ) -> tuple[Array, Array | None]:
         """p of all pairs of facts at one layer, (m, m), and to each fact's own paraphrases, (m,).
 
-        `inverse` is the metric C^-1. The latter is None where no fact has a paraphrase.
+        `inverse` is the metric C^-1 with that ridge, where it is at hand. p to paraphrases is NaN
+        of a fact without, and None where no fact has any.
 
         Raises ArtifactError where `keys` has no keys in contexts and the editor takes their mean,
         and NumericsError where the editor could write nothing.
         """
         name = self.editor.direction.metric
-        metric = inverse
-        if name != "second-moment":
-            metric = metric_of(name, cov, layer, 0.0, self.null_space)
+        metric = inverse if name == "second-moment" else None
+        if metric is None:
+            metric = metric_of(name, cov, layer, ridge, self.null_space)
         stored = _StoredKeys(keys, layer)
         facts, paraphrases = self.editor.key(stored), keys.paraphrase_keys_of(layer)
         p = p_of_each(metric, facts, stored.bare(), self.weight)
         if paraphrases is None:
             return p, None
-        return p, p_of_each(metric, facts, paraphrases, self.weight).diagonal()
+        own = np.full(len(paraphrases), np.nan)
+        with_any = np.flatnonzero(~np.isnan(paraphrases).any(axis=1))
+        to_each = p_of_each(metric, facts, paraphrases[with_any], self.weight)
+        own[with_any] = to_each[with_any, np.arange(len(with_any))]
+        return p, own
+
+    def require_of_experts(self, cov: CovarianceFile) -> None:
+        """Raise UsageError where the editor does not edit mixtures of experts, as `cov` is of."""
+        require_of_experts(self.name, self.editor, str(cov.path), cov.about.n_experts or 0)
 
 
 def editor_of_p(name: str | None, model: str, weight: float | None, cut: Cut) -> EditorOfP | None:
@@ -86,7 +100,7 @@ class _StoredKeys:
         return self.bare()
 
     def bare(self) -> Array:
-        return self.file.keys_of(self.layer)
+        return self.file.stacked_keys_of(self.layer)
 
     def in_contexts(self) -> tuple[Array, int]:
         return self.file.context_keys_of(self.layer), len(self.file.contexts)

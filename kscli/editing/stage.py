@@ -16,7 +16,7 @@ from kscli.corpus import Corpus, same_text
 from kscli.editing.afterwards import largest_entries
 from kscli.editing.choice import Order, choose_facts, edit_order, find_facts
 from kscli.editing.edit_arrays import edit_numbers
-from kscli.editing.editors import editors_where, find_editor
+from kscli.editing.editors import editors_where, find_editor, require_of_experts
 from kscli.editing.edits_file import EditLog, EditsFile, write_edits
 from kscli.editing.examination import HeldOutText
 from kscli.editing.loop import Edit, EditOptions, EditRun
@@ -112,12 +112,8 @@ class EditRequest:
                 f"{options.method} edits one layer, and --layer {format_layers(layers)} names "
                 f"{len(layers)}; name one, or use --method {others}."
             )
-        if sources.cov.about.n_experts and not editor.of_experts:
-            others = editors_where(lambda other: other.of_experts)
-            raise UsageError(
-                f"{sources.cov.path} is of a mixture of {sources.cov.about.n_experts} experts, "
-                f"which {options.method} does not edit; use --method {others}."
-            )
+        if n_experts := sources.cov.about.n_experts:
+            require_of_experts(options.method, editor, str(sources.cov.path), n_experts)
         if options.batch > 1 and (not editor.at_once or options.protocol == "single"):
             others = editors_where(lambda other: other.at_once)
             raise UsageError(f"--batch is for --method {others} and --protocol sequential.")

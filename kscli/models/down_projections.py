@@ -123,22 +123,26 @@ def _projection(name: str, layer: nn.Module, hidden_size: int) -> Projection | N
 
 
 def _expert_layer(name: str, layer: nn.Module, hidden_size: int, stack: Stack) -> ExpertLayer:
-    """The experts of a layer, with the shared ones, which lie in one module with them."""
+    """The experts of a layer, with shared ones, which lie in one module with them, or beside it."""
     block = layer.get_submodule(stack.block)
     inside = f"{name}.{stack.block}".rstrip(".")
     stack.require_linear(hidden_size)
     candidates = _candidates(name, layer, hidden_size)
-    beside = [each.name for each in candidates if not each.name.startswith(f"{inside}.")]
-    if beside or block is layer:
+    beside = [each for each in candidates if not each.name.startswith(f"{inside}.")]
+    # One MLP on a level with the block, whose output is added: seen when it is run.
+    alone = len(beside) == len(candidates) == 1
+    added = alone and beside[0].name.rsplit(".", 2)[0] == inside.rpartition(".")[0]
+    if block is layer or (beside and not added):
         raise ModelError(
             f"{name} is a mixture of experts with another MLP beside them "
-            f"({', '.join(beside) or inside}); kscli does not measure it."
+            f"({', '.join(each.name for each in beside) or inside}); kscli does not measure it."
         )
     shared = _widest(candidates)
     gates = [module for module in block.modules() if (_linear_shape(module) or (0, 0))[1] == 1]
     return ExpertLayer(
         name=f"{name}.{stack.path}.down_proj",
-        module=block,
+        module=beside[0].module if beside else block,
+        beside=block if beside else None,
         experts=stack.module,
         d_m=stack.d_m,
         n_experts=len(stack.weight),

@@ -82,9 +82,11 @@ class ExpertLayer:
     """One layer's experts: the dotted path of their weights W_e, and d_m of each.
 
     `module` is the block whose output is the layer's value, `experts` the module in it that holds
-    the weights of `n_experts` experts. `shared` is the down-projection of shared experts, of
-    `d_shared` inputs (0: there are none), and `shared_gate` gives what the sigmoid of which they
-    are multiplied by. `transposed`: the weights are (E, d_m, d), not (E, d, d_m).
+    the weights of `n_experts` experts. Where shared experts lie `beside` that block, which comes
+    first, `module` is their down-projection, and `joined` has it give the sum. `shared` is the
+    down-projection of shared experts, of `d_shared` inputs (0: there are none), and `shared_gate`
+    gives what the sigmoid of which they are multiplied by. `transposed`: the weights are
+    (E, d_m, d), not (E, d, d_m).
     """
 
     name: str
@@ -96,6 +98,36 @@ class ExpertLayer:
     shared: nn.Module | None = None
     d_shared: int = 0
     shared_gate: nn.Module | None = None
+    beside: nn.Module | None = None
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Have `module` give the layer's value: add what the block beside it gives, and that 0."""
+        if self.beside is None:
+            yield
+            return
+        routed: list[Tensor] = []
+
+        def take(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            routed.append(first)
+            nothing = torch.zeros_like(first)
+            return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
+
+        def add(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            if len(routed) != 1:
+                raise ModelError(
+                    f"the shared experts beside {self.name} are not called once after the others; "
+                    "kscli does not measure this mixture of experts."
+                )
+            return routed.pop().reshape(output.shape) + output
+
+        # Before all hooks that want the value.
+        with (
+            self.beside.register_forward_hook(take, prepend=True),
+            self.module.register_forward_hook(add, prepend=True),
+        ):
+            yield
 
     @contextmanager
     def watch(self, take: Callable[[RoutedKeys], None]) -> Iterator[None]:
@@ -128,10 +160,11 @@ class ExpertLayer:
         with ExitStack() as hooks:
             hooks.enter_context(_listening(self.experts, lambda *found: routed.append(found)))
             if self.shared is not None:
-                # Copied: Llama 4 adds the routed experts' output to it in place.
                 hooks.enter_context(
                     self.shared.register_forward_hook(
-                        lambda _, inputs, output: shared.append((inputs[0], output.clone()))
+                        lambda module, inputs, output: shared.append(
+                            (inputs[0], self._own_output(module, inputs[0], output))
+                        )
                     )
                 )
             if self.shared_gate is not None:
@@ -140,6 +173,13 @@ class ExpertLayer:
                 )
             hooks.enter_context(self.module.register_forward_hook(finish))
             yield
+
+    def _own_output(self, shared: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        """What shared experts give, without the others (`joined`)."""
+        if self.beside is not None:
+            return shared.forward(inputs)  # type: ignore[no-any-return]
+        # Copied: Llama 4 adds the routed experts' output to it in place.
+        return output.clone()
 
     @property
     def sizes(self) -> tuple[int, ...]:

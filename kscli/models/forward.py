@@ -55,7 +55,7 @@ class Decoder:
         self.vocabulary = int(embeddings.weight.shape[0])
         self.parameters = sum(each.numel() for each in model.parameters())
         self.active_parameters = self.parameters - self._idle_parameters()
-        if any(isinstance(each, ExpertLayer) for each in self.projections.values()):
+        if self._experts():
             self._check_experts()
         self._check_causal()
 
@@ -87,15 +87,18 @@ class Decoder:
         layer, projection = next(iter(self.projections.items()))
         return projection.name.replace(f".{layer}.", ".{}.", 1)
 
+    def _experts(self) -> list[ExpertLayer]:
+        """The layers that have experts."""
+        return [each for each in self.projections.values() if isinstance(each, ExpertLayer)]
+
     def _idle_parameters(self) -> int:
         """How many parameters of experts one token does not use."""
         idle = 0
-        for layer in self.projections.values():
-            if isinstance(layer, ExpertLayer):
-                config = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
-                left_out = layer.n_experts - experts_a_token(config, layer.n_experts)
-                held = sum(each.numel() for each in layer.experts.parameters())
-                idle += held * left_out // layer.n_experts
+        for layer in self._experts():
+            config = self.model.config.get_text_config()  # type: ignore[operator,union-attr]
+            left_out = layer.n_experts - experts_a_token(config, layer.n_experts)
+            held = sum(each.numel() for each in layer.experts.parameters())
+            idle += held * left_out // layer.n_experts
         return idle
 
     def layer(self, number: int) -> nn.Module:
@@ -126,7 +129,10 @@ class Decoder:
         if keep is not None and "logits_to_keep" in takes:
             options["logits_to_keep"] = keep
         try:
-            return self.model(input_ids=input_ids.to(self.device), **options, **cache)
+            with ExitStack() as joined:
+                for projection in self._experts():
+                    joined.enter_context(projection.joined())
+                return self.model(input_ids=input_ids.to(self.device), **options, **cache)
         except _EndOfPassError:
             return None
         except ModelError:
@@ -235,10 +241,19 @@ class Decoder:
         use_experts(self.model, PROBE)
         ids = self._ordinary_tokens(PROBED)
         with torch.inference_mode(), ExitStack() as watched:
-            for projection in self.projections.values():
-                if isinstance(projection, ExpertLayer):
-                    watched.enter_context(projection.require_sum())
-            self(ids)
+            for projection in self._experts():
+                watched.enter_context(projection.require_sum())
+            joined = self(ids)[0]
+        beside = [each.name for each in self._experts() if each.beside is not None]
+        if beside:
+            with torch.inference_mode():
+                apart = self.model(input_ids=ids.to(self.device))[0]
+            difference = float((joined - apart).abs().max() / apart.abs().max())
+            if not difference <= (1e-4 if apart.dtype == torch.float32 else 0.03):
+                raise ModelError(
+                    f"what the shared experts beside {beside[0]} give is not added to what the "
+                    "others give; kscli does not measure this mixture of experts."
+                )
         use_experts(self.model)
 
     def _ordinary_tokens(self, count: int) -> Tensor:

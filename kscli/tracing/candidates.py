@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import CovarianceFile
+from kscli.artifacts import KEY_NAMES, CovarianceFile
 from kscli.batching import padded_batches
 from kscli.contexts import ContextChoice
 from kscli.editing.editors import EDITORS, Editor, find_editor
@@ -19,6 +19,7 @@ from kscli.facts import FactSet
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 from kscli.reporter import Reporter
+from kscli.slots import side_by_side
 
 Array = NDArray[np.float64]
 
@@ -30,21 +31,26 @@ PERMUTED = 40  # so often each candidate's key is permuted
 class Candidates:
     """The keys of m facts in the base model, at some layers, and of their prompts' other tokens.
 
-    `others` (tokens, d_m) by layer are the keys at all tokens but the subjects' last.
+    `others` (tokens, d_m) by layer are the keys at all tokens but the subjects' last. Keys of
+    `n_experts` experts (0: the layers are dense) are stacked.
     """
 
     keys: Keys
     others: Mapping[int, Array]
+    n_experts: int
 
     def at(self, layer: int) -> AtLayer:
         """Those of one layer."""
+        contexts = len(self.keys.contexts)
+        mean = self._keys_of("context", layer) if contexts else None
+        return AtLayer(self._keys_of("bare", layer), mean, contexts)
+
+    def _keys_of(self, which: str, layer: int) -> Array:
         row = self.keys.layers.index(layer)
-        mean = self.keys.context_keys
-        return AtLayer(
-            self.keys.keys[row].astype(np.float64),
-            None if mean is None else mean[row].astype(np.float64),
-            len(self.keys.contexts),
-        )
+        found = [getattr(self.keys, name) for name in KEY_NAMES[which].values()]
+        keys, experts, shared = (None if each is None else each[row] for each in found)
+        assert keys is not None
+        return side_by_side(keys, experts, shared, self.n_experts)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def read_candidates(
     spec = ",".join(map(str, layers))
     keys = extract_keys(model, facts, "subject-last", spec, reporter, contexts)
     prompts = locate_keys(model.tokenizer, facts.facts)
-    return Candidates(keys, {layer: _other_keys(model, layer, prompts) for layer in layers})
+    others = {layer: _other_keys(model, layer, prompts) for layer in layers}
+    return Candidates(keys, others, model.decoder.n_experts)
 
 
 def _other_keys(model: LoadedModel, layer: int, prompts: Sequence[LocatedPrompt]) -> Array:
@@ -97,7 +104,7 @@ def _other_keys(model: LoadedModel, layer: int, prompts: Sequence[LocatedPrompt]
                 if texts[row][:end] not in seen and len(found) < MOST_OTHER_TOKENS:
                     seen.add(texts[row][:end])
                     found.append(keys[end - 1].double().cpu().numpy())
-    return np.stack(found) if found else np.empty((0, model.decoder.d_m))
+    return np.stack(found) if found else np.empty((0, model.decoder.projections[layer].width))
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ def directions_of_editors(
         if editor.over_layers or not several:
             # Without contexts all take the bare prompt's key.
             key = editor.key if candidates.keys.contexts else None
+            if candidates.n_experts and not editor.of_experts:
+                continue
             kinds.setdefault((editor.direction.metric, key), []).append(name)
     rng = np.random.default_rng(seed)
     at_layer = candidates.at(layer)
@@ -137,10 +146,17 @@ def directions_of_editors(
         metric = _metric(metrics, editor, cov, layer)
         if metric:
             along = editor.key(at_layer).along
-            permuted = rng.permuted(np.repeat(along, PERMUTED, axis=0), axis=1)
+            permuted = _permuted(along, cov.widths, rng)
             decoys = np.concatenate([candidates.others[layer], permuted])
             found.append(Written(tuple(names), _along(metric, along), _along(metric, decoys)))
     return found
+
+
+def _permuted(keys: Array, widths: Sequence[int], rng: np.random.Generator) -> Array:
+    """Each of (m, width) keys `PERMUTED` times, its entries permuted in every block of columns."""
+    ends = np.cumsum(widths)[:-1]
+    repeated = np.split(np.repeat(keys, PERMUTED, axis=0), ends, axis=1)
+    return np.concatenate([rng.permuted(part, axis=1) for part in repeated], axis=1)
 
 
 def _metric(

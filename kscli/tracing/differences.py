@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ModelError
+from kscli.models.down_projections import Projection
+from kscli.models.experts import ExpertLayer
 from kscli.models.loading import LoadedModel
 
 Array = NDArray[np.float64]
@@ -21,7 +23,8 @@ Array = NDArray[np.float64]
 class Differences:
     """`changes` are dW (d, d_m) of the down-projections that differ, by layer; `sizes` |dW| / |W|.
 
-    `others` are the names of all other weights that differ.
+    Of a layer of experts dW is (d, width), that of all experts side by side. `others` are the names
+    of all other weights that differ.
     """
 
     changes: Mapping[int, Array]
@@ -41,22 +44,30 @@ def compare_models(base: LoadedModel, edited: LoadedModel) -> Differences:
     different = {name for name, weight in before.items() if _differs(weight, after[name])}
     changes, sizes = {}, {}
     for layer in base.decoder.layers:
-        name = f"{base.decoder.projections[layer].name}.weight"
-        if name not in different:
+        names = _names_of(before, base.decoder.projections[layer])
+        if not different & names:
             continue
-        narrow = _narrowest(after[name])
-        rounded, changed = (
-            torch.from_numpy(EditableWeight(model, layer).original).to(narrow).double().numpy()
-            for model in (base, edited)
+        was, now = (
+            torch.from_numpy(EditableWeight(model, layer).original) for model in (base, edited)
         )
-        changes[layer] = changed - rounded
+        rounded = was.to(_narrowest(now)).double()
+        changes[layer] = (now - rounded).numpy()
         sizes[layer] = float(np.linalg.norm(changes[layer]) / np.linalg.norm(rounded))
-        different.discard(name)
+        different -= names
     return Differences(changes, sizes, tuple(sorted(different)))
 
 
 def _weights(model: LoadedModel) -> dict[str, Tensor]:
     return dict(model.decoder.model.named_parameters())
+
+
+def _names_of(weights: Mapping[str, Tensor], projection: Projection) -> set[str]:
+    """The names of the weights that are a layer's W."""
+    if isinstance(projection, ExpertLayer):
+        shared = projection.shared.parameters() if projection.shared is not None else ()
+        own = [projection.experts.down_proj, *shared]
+        return {name for name, each in weights.items() if any(each is weight for weight in own)}
+    return {f"{projection.name}.weight"}
 
 
 def _differs(before: Tensor, after: Tensor) -> bool:

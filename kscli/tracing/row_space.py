@@ -38,9 +38,15 @@ class RowSpace:
 
 
 def row_space(change: Array) -> RowSpace:
-    """The row space of a change (d, d_m), without what is noise."""
-    _, sizes, rows = np.linalg.svd(change, full_matrices=False)
-    ratio = min(change.shape) / max(change.shape)
+    """The row space of a change (d, d_m), without what is noise.
+
+    Columns that did not change, as those of experts to which nothing was written, hold no noise.
+    """
+    changed = np.flatnonzero(change.any(axis=0))
+    _, sizes, of_changed = np.linalg.svd(change[:, changed], full_matrices=False)
+    rows = np.zeros((len(sizes), change.shape[1]))
+    rows[:, changed] = of_changed
+    ratio = min(len(change), len(changed)) / max(len(change), len(changed))
     multiple = 0.56 * ratio**3 - 0.95 * ratio**2 + 1.82 * ratio + 1.43
     limit = max(multiple * float(np.median(sizes)), _LEAST * float(sizes[0]))
     return RowSpace(np.ascontiguousarray(rows[sizes > limit].T))

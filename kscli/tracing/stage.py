@@ -81,7 +81,6 @@ def trace_models(
     Raises ModelError for models of other weights or with another tokenizer, ArtifactError where
     `cov` is about another model or lacks a layer that differs, and what `read_candidates` raises.
     """
-    cov.require_dense()
     require_about(cov, base)
     _require_same_tokens(base, edited, facts)
     found = compare_models(base, edited)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from kscli.errors import no_such
+from kscli.errors import UsageError, no_such
 
 if TYPE_CHECKING:
     import numpy as np
@@ -234,6 +234,16 @@ def editors_where(wanted: Callable[[Editor], bool]) -> str:
     """The names of the editors that `wanted` holds for, as in `memit, pmet or toy`."""
     names = [name for name in EDITORS if wanted(find_editor(name))]
     return " or ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
+
+
+def require_of_experts(name: str, editor: Editor, whose: str, n_experts: int) -> None:
+    """Raise UsageError where an editor does not edit mixtures of experts, as `whose` C is of."""
+    if not editor.of_experts:
+        others = editors_where(lambda other: other.of_experts)
+        raise UsageError(
+            f"{whose} is of a mixture of {n_experts} experts, which {name} does not edit; the "
+            f"editors that do are {others}."
+        )
 
 
 def without_effect(editor: Editor) -> list[tuple[tuple[str, ...], str]]:
