@@ -115,13 +115,13 @@ def extract_keys(
         model.require_positions(fact.text, len(prompt.token_ids))
     with reporter.task("keys", len(prompts), unit="facts") as task:
         found = _read(model, prompts, chosen, task.advance)
+    _require_finite(found, chosen, facts)
     texts = _contexts_of(model, contexts, reporter)
     if texts:
         in_contexts = [[in_context(text, fact) for text in texts] for fact in facts.facts]
         means = _mean_keys(model, in_contexts, token, chosen, "keys in contexts", reporter)
+        _require_finite(means, chosen, facts)
         found |= {KEY_NAMES["context"][name]: values for name, values in means.items()}
-    for name in (name for name in found if not name.endswith("experts")):
-        _check_finite(found[name], chosen, facts)
     paraphrased = [paraphrases_of(fact) for fact in facts.facts]
     if any(paraphrased):
         means = _mean_keys(model, paraphrased, token, chosen, "keys of paraphrases", reporter)
@@ -319,11 +319,14 @@ def write_keys(
                 writer.write(name, getattr(keys, name))
 
 
-def _check_finite(keys: NDArray[np.float32], layers: tuple[int, ...], facts: FactSet) -> None:
-    bad = np.argwhere(~np.isfinite(keys).all(axis=tuple(range(2, keys.ndim))))
-    if len(bad):
-        row, fact = bad[0]
-        raise NumericsError(
-            f"the key of {quote(facts.facts[fact].text)} at layer {layers[row]} is NaN or "
-            "infinite; try another --dtype, or check the weights."
-        )
+def _require_finite(found: dict[str, Any], layers: tuple[int, ...], facts: FactSet) -> None:
+    """Raise NumericsError, naming fact and layer, where a key that `_read` found is not finite."""
+    for name in (name for name in found if not name.endswith("experts")):
+        keys = found[name]
+        bad = np.argwhere(~np.isfinite(keys).all(axis=tuple(range(2, keys.ndim))))
+        if len(bad):
+            row, fact = bad[0]
+            raise NumericsError(
+                f"the key of {quote(facts.facts[fact].text)} at layer {layers[row]} is NaN or "
+                "infinite; try another --dtype, or check the weights."
+            )
