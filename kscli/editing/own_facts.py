@@ -15,7 +15,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
-from kscli.completion import continue_greedily, decode_continuation, tokenize_clozes
+from kscli.completion import (
+    continue_greedily,
+    decode_continuation,
+    space_before,
+    tokenize_clozes,
+)
 from kscli.contexts import ContextChoice
 from kscli.editing.choice import choose_facts, find_facts
 from kscli.facts import Fact, FactSet, field_text, read_records
@@ -25,6 +30,7 @@ from kscli.pmatrix import write_pmatrix
 from kscli.records import quote
 
 if TYPE_CHECKING:
+    from kscli.models.loading import LoadedModel
     from kscli.pipeline import Session
 
 _ANSWER_TOKENS = 8
@@ -119,18 +125,23 @@ def own_files(
 
 def _with_answer(session: Session, fact: Fact) -> Fact:
     """The fact with what the model says now for its target."""
-    said = _answer(session, fact)
+    added = _continuation(session.model, fact)
+    text = added.strip()
+    said = _END_OF_ANSWER.split(text)[0].strip() or text or "(nothing)"
+    # A target follows its prompt as a word of its own.
+    joined = text and not added.startswith(space_before(fact.text, said) + said)
+    known = ". It says so without a space before it, and so does not know this target" * bool(
+        joined
+    )
     session.reporter.note(
         f"the model now says {quote(said)} after {quote(fact.text)}, which is taken for the "
-        "fact's target; --target names another."
+        f"fact's target{known}; --target names another."
     )
     return replace(fact, target=said)
 
 
-def _answer(session: Session, fact: Fact) -> str:
-    """What the model says after a fact's prompt, up to the first mark, and a word at least."""
-    model = session.model
+def _continuation(model: LoadedModel, fact: Fact) -> str:
+    """What the model says after a fact's prompt, with the space between them."""
     (cloze,) = tokenize_clozes(model.tokenizer, [fact.text], [fact.target])
     (tokens,) = continue_greedily(model, [cloze.prompt_ids], [_ANSWER_TOKENS])
-    text = decode_continuation(model.tokenizer, cloze.prompt_ids, tokens).strip()
-    return _END_OF_ANSWER.split(text)[0].strip() or text or "(nothing)"
+    return decode_continuation(model.tokenizer, cloze.prompt_ids, tokens)
