@@ -93,6 +93,18 @@ def test_an_own_fact_is_watched_beside_those_of_keys_h5(place: Path, measured_ti
     assert p[50] == pytest.approx(superposition(C, np.array(keys))[0, 1], abs=1e-4)
 
 
+def test_an_answer_without_its_space_is_called_so(place: Path) -> None:
+    """Of these prompts, tiny goes on with 'Florence' right after 'the', and with ' Oslo'."""
+    own = ("--target-new", "yen", *FAST, "--layer", 1)
+    for prompt, subject, said in (
+        ("People in {} pay with the", "Norway", "pay with the', without the space that would"),
+        ("The capital of {} is", "Chad", "The capital of Chad is', which is taken"),
+    ):
+        done = edit(place, "--prompt", prompt, "--subject", subject, *own)
+        assert done.exit_code == 0, done.stderr
+        assert said in " ".join(done.stderr.split())
+
+
 def test_facts_of_a_file_of_ones_own_are_edited(place: Path, measured_tiny: Path) -> None:
     """One of them is in keys.h5 too, with another target, and is no other fact."""
     for kind in ("keys", "pmatrix"):
