@@ -128,13 +128,13 @@ def _with_answer(session: Session, fact: Fact) -> Fact:
     added = _continuation(session.model, fact)
     text = added.strip()
     said = _END_OF_ANSWER.split(text)[0].strip() or text or "(nothing)"
-    how = ""
+    how = ","
     # A target follows its prompt as a word of its own.
     if text and not added.startswith(space_before(fact.text, said) + said):
         how = ", without the space that would make it a word of its own,"
     session.reporter.note(
-        f"the model now says {quote(said)} after {quote(fact.text)}{how or ','} which is taken for the "
-        "fact's target; --target names another."
+        f"the model now says {quote(said)} after {quote(fact.text)}{how} which is taken "
+        "for the fact's target; --target names another."
     )
     return replace(fact, target=said)
 
