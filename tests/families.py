@@ -85,6 +85,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmo": ("olmo", LLAMA_LIKE, "model.layers.{}.mlp.down_proj"),
     "phi": ("phi", LLAMA_LIKE, "model.layers.{}.mlp.fc2"),
     # A square down-projection, and attention as wide as the MLP: structure alone must tell.
+    # What it calls its decoder is its head.
+    "modernbert-decoder": (
+        "modernbert-decoder",
+        {
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "cls_token_id": 0,
+            "sep_token_id": 0,
+        },
+        "model.layers.{}.mlp.Wo",
+    ),
     "square": (
         "gemma",
         GROUPED | {"intermediate_size": HIDDEN, "head_dim": 8},

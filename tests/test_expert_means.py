@@ -19,7 +19,7 @@ from test_expert_edits import CONTEXTS, LAMBDA, naive_direction
 from test_expert_superposition import measure, moment, parts_of, run
 from transformers import AutoTokenizer
 
-from kscli.artifacts import KeysFile, PMatrixFile
+from kscli.artifacts import CovarianceFile, KeysFile, PMatrixFile
 from kscli.contexts import in_context
 from kscli.facts import FactSet, paraphrases_of, read_facts
 
@@ -155,6 +155,64 @@ def test_of_an_editor_that_edits_no_experts_there_is_no_p(method: str, measured:
     said = one_sentence(refused.stderr)
     assert f"which {method} does not edit; the editors that do are closed-form, rome," in said
     assert not (folder / "artifacts" / "moe" / f"pmatrix-{method}.h5").exists()
+
+
+@pytest.mark.parametrize("command", ["pmatrix", "edit"])
+def test_a_fact_that_a_context_routes_to_an_expert_that_saw_too_little_is_named(
+    command: str, measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P of the bare keys is made; an editor of mean keys needs C of more experts."""
+    folder, layer = measured("deepseek-v3"), 0
+    bare, contexts, _ = true_keys("deepseek-v3", folder, layer)
+    d_m, n_experts = 24, 8
+    parts = (slice(e * d_m, (e + 1) * d_m) for e in range(n_experts))
+    reached = [((bare[:, of] != 0).any(), (contexts[:, :, of] != 0).any((1, 2))) for of in parts]
+    starved, facts = next(
+        (expert, in_contexts)
+        for expert, (in_bare, in_contexts) in enumerate(reached)
+        if not in_bare and in_contexts.any()
+    )
+    block = CovarianceFile.block
+
+    def of_few(file: CovarianceFile, layer: int, number: int) -> Any:
+        C, count = block(file, layer, number)
+        return C, 3 if number == starved else count
+
+    monkeypatch.setattr(CovarianceFile, "block", of_few)
+    first = int(np.flatnonzero(facts)[0])
+    run(folder, "pmatrix", "-m", folder / "moe", "--layers", layer, "-o", tmp_path / "bare.h5")
+    how = {
+        "pmatrix": ("--editor", "rome", "--layers", layer, "-o", tmp_path / "p.h5"),
+        "edit": (
+            *("--method", "rome", "--layer", layer, "--fact", first, "--value", "random"),
+            *("--contexts", folder / "contexts.txt", "--target-new", "text:Rome"),
+            *("--dtype", "float32", "-o", tmp_path / "p.h5"),
+        ),
+    }[command]
+    refused = kscli(command, "-m", folder / "moe", "--dir", folder / "artifacts", *how)
+    assert refused.exit_code == 1
+    said = refused.stderr  # an edit that is kept out is named in a warning
+    assert f"expert {starved} of layer 0, to which" in said
+    assert f"{SUBJECTS[first]} that" in said
+    assert "C was measured on 3 tokens and has 24 dimensions" in said
+    assert not (tmp_path / "p.h5").exists()
+
+
+def test_a_fact_that_no_expert_takes_is_named(measured: Any, monkeypatch: Any) -> None:
+    """All its experts dropped its token, and there are no shared ones."""
+    folder = measured("mixtral")
+    experts_of = KeysFile.experts_of
+
+    def dropped(file: KeysFile, layer: int) -> Any:
+        experts = experts_of(file, layer).copy()
+        experts[2] = -1
+        return experts
+
+    monkeypatch.setattr(KeysFile, "experts_of", dropped)
+    refused = kscli("pmatrix", "-m", folder / "moe", "--dir", folder / "artifacts", "--force")
+    assert refused.exit_code == 1
+    said = one_sentence(refused.stderr)
+    assert f"the key of 'It is known of {SUBJECTS[2]} that' (fact 2) is 0" in said
 
 
 def test_an_edit_of_experts_has_the_p_of_its_direction_to_paraphrases(

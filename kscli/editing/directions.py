@@ -76,8 +76,8 @@ def edit_directions(
     return metric.solve(whitened @ rows)
 
 
-def p_of_each(metric: Metric, facts: FactKeys, moved: Array, weight: float = 0.0) -> Array:
-    """p[i, j] = d_i^T k_j of edits of one fact alone: (b, m), of keys `moved` (m, d_m).
+def directions_of_each(metric: Metric, facts: FactKeys, weight: float = 0.0) -> Array:
+    """The directions d_i of edits of one fact alone, (m, d_m): p of the editor is d_i^T k_j.
 
     d_i is what `edit_directions` gives of fact i alone, M k_i / (weight + k_i^T M k'_i), k_i the
     key `along` which it is written and k'_i the one that it is written `at`. Raises NumericsError,
@@ -93,8 +93,7 @@ def p_of_each(metric: Metric, facts: FactKeys, moved: Array, weight: float = 0.0
             f"the editor can write nothing for fact {nothing[0]}: its key, or the mean of its keys "
             "over the contexts, is 0 or orthogonal to the bare prompt's in this metric."
         )
-    p: Array = whitened.T @ metric.whiten(moved) / gains[:, None]
-    return p
+    return metric.solve(whitened / gains)
 
 
 def _towards(metric: Metric, keys: Array, at: Array, weight: float) -> Array:

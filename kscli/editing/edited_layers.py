@@ -16,7 +16,7 @@ from kscli.editing.directions import edit_directions
 from kscli.editing.editors import Editor, FactKeys
 from kscli.editing.interference import Interference
 from kscli.editing.live import hidden_states, mlp_keys, mlp_outputs
-from kscli.editing.metrics import Cut, Metric, metric_of
+from kscli.editing.metrics import Cut, Metric, metric_of, naming_facts
 from kscli.editing.protected_facts import ProtectedFacts, Protection
 from kscli.editing.protection import Sparing, prices_of, require_room
 from kscli.editing.sources import EditSources
@@ -250,7 +250,7 @@ class EditedLayers:
             share = self._editor.afterwards.share(len(self) - at)
             keys = self._editor.key(_EditedKeys(self, at, facts))
             deltas.append(share * self._lacking(at, facts, values, keys))
-            directions.append(self._direction(at, keys))
+            directions.append(self._direction(at, facts, keys))
             if at < len(self) - 1:
                 # The layers above read what this one gives now; `settle` writes all of them.
                 weight.set_change(self.interference[at].change + deltas[at].T @ directions[at])
@@ -262,7 +262,7 @@ class EditedLayers:
         for at, weight in enumerate(self._weights):
             keys = self._editor.key(_EditedKeys(self, at, facts))
             deltas.append(self._lacking(at, facts, values[:, at], keys))
-            directions.append(self._direction(at, keys))
+            directions.append(self._direction(at, facts, keys))
             change = np.linalg.norm(deltas[at]) * np.linalg.norm(directions[at])
             sizes.append(change / weight.norm)
         chosen = np.arange(len(self))[:, None, None] == np.nanargmin(sizes)
@@ -277,11 +277,12 @@ class EditedLayers:
         # R-ROME: the mean key gets the value that was sought for the bare prompt's key.
         return values + self._weights[at].values(keys.bare - keys.at)
 
-    def _direction(self, at: int, keys: FactKeys) -> Array:
+    def _direction(self, at: int, facts: Sequence[int], keys: FactKeys) -> Array:
         earlier = self._earlier[at] if self._editor.direction.earlier == "weighed" else None
         weight, plain, metric = self._options.weight, self._metrics[at], self._writing[at]
-        require_room(plain, metric, keys.at)
-        directions = edit_directions(metric, keys.along, weight, at=keys.at, earlier=earlier)
+        with naming_facts([self._sources.keys.facts[fact].text for fact in facts]):
+            require_room(plain, metric, keys.at)
+            directions = edit_directions(metric, keys.along, weight, at=keys.at, earlier=earlier)
         self._prices[at] = prices_of(plain, directions, keys)
         return directions
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts import CovarianceFile, KeysFile, Recipe
-from kscli.editing.directions import p_of_each
+from kscli.editing.directions import directions_of_each
 from kscli.editing.editors import PAPERS_EDITOR, Editor, find_editor, require_of_experts
-from kscli.editing.metrics import Cut, Metric, metric_of
+from kscli.editing.metrics import Cut, Metric, metric_of, naming_facts
 from kscli.editing.presets import preset_for
 
 Array = NDArray[np.float64]
@@ -50,22 +50,19 @@ class EditorOfP:
         of a fact without, and None where no fact has any.
 
         Raises ArtifactError where `keys` has no keys in contexts and the editor takes their mean,
-        and NumericsError where the editor could write nothing.
+        and NumericsError where the editor could write nothing, and, naming the fact, where it is
+        routed in a context to an expert that saw too few tokens.
         """
         name = self.editor.direction.metric
         metric = inverse if name == "second-moment" else None
         if metric is None:
             metric = metric_of(name, cov, layer, ridge, self.null_space)
         stored = _StoredKeys(keys, layer)
-        facts, paraphrases = self.editor.key(stored), keys.paraphrase_keys_of(layer)
-        p = p_of_each(metric, facts, stored.bare(), self.weight)
-        if paraphrases is None:
-            return p, None
-        own = np.full(len(paraphrases), np.nan)
-        with_any = np.flatnonzero(~np.isnan(paraphrases).any(axis=1))
-        to_each = p_of_each(metric, facts, paraphrases[with_any], self.weight)
-        own[with_any] = to_each[with_any, np.arange(len(with_any))]
-        return p, own
+        with naming_facts([fact.text for fact in keys.facts]):
+            directions = directions_of_each(metric, self.editor.key(stored), self.weight)
+        paraphrases = keys.paraphrase_keys_of(layer)
+        own = None if paraphrases is None else (directions * paraphrases).sum(axis=1)
+        return directions @ stored.bare().T, own
 
     def require_of_experts(self, cov: CovarianceFile) -> None:
         """Raise UsageError where the editor does not edit mixtures of experts, as `cov` is of."""

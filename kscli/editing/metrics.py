@@ -7,7 +7,8 @@ some Y, so that k^T M k' is a product of whitened keys Y^T k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,9 +18,33 @@ from numpy.typing import NDArray
 from kscli.artifacts import CovarianceFile
 from kscli.editing.editors import MetricName
 from kscli.errors import NumericsError
+from kscli.records import quote
 from kscli.whitening import Whitening, whitening
 
 Array = NDArray[np.float64]
+
+
+class NoInverseError(NumericsError):
+    """C of a `block` of experts has no inverse, for a `reason`, and a key is not 0 in it.
+
+    It is the `row`-th of the keys, counted from their end.
+    """
+
+    def __init__(self, block: str, reason: NumericsError, row: int) -> None:
+        super().__init__(f"{block}: {reason}")
+        self.block, self.reason, self.row = block, reason, row
+
+
+@contextmanager
+def naming_facts(texts: Sequence[str]) -> Iterator[None]:
+    """Name the fact, of those whose keys are measured, in what `NoInverseError` says."""
+    try:
+        yield
+    except NoInverseError as error:
+        raise NumericsError(
+            f"{error.block}, to which {quote(texts[error.row])} is routed, bare or in a context: "
+            f"{error.reason}"
+        ) from error
 
 
 class Metric(Protocol):
@@ -62,8 +87,8 @@ class Identity:
 class InverseByExpert:
     """M = C^-1 of a layer of experts, where keys are stacked and C is taken block by block.
 
-    An expert's block is factorised when a key is first routed to it. Raises NumericsError, naming
-    the expert, where that has no inverse.
+    An expert's block is factorised when a key is first routed to it. Raises NoInverseError where
+    that has no inverse.
     """
 
     cov: CovarianceFile
@@ -91,17 +116,18 @@ class InverseByExpert:
             columns = slice(start, start + width)
             there = np.flatnonzero(rows[:, columns].any(axis=1))
             if len(there):
-                found[there, columns] = of_part(self._factor(number), rows[there, columns])
+                white = self._factor(number, int(there[0]) - len(rows))
+                found[there, columns] = of_part(white, rows[there, columns])
             start += width
         return found
 
-    def _factor(self, number: int) -> Whitening:
+    def _factor(self, number: int, row: int) -> Whitening:
         if number not in self._factors:
             try:
                 found = whitening(*self.cov.block(self.layer, number), self.ridge)
             except NumericsError as error:
-                name = self.cov.block_name(number)
-                raise NumericsError(f"{name} of layer {self.layer}: {error}") from error
+                name = f"{self.cov.block_name(number)} of layer {self.layer}"
+                raise NoInverseError(name, error, row) from error
             self._factors[number] = found
         return self._factors[number]
 

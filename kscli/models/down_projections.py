@@ -64,6 +64,8 @@ def find_down_projections(
     share one, and for experts whose keys cannot be read.
     """
     language = getattr(model, "get_decoder", lambda: None)() or model
+    if not any(isinstance(module, nn.ModuleList) for module in language.modules()):
+        language = model  # ModernBERT's decoder calls its head so.
     prefix = next((name for name, module in model.named_modules() if module is language), "")
     most: dict[int, Projection] = {}
     for name, module in language.named_modules(prefix=prefix):
