@@ -101,9 +101,11 @@ def _blocks(projection: Projection, model_id: str) -> list[Tensor]:
     """Views of the parameters of one layer's W, (d, n) each; writing to them changes the model."""
     if not isinstance(projection, ExpertLayer):
         return [_matrix(projection.name, projection.module, model_id)]
-    experts = projection.experts
-    weight = _parameter(projection.name, experts, "down_proj", 3, model_id)
-    blocks = list(weight.mT if projection.transposed else weight)
+    if projection.downs:
+        blocks = [_matrix(projection.name, down, model_id) for down in projection.downs]
+    else:
+        weight = _parameter(projection.name, projection.experts, "down_proj", 3, model_id)
+        blocks = list(weight.mT if projection.transposed else weight)
     if projection.shared is not None:
         blocks.append(_matrix(f"shared experts of {projection.name}", projection.shared, model_id))
     return blocks

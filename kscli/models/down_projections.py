@@ -119,6 +119,8 @@ def select_alike(
 
 def _projection(name: str, layer: nn.Module, hidden_size: int) -> Projection | None:
     stack = find_stack(name, layer)
+    if isinstance(stack, nn.ModuleList):
+        return _layer_of_list(name, layer, hidden_size, stack)
     if stack:
         return _expert_layer(name, layer, hidden_size, stack)
     return _widest(_candidates(name, layer, hidden_size))
@@ -152,6 +154,42 @@ def _expert_layer(name: str, layer: nn.Module, hidden_size: int, stack: Stack) -
         shared=shared.module if shared else None,
         d_shared=shared.d_m if shared else 0,
         shared_gate=gates[0] if shared and gates else None,
+    )
+
+
+def _layer_of_list(
+    name: str, layer: nn.Module, hidden_size: int, experts: nn.ModuleList
+) -> ExpertLayer:
+    """Experts that are a list of modules, with shared ones in one module with them."""
+    path = next(path for path, module in layer.named_modules() if module is experts)
+    block, inside = layer.get_submodule(path.rpartition(".")[0]), f"{name}.{path}."
+    candidates = _candidates(name, layer, hidden_size)
+    of_each = [
+        _widest([each for each in candidates if each.name.startswith(f"{inside}{number}.")])
+        for number in range(len(experts))
+    ]
+    downs = [each for each in of_each if each]
+    others = [each for each in candidates if not each.name.startswith(inside)]
+    level = inside[:-1].rpartition(".")[0]
+    beside = [each.name for each in others if not each.name.startswith(f"{level}.")]
+    if block is layer or beside or None in of_each or len({each.d_m for each in downs}) > 1:
+        raise ModelError(
+            f"{name} is a mixture of experts that are a list of modules, and kscli measures those "
+            "that end at the hidden size with a linear map of one size, in one module with their "
+            f"router, without another MLP beside them ({', '.join(beside) or 'none here'})."
+        )
+    shared = _widest(others)
+    gates = [module for module in block.modules() if (_linear_shape(module) or (0, 0))[1] == 1]
+    return ExpertLayer(
+        name=downs[0].name.replace(f"{inside}0.", inside, 1),
+        module=block,
+        experts=experts,
+        d_m=downs[0].d_m,
+        n_experts=len(downs),
+        shared=shared.module if shared else None,
+        d_shared=shared.d_m if shared else 0,
+        shared_gate=gates[0] if shared and gates else None,
+        downs=tuple(each.module for each in downs),
     )
 
 

@@ -9,12 +9,14 @@ module sees. transformers lets the forward pass of experts be registered under a
 (`ALL_EXPERTS_FUNCTIONS`), and this module registers one that hands the keys on: `kscli`. Experts
 that are given all tokens, multiplied by their gates already (Llama 4), need no such thing.
 
+Experts that are a list of modules are watched one by one (`listed_experts`).
+
 No model is taken at its word: see `require_sum`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from kscli.errors import ModelError
+from kscli.models.listed_experts import Calls
 
 # The names under which transformers calls the functions here: `PROBE` gives the model's own result.
 KEYS, PROBE = "kscli", "kscli-probe"
@@ -86,7 +89,7 @@ class ExpertLayer:
     first, `module` is their down-projection, and `joined` has it give the sum. `shared` is the
     down-projection of shared experts, of `d_shared` inputs (0: there are none), and `shared_gate`
     gives what the sigmoid of which they are multiplied by. `transposed`: the weights are
-    (E, d_m, d), not (E, d, d_m).
+    (E, d_m, d), not (E, d, d_m). `downs` are the down-projections of experts that are a list.
     """
 
     name: str
@@ -99,6 +102,7 @@ class ExpertLayer:
     d_shared: int = 0
     shared_gate: nn.Module | None = None
     beside: nn.Module | None = None
+    downs: tuple[nn.Module, ...] = ()
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -141,9 +145,12 @@ class ExpertLayer:
         routed: list[tuple[RoutedKeys, Tensor]] = []
         shared: list[tuple[Tensor, Tensor]] = []
         gates: list[Tensor] = []
+        calls = Calls(self.name)
 
-        def finish(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        def finish(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
+            if self.downs:
+                routed.append(self._of_list(calls, inputs[0], output, shared, gates))
             if len(routed) != 1 or len(shared) != (self.shared is not None):
                 raise ModelError(
                     f"the experts of {self.name} are not called once in a forward pass, as "
@@ -158,7 +165,11 @@ class ExpertLayer:
             take(keys, value, output.reshape(value.shape))
 
         with ExitStack() as hooks:
-            hooks.enter_context(_listening(self.experts, lambda *found: routed.append(found)))
+            if self.downs:
+                listed = tuple(self.experts.children())
+                hooks.enter_context(calls.watching(self.module, listed, self.downs))
+            else:
+                hooks.enter_context(_listening(self.experts, lambda *found: routed.append(found)))
             if self.shared is not None:
                 hooks.enter_context(
                     self.shared.register_forward_hook(
@@ -173,6 +184,23 @@ class ExpertLayer:
                 )
             hooks.enter_context(self.module.register_forward_hook(finish))
             yield
+
+    def _of_list(
+        self,
+        calls: Calls,
+        given: Tensor,
+        output: Tensor,
+        shared: Sequence[tuple[Tensor, Tensor]],
+        gates: Sequence[Tensor],
+    ) -> tuple[RoutedKeys, Tensor]:
+        """The keys of experts that are a list, and what they and the weights come to."""
+        flat = given.reshape(-1, given.shape[-1])
+        value = output.reshape(len(flat), -1).float()
+        if shared:
+            gate = gates[-1].reshape(-1, 1).float().sigmoid() if gates else 1.0
+            value = value - shared[-1][1].reshape(len(flat), -1).float() * gate
+        *parts, fitted = calls.routed(flat, value)
+        return RoutedKeys(self.n_experts, *parts), fitted
 
     def _own_output(self, shared: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         """What shared experts give, without the others (`joined`)."""
@@ -256,10 +284,10 @@ class Stack:
         return self.path.rpartition(".")[0]
 
 
-def find_stack(name: str, layer: nn.Module) -> Stack | None:
-    """The experts of a decoder layer called `name`; None of a layer without any.
+def find_stack(name: str, layer: nn.Module) -> Stack | nn.ModuleList | None:
+    """The experts of a decoder layer called `name`, or the list of them; None without any.
 
-    Raises ModelError for experts whose weights are not one parameter, and where there are several.
+    Raises ModelError for experts that are neither, and where there are several.
     """
     modules = dict(layer.named_modules())
     if not any("expert" in f"{path} {type(m).__name__}".lower() for path, m in modules.items()):
@@ -269,10 +297,20 @@ def find_stack(name: str, layer: nn.Module) -> Stack | None:
         for path, module in modules.items()
         if isinstance(weight := getattr(module, "down_proj", None), Tensor) and weight.ndim == 3
     ]
+    lists = [
+        module
+        for path, module in modules.items()
+        if isinstance(module, nn.ModuleList)
+        and "expert" in f"{path} {type(module[0]).__name__}".lower()
+        and len({type(each) for each in module}) == 1
+    ]
+    if not stacks and len(lists) == 1:
+        return lists[0]
     if len(stacks) != 1:
         raise ModelError(
             f"{name} is a mixture of experts, and kscli measures those whose weights are one "
-            f"parameter down_proj of three dimensions; {len(stacks)} such were found in the layer."
+            "parameter down_proj of three dimensions, or that are one list of modules; "
+            f"{len(stacks)} such parameters and {len(lists)} such lists were found in the layer."
         )
     return stacks[0]
 

@@ -64,8 +64,9 @@ def _weights(model: LoadedModel) -> dict[str, Tensor]:
 def _names_of(weights: Mapping[str, Tensor], projection: Projection) -> set[str]:
     """The names of the weights that are a layer's W."""
     if isinstance(projection, ExpertLayer):
-        shared = projection.shared.parameters() if projection.shared is not None else ()
-        own = [projection.experts.down_proj, *shared]
+        shared = () if projection.shared is None else (projection.shared,)
+        of_modules = [each.weight for each in (*projection.downs, *shared)]
+        own = of_modules if projection.downs else [projection.experts.down_proj, *of_modules]
         return {name for name, each in weights.items() if any(each is weight for weight in own)}
     return {f"{projection.name}.weight"}
 
