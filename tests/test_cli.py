@@ -272,6 +272,11 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
         (["edit", "--layer", ""], 2, "not understood"),
         (["run", "--device", "cuda:one"], 2, "--device cuda:one is unknown"),
         (["edit", "--method", "romme"], 2, "did you mean rome?"),
+        (["extract", "--layers", "5-2"], 2, "the range 5-2 runs backwards"),
+        (["topk", "-k", "0"], 2, "'-k': '0' should be greater than or equal to 1."),
+        (["topk", "-k", "x"], 2, "'-k': 'x' should be a valid integer."),
+        (["run", "--ridge", "much"], 2, "'much' should be a valid number."),
+        (["topk", "--dir", "toy/cov.h5"], 2, "toy/cov.h5 is a file; name a folder."),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -332,6 +337,8 @@ def test_a_model_that_is_not_there_is_what_is_said_first(
         ["edit", "--method", "romme"],
         ["edit", "--edits", "x"],
         ["edit", "--held-out", "nosuch"],
+        ["edit", "--prompt", "{} is"],
+        ["edit", "--fact", "0", "--edits", "3"],
         ["trace", "tiny", "tiny", "--cov", "nosuch.h5"],
         ["facts", "check", "-m", "./nosuch"],
         ["corpus", "peek", "nosuch"],

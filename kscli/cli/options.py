@@ -38,6 +38,12 @@ def _check_layers(value: str | None) -> str | None:
     return value
 
 
+def _check_folder(value: Path) -> Path:
+    if value.exists() and not value.is_dir():
+        raise typer.BadParameter(f"{value} is a file; name a folder.")
+    return value
+
+
 def _check_device(value: str) -> str:
     require_device_name(value)
     return value
@@ -94,6 +100,7 @@ Dir = Annotated[
         metavar="DIR",
         envvar="KSCLI_DIR",
         help="The folder that holds the artifacts of all models.",
+        callback=_check_folder,
     ),
 ]
 Cov = Annotated[Path | None, _file("--cov", "The cov.h5 to read.", "DIR/MODEL/cov.h5")]

@@ -18,6 +18,8 @@ from kscli.records import format_of
 
 # What Typer says of words that no argument takes.
 _EXTRA = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
+# What Pydantic says of a text that is no number, after it has said so.
+_PARSING = re.compile(r", unable to parse string as an? \w+")
 DEFAULT_DIR = Path("artifacts")
 
 
@@ -84,11 +86,19 @@ def usage_mistake(error: Any) -> str:
     if extra:
         return _no_argument(extra[1], error)
     parameter = getattr(error, "param", None)
-    text = " ".join(error.format_message().split()).replace("Value error, ", "")
+    text = _named_value(" ".join(error.format_message().split()), error.__cause__)
     if text.startswith("Missing argument"):
         text = f"{text.rstrip('.')}: {error.ctx.command_path} {_arguments(error.ctx)}"
     end = "" if text.endswith("?") else "."
     return f"{text[:1].lower()}{text[1:].rstrip('.')}{_where(error, parameter)}{end}"
+
+
+def _named_value(text: str, cause: Any) -> str:
+    """What Pydantic says of a value, for Typer reads numbers through it, with the value in it."""
+    text = _PARSING.sub("", text.replace("Value error, ", ""))
+    if "Input should" in text and hasattr(cause, "errors"):
+        text = text.replace("Input should", f"{cause.errors()[0]['input']!r} should")
+    return text
 
 
 def _arguments(context: Any) -> str:

@@ -102,6 +102,8 @@ def run(
     chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
     session.require_model()
     chosen_facts = facts_for(model, facts, count, reporter, own_names)
+    if len(chosen_facts.facts) == 1:
+        reporter.warn("p is of pairs of facts, and this is one fact; take more (--count).")
     chosen_corpus = corpus_for(model, corpus, text_field, shuffle, reporter)
     if model == options.DEFAULT_MODEL:
         told.note(LESSON)
