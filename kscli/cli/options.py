@@ -18,18 +18,13 @@ DEFAULT_MODEL = "tiny"
 _LARGEST_SEED = 2**63 - 1  # what a file has room for
 
 
-def _model(help_: str, default: str | bool = True) -> Any:
-    return typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help=help_,
-        show_default=default,
-        autocompletion=complete_model,
-    )
-
-
 # Values that need no model to be wrong are refused before anything large is imported.
+
+
+def _check_model(value: str | list[str] | None) -> str | list[str] | None:
+    if value is not None and "" in ([value] if isinstance(value, str) else value):
+        raise typer.BadParameter("it is empty; name a model.")
+    return value
 
 
 def _check_layers(value: str | None) -> str | None:
@@ -59,6 +54,18 @@ def _check_seed(value: int) -> int:
     if 0 <= value <= _LARGEST_SEED:
         return value
     raise typer.BadParameter(f"{value} is not in the range from 0 to {_LARGEST_SEED}.")
+
+
+def _model(help_: str, default: str | bool = True) -> Any:
+    return typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help=help_,
+        show_default=default,
+        callback=_check_model,
+        autocompletion=complete_model,
+    )
 
 
 def _layer(help_: str, default: str | bool = True) -> Any:

@@ -48,7 +48,10 @@ def meant_model(model: str, directory: Path) -> str | None:
 
 
 def of_models(error: MissingError, models: Sequence[str], directory: Path) -> ArtifactError:
-    """The error that names the command with the user's own model, where the file is that one's."""
+    """The error that names the command with the user's own model, where the file is that one's.
+
+    Where a model's name stands for a file, it names that model's file.
+    """
     for model in models:
         places = Places(directory, model)
         if places.folder not in error.path.parents:
@@ -67,6 +70,9 @@ def of_models(error: MissingError, models: Sequence[str], directory: Path) -> Ar
             )
         remedy = f"{command_for(made_by, model, directory)} makes it"
         return ArtifactError(f"{error.path} does not exist; {remedy}{there}.")
+    of_model = Places(directory, str(error.path)).path(error.kind or "pmatrix")
+    if not error.path.suffix and of_model.exists():
+        return ArtifactError(f"there is no file {error.path}; did you mean {of_model}?")
     return error
 
 
