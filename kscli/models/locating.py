@@ -245,7 +245,7 @@ def _base_of(found: LocatedModel, options: ModelOptions, reporter: Reporter) -> 
     try:
         return locate_model(base, reporter)
     except ModelError as error:
-        raise ModelError(f"The adapter {adapter} is one of the model {name}. {error}") from error
+        raise ModelError(f"The adapter {adapter} is one of the model {name}: {error}") from error
 
 
 def _require_peft(model: str, *, can_have_adapter: bool) -> None:
