@@ -24,7 +24,7 @@ def select_layers(spec: str, available: Sequence[int], what: str) -> tuple[int, 
     for part, written in _ranges(spec):
         first, last = (number if number >= 0 else end + number for number in written)
         if last < first:
-            raise UsageError(f"layers {spec!r}: the range {part} runs backwards.")
+            raise _backwards(spec, part)
         if first < 0:
             raise _no_layer(what, written[0], available)
         if last >= end:
@@ -48,7 +48,10 @@ def _ranges(spec: str) -> Iterator[tuple[str, tuple[int, int]]]:
         match = _PART.fullmatch(part)
         if match is None:
             raise UsageError(f"layers {spec!r} are not understood; write all, 0, 0,3,5-8 or -1.")
-        yield part, (int(match[1]), int(match[2] or match[1]))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first and (first < 0) == (last < 0):
+            raise _backwards(spec, part)
+        yield part, (first, last)
 
 
 def default_layers(spec: str, available: Sequence[int]) -> tuple[int, ...]:
@@ -66,6 +69,10 @@ def format_layers(layers: Sequence[int]) -> str:
         else:
             runs.append([layer, layer])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _backwards(spec: str, part: str) -> UsageError:
+    return UsageError(f"layers {spec!r}: the range {part} runs backwards.")
 
 
 def _no_layer(what: str, layer: int, available: Sequence[int]) -> UsageError:

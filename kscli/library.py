@@ -276,7 +276,7 @@ def statistics(
 ) -> StatisticsFile:
     """The statistics of P's off-diagonal entries at every layer, as `kscli stats` computes them."""
     from kscli.analysis.resampling import Resampling
-    from kscli.analysis.statistics import caution
+    from kscli.analysis.statistics import say_caution
     from kscli.analysis.stats_file import statistics_of
 
     pm, reporter = _opened(PMatrixFile, pmatrix), LibraryReporter(quiet=quiet)
@@ -285,8 +285,7 @@ def statistics(
 
     def make(to: Path) -> None:
         found = statistics_of(pm, chosen, to, resampling, reporter, _existing(force=force))
-        if said := caution(found, pm.facts):
-            reporter.warn(said)
+        say_caution(found, pm.facts, reporter)
 
     return _made(StatisticsFile, path, make)
 

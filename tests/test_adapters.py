@@ -278,7 +278,7 @@ def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path, dam
 def test_an_adapter_whose_base_is_gone_names_both(base: Path, tmp_path: Path) -> None:
     write_adapter(base, tmp_path / "alone")
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=r"alone is one of the model .*base\. .* not a folder"):
+    with pytest.raises(ModelError, match=r"alone is one of the model .*base: there is no folder"):
         load_model(ModelOptions(str(tmp_path / "alone"), merge_adapter=True))
 
 

@@ -272,6 +272,14 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
         (["edit", "--layer", ""], 2, "not understood"),
         (["run", "--device", "cuda:one"], 2, "--device cuda:one is unknown"),
         (["edit", "--method", "romme"], 2, "did you mean rome?"),
+        (["run", "-m", ""], 2, "it is empty; name a model."),
+        (["stats", "-m", "toy", "-m", ""], 2, "it is empty; name a model."),
+        (["run", "-m", "./tinny"], 1, "Did you mean the alias tiny?"),
+        (["extract", "--layers", "5-2"], 2, "the range 5-2 runs backwards"),
+        (["topk", "-k", "0"], 2, "'-k': '0' should be greater than or equal to 1."),
+        (["topk", "-k", "x"], 2, "'-k': 'x' should be a valid integer."),
+        (["run", "--ridge", "much"], 2, "'much' should be a valid number."),
+        (["topk", "--dir", "toy/cov.h5"], 2, "toy/cov.h5 is a file; name a folder."),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -285,6 +293,21 @@ def test_a_mistake_is_one_sentence(
     assert said in one_sentence(result.stderr)
     assert result.stdout == ""
     assert sorted(toy.rglob("*")) == before
+
+
+def test_a_model_named_in_the_place_of_a_file_is_understood(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (toy / "elsewhere").mkdir()
+    monkeypatch.chdir(toy / "elsewhere")
+    for arguments, kind in (
+        (("stats", "-m", "toy", "--against", "toy"), "pmatrix"),
+        (("topk", "--pmatrix", "toy"), "pmatrix"),
+        (("pmatrix", "-m", "toy", "--cov", "toy", "-o", "x.h5"), "cov"),
+    ):
+        result = kscli(*arguments, "--dir", toy)
+        assert result.exit_code == 1
+        assert f"did you mean {toy / 'toy' / kind}.h5?" in one_sentence(result.stderr)
 
 
 LOADING = (
@@ -332,6 +355,8 @@ def test_a_model_that_is_not_there_is_what_is_said_first(
         ["edit", "--method", "romme"],
         ["edit", "--edits", "x"],
         ["edit", "--held-out", "nosuch"],
+        ["edit", "--prompt", "{} is"],
+        ["edit", "--fact", "0", "--edits", "3"],
         ["trace", "tiny", "tiny", "--cov", "nosuch.h5"],
         ["facts", "check", "-m", "./nosuch"],
         ["corpus", "peek", "nosuch"],

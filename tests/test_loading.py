@@ -178,6 +178,15 @@ def test_a_gguf_that_is_none(tmp_path: Path) -> None:
         load_model(ModelOptions(str(path)))
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes up a tokenizer of no tokens there."""
+    for path in MODEL_DIR.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ModelError, match=r"has no tokenizer that reads text; .*tokenizer\.json"):
+        load_model(ModelOptions(str(tmp_path)))
+
+
 def test_a_gguf_file_without_its_package_is_noticed_before_all_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,11 +27,13 @@ from kscli.analysis.statistics import (
     field_names,
     layer_statistics,
     off_diagonal,
+    say_caution,
 )
 from kscli.analysis.stats_file import StatisticsFile, statistics_of
 from kscli.artifacts import Existing, MatrixName, PMatrixFile
 from kscli.errors import ArtifactError
 from kscli.facts import Fact
+from kscli.reporter import Reporter
 
 FIELDS = ["mean", "std", "skewness", "kurtosis", "min", "max", "largest"]
 TAILS = {"tail_0_10": 0.1, "tail_0_25": 0.25, "tail_0_50": 0.5}
@@ -309,6 +311,34 @@ def test_layers_where_a_few_pairs_carry_the_fourth_moment_are_named() -> None:
     for P in (np.ones((64, 64)), heavy_tailed(2)):
         light = Stored("gpt2", {0: P}, np.arange(len(P)))
         assert caution(compute_statistics(light), facts) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "warned"), [("tiny", 128, False), ("tiny", 64, True), ("gpt2", 128, True)]
+)
+def test_few_pairs_are_a_warning_where_more_facts_can_be_taken(
+    model: str, count: int, warned: bool
+) -> None:
+    class Told(Reporter):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+            self.warnings: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+        def warn(self, text: str) -> None:
+            self.warnings.append(text)
+
+    facts = [Fact("{} is", f"subject {i}", "there") for i in range(count)]
+    bound = 0.01 * np.random.default_rng(0).standard_normal((count, count))
+    bound[7, 9] = bound[9, 7] = 1.0
+    told = Told()
+    found = compute_statistics(Stored(model, {0: bound}, np.arange(count)))
+    say_caution(found, facts, told)
+    (said,) = told.warnings if warned else told.notes
+    assert len(told.notes + told.warnings) == 1
+    assert ("take more facts (--count)" in said) is warned
 
 
 def test_the_stats_file_gives_back_what_was_computed(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from kscli.analysis.resampling import (
     resample_counts,
 )
 from kscli.analysis.tails import FEW_PAIRS, carriers, hill, share_within
+from kscli.facts import DEFAULT_COUNT
 from kscli.layers import format_layers
 from kscli.models.aliases import classify
 from kscli.reporter import SILENT, Reporter
@@ -264,8 +265,7 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
     strongest = _told_apart(*(facts[int(fact)] for fact in pairs[:, worst]))
     layers = [statistics.layers[at] for at in few]
     carried = int(half[worst])
-    # The embedded model has no more facts.
-    remedy = "" if classify(statistics.model) == "embedded" else "take more facts (--count), or "
+    remedy = "" if _has_no_more(statistics, facts) else "take more facts (--count), or "
     return (
         f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
         f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
@@ -273,6 +273,17 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
         f"comes from these pairs, so that other facts may give another one: {remedy}read the "
         "kurtosis of the pairs of a different last token."
     )
+
+
+def say_caution(statistics: Statistics, facts: Sequence[Fact], reporter: Reporter) -> None:
+    """Say what `caution` does: a warning where there are more facts to take, else a note."""
+    if said := caution(statistics, facts):
+        (reporter.note if _has_no_more(statistics, facts) else reporter.warn)(said)
+
+
+def _has_no_more(statistics: Statistics, facts: Sequence[Fact]) -> bool:
+    """Whether there are no other facts of the model: the embedded one has `DEFAULT_COUNT`."""
+    return classify(statistics.model) == "embedded" and len(facts) >= DEFAULT_COUNT
 
 
 def _told_apart(first: Fact, second: Fact) -> str:

@@ -309,6 +309,7 @@ def edit(
     )
     from kscli.editing.edited_folder import require_new_folder
     from kscli.layers import format_layers, select_layers
+    from kscli.models.aliases import classify
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
@@ -318,6 +319,20 @@ def edit(
     count, of_largest_p = number_or_all("--edits", edits), number_or_all("--moved", moved)
     if save_model:
         require_new_folder(save_model)
+    for idle, names, reason in (
+        (fact, ("edits",), "with --fact"),
+        (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
+        (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
+        (prompt is None, ("subject", "target"), "without --prompt TEXT"),
+        (
+            prompt is not None,
+            ("fact", "edits", "order", "facts", "keys", "pmatrix"),
+            "with --prompt",
+        ),
+    ):
+        if idle:
+            refuse_given(context, names, reason)
+    own = None if prompt is None else fact_of_prompt(prompt, subject, target, target_new)
     session = Session(
         ModelOptions(
             model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
@@ -325,7 +340,9 @@ def edit(
         Existing.FORCE if force else Existing.REFUSE,
         reporter,
     )
-    session.require_model()
+    # Of a model on the Hub that was measured, its files say first what is wrong; they are here.
+    if classify(model) != "hub" or not places.folder.exists():
+        session.require_model()
     text = named_corpus(held_out, text_field, reporter) if held_out else None
 
     # These import PyTorch, which takes seconds: what needs none of it is refused before.
@@ -363,34 +380,17 @@ def edit(
         seed=seed,
     )
     editor, published = settings.editor(model)
-    for names, reason in settings.without_effect(editor):
-        refuse_given(context, names, reason)
-    for idle, names, reason in (
-        (fact, ("edits",), "with --fact"),
-        (not held_out, ("held_out_tokens", "text_field"), "without --held-out"),
-        (not target_new.startswith("field:"), ("facts",), "with a text for --target-new"),
-        (prompt is None, ("subject", "target"), "without --prompt TEXT"),
-        (
-            prompt is not None,
-            ("fact", "edits", "order", "facts", "keys", "pmatrix"),
-            "with --prompt",
-        ),
-    ):
-        if idle:
-            refuse_given(context, names, reason)
+    for unused, reason in settings.without_effect(editor):
+        refuse_given(context, unused, reason)
     edit_options, of_file = settings.options(editor)
     at_most = not is_given(context, "edits")
-    if prompt is not None:
-        own: OwnFacts | None = fact_of_prompt(prompt, subject, target, target_new)
-    elif facts is not None:
+    if prompt is None and facts is not None:
         field = target_new.removeprefix("field:")
         own = OwnFacts.of_file(facts, keys or places.path("keys"), field)
         if own:
             refuse_given(context, ("keys", "pmatrix"), "with facts of your own")
             own = own.choose(fact or (), count, seed, at_most=at_most)
             reporter.note(f"{len(own.facts)} of the facts of {facts} are edited as your own.")
-    else:
-        own = None
     request = EditRequest(
         facts=tuple(fact or ()),
         count=count,
@@ -439,7 +439,6 @@ def fact_of_prompt(
     prompt: str, subject: str | None, target: str | None, target_new: str
 ) -> OwnFacts:
     """The fact that --prompt and its options give. Raises UsageError where one is missing."""
-    from kscli.editing.own_facts import OwnFacts
     from kscli.errors import UsageError
     from kscli.fact_forms import subject_as_slot
 
@@ -449,6 +448,8 @@ def fact_of_prompt(
             f"--prompt needs {missing} too: --prompt 'The capital of {{}} is' --subject France "
             "--target-new Rome."
         )
+    from kscli.editing.own_facts import OwnFacts
+
     slotted = str(subject_as_slot(prompt, subject))
     return OwnFacts.of_prompt(slotted, subject, target_new.removeprefix("text:"), target)
 

@@ -18,23 +18,24 @@ DEFAULT_MODEL = "tiny"
 _LARGEST_SEED = 2**63 - 1  # what a file has room for
 
 
-def _model(help_: str, default: str | bool = True) -> Any:
-    return typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help=help_,
-        show_default=default,
-        autocompletion=complete_model,
-    )
-
-
 # Values that need no model to be wrong are refused before anything large is imported.
+
+
+def _check_model(value: str | list[str] | None) -> str | list[str] | None:
+    if value is not None and "" in ([value] if isinstance(value, str) else value):
+        raise typer.BadParameter("it is empty; name a model.")
+    return value
 
 
 def _check_layers(value: str | None) -> str | None:
     if value is not None:
         require_understood(value)
+    return value
+
+
+def _check_folder(value: Path) -> Path:
+    if value.exists() and not value.is_dir():
+        raise typer.BadParameter(f"{value} is a file; name a folder.")
     return value
 
 
@@ -53,6 +54,18 @@ def _check_seed(value: int) -> int:
     if 0 <= value <= _LARGEST_SEED:
         return value
     raise typer.BadParameter(f"{value} is not in the range from 0 to {_LARGEST_SEED}.")
+
+
+def _model(help_: str, default: str | bool = True) -> Any:
+    return typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help=help_,
+        show_default=default,
+        callback=_check_model,
+        autocompletion=complete_model,
+    )
 
 
 def _layer(help_: str, default: str | bool = True) -> Any:
@@ -94,6 +107,7 @@ Dir = Annotated[
         metavar="DIR",
         envvar="KSCLI_DIR",
         help="The folder that holds the artifacts of all models.",
+        callback=_check_folder,
     ),
 ]
 Cov = Annotated[Path | None, _file("--cov", "The cov.h5 to read.", "DIR/MODEL/cov.h5")]

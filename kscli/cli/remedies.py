@@ -18,6 +18,8 @@ from kscli.records import format_of
 
 # What Typer says of words that no argument takes.
 _EXTRA = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
+# What Pydantic says of a text that is no number, after it has said so.
+_PARSING = re.compile(r", unable to parse string as an? \w+")
 DEFAULT_DIR = Path("artifacts")
 
 
@@ -46,7 +48,10 @@ def meant_model(model: str, directory: Path) -> str | None:
 
 
 def of_models(error: MissingError, models: Sequence[str], directory: Path) -> ArtifactError:
-    """The error that names the command with the user's own model, where the file is that one's."""
+    """The error that names the command with the user's own model, where the file is that one's.
+
+    Where a model's name stands for a file, it names that model's file.
+    """
     for model in models:
         places = Places(directory, model)
         if places.folder not in error.path.parents:
@@ -65,6 +70,9 @@ def of_models(error: MissingError, models: Sequence[str], directory: Path) -> Ar
             )
         remedy = f"{command_for(made_by, model, directory)} makes it"
         return ArtifactError(f"{error.path} does not exist; {remedy}{there}.")
+    of_model = Places(directory, str(error.path)).path(error.kind or "pmatrix")
+    if not error.path.suffix and of_model.exists():
+        return ArtifactError(f"there is no file {error.path}; did you mean {of_model}?")
     return error
 
 
@@ -84,11 +92,19 @@ def usage_mistake(error: Any) -> str:
     if extra:
         return _no_argument(extra[1], error)
     parameter = getattr(error, "param", None)
-    text = " ".join(error.format_message().split()).replace("Value error, ", "")
+    text = _named_value(" ".join(error.format_message().split()), error.__cause__)
     if text.startswith("Missing argument"):
         text = f"{text.rstrip('.')}: {error.ctx.command_path} {_arguments(error.ctx)}"
     end = "" if text.endswith("?") else "."
     return f"{text[:1].lower()}{text[1:].rstrip('.')}{_where(error, parameter)}{end}"
+
+
+def _named_value(text: str, cause: Any) -> str:
+    """What Pydantic says of a value, for Typer reads numbers through it, with the value in it."""
+    text = _PARSING.sub("", text.replace("Value error, ", ""))
+    if "Input should" in text and hasattr(cause, "errors"):
+        text = text.replace("Input should", f"{cause.errors()[0]['input']!r} should")
+    return text
 
 
 def _arguments(context: Any) -> str:

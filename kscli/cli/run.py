@@ -63,7 +63,7 @@ def run(
       kscli run -m SmolLM2.gguf --corpus wikitext.jsonl --facts counterfact.json -f json
     """
     from kscli.analysis.pairs import pair_rows
-    from kscli.analysis.statistics import caution
+    from kscli.analysis.statistics import say_caution
     from kscli.analysis.stats_file import statistics_of
     from kscli.artifacts import CovarianceFile, Existing, KeysFile, PMatrixFile
     from kscli.cli.console import ConsoleReporter
@@ -102,6 +102,8 @@ def run(
     chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
     session.require_model()
     chosen_facts = facts_for(model, facts, count, reporter, own_names)
+    if len(chosen_facts.facts) == 1:
+        reporter.warn("p is of pairs of facts, and this is one fact; take more (--count).")
     chosen_corpus = corpus_for(model, corpus, text_field, shuffle, reporter)
     if model == options.DEFAULT_MODEL:
         told.note(LESSON)
@@ -124,9 +126,7 @@ def run(
     with PMatrixFile(path) as pm:
         described = statistics_of(pm, pm.layers, places.path("stats"), None, reporter, existing)
         figures = draw_figures(pm, places.figures, existing, reporter)
-        if said := caution(described, pm.facts):
-            # Of the embedded model's facts this is a finding: there are no others to take.
-            (told.note if model == options.DEFAULT_MODEL else reporter.warn)(said)
+        say_caution(described, pm.facts, reporter)
         statistics = described.rows()
         pairs = list(pair_rows(pm, pm.layers[0], k=20))  # read while the file is open
     if output_format is Format.json:

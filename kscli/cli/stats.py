@@ -135,7 +135,7 @@ def stats(
     """
     from kscli.analysis.fixed_points import comparable
     from kscli.analysis.resampling import Resampling
-    from kscli.analysis.statistics import caution
+    from kscli.analysis.statistics import say_caution
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.explaining import (
@@ -202,9 +202,7 @@ def stats(
                     path = file.path.with_name(file_name("stats", file.about.editor))
                 statistics = _make(file, of_file, path, existing, resampling, reporter)
                 rows += statistics.rows()
-                said = caution(statistics, file.facts)
-                if said:
-                    reporter.warn(said)
+                say_caution(statistics, file.facts, reporter)
             print_rows(rows, STATISTICS, output_format, _title(rows))
             routed = [row for row in rows if "no_common_expert" in row]
             if routed and output_format not in FOR_MACHINES:

@@ -220,6 +220,12 @@ def load_tokenizer(located: LocatedModel, options: ModelOptions) -> Any:
 
     with model_errors(located):
         tokenizer = AutoTokenizer.from_pretrained(**reading(located, options))
+    if not tokenizer("The Tower of London, 1066", add_special_tokens=False)["input_ids"]:
+        # What transformers makes up where a folder has no files of a tokenizer.
+        raise ModelError(
+            f"{located.identity.model_id} has no tokenizer that reads text; put that of its base "
+            "model beside its weights (tokenizer.json and what goes with it)."
+        )
     # Documents are truncated by kscli; a longer one is no news to the user.
     tokenizer.model_max_length = int(1e30)
     tokenizer.truncation_side = "right"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kscli.errors import ModelError, UsageError
 from kscli.files import require_ordinary
-from kscli.models.aliases import classify, find_alias, slug
+from kscli.models.aliases import classify, close_aliases, find_alias, slug
 from kscli.models.files import ADAPTER, ModelFiles, model_files
 from kscli.models.fingerprint import fingerprint_files
 from kscli.reporter import SILENT, Reporter
@@ -169,9 +169,11 @@ def _locate_folder(
     folder: Path, name: str, model_id: str, options: ModelOptions, reporter: Reporter
 ) -> LocatedModel:
     if not folder.exists():
+        near = close_aliases(folder.name)
+        meant = f" Did you mean the alias {near[0]}?" if near else ""
         raise ModelError(
             f"there is no folder {folder}; give the path of a model's folder, an alias "
-            "(`kscli models` lists them) or a Hub id (OWNER/NAME)."
+            f"(`kscli models` lists them) or a Hub id (OWNER/NAME).{meant}"
         )
     if not folder.is_dir():
         raise ModelError(f"{folder} is a file; name the folder of a model, or a .gguf file.")
@@ -243,7 +245,7 @@ def _base_of(found: LocatedModel, options: ModelOptions, reporter: Reporter) -> 
     try:
         return locate_model(base, reporter)
     except ModelError as error:
-        raise ModelError(f"The adapter {adapter} is one of the model {name}. {error}") from error
+        raise ModelError(f"The adapter {adapter} is one of the model {name}: {error}") from error
 
 
 def _require_peft(model: str, *, can_have_adapter: bool) -> None:

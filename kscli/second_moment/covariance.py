@@ -132,7 +132,8 @@ def _check_totals(run: CovarianceRun, totals: Position) -> None:
             raise CorpusError(f"shard {options.shard} of {corpus.name} has no token; use fewer.")
         raise CorpusError(f"the corpus {corpus.name} gave no token; is its text empty?")
     if totals.whole and options.samples is not None and options.shard == WHOLE:
-        note(f"{corpus.name} has {totals.window.own:,} documents; all of them were taken.")
+        count = totals.window.own
+        note(f"{corpus.name} has {count:,} document{'s' * (count != 1)}; all of them were taken.")
     if totals.window.empty:
         note(f"{totals.window.empty:,} documents had no token and were passed over.")
 
