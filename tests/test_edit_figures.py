@@ -27,7 +27,7 @@ from kscli.editing.edits_file import EditsFile
 from kscli.editing.verification import measure_outcomes
 from kscli.errors import UsageError
 from kscli.facts import Fact
-from kscli.figures import KINDS, Source
+from kscli.figures import KINDS, FigureOptions, Look, Source
 from kscli.figures.edit_runs import run_names
 from kscli.figures.risk import panel_of, spread
 from kscli.figures.saving import render
@@ -428,3 +428,17 @@ def test_plot_refuses_what_a_kind_is_not_drawn_from(tmp_path: Path) -> None:
     wrong = kscli("plot", "forgetting", "--edits", folder / "pmatrix.h5")
     assert wrong.exit_code == 1
     assert "a run of edits" in one_sentence(wrong.stderr)
+
+
+@pytest.mark.parametrize("size", [(10.0, 4.0), (10.0, 0.0), (6.5, 3.0), (3.3, 2.5)])
+def test_a_map_of_risk_has_its_size_and_stays_below_its_title(size: tuple[float, float]) -> None:
+    width, height = size
+    fig = KINDS["risk"].draw(
+        [Source(Stored(blocks(30)[0]), (0,))], FigureOptions(look=Look(width=width, height=height))
+    )
+    assert fig.get_figwidth() == width
+    assert height in (0, fig.get_figheight())
+    assert_on_the_page(fig)
+    fig.draw_without_rendering()
+    heading = next(text for text in fig.texts if "would move" in text.get_text())
+    assert fig.axes[0].get_window_extent().y1 <= heading.get_window_extent().y0

@@ -70,6 +70,15 @@ def test_title_height_and_resolution(kind: str) -> None:
         KINDS[kind].draw([source(layers=2)], looking(width=6.0, height=0.5))
 
 
+@pytest.mark.parametrize(("dpi", "framed"), [(0, True), (300, True), (60, True), (40, False)])
+def test_frames_are_drawn_where_a_cell_has_a_dot(dpi: int, framed: bool) -> None:
+    asked = FigureOptions(mark_same_token=True, look=Look(width=3.3, dpi=dpi))
+    fig = KINDS["heatmap"].draw([source(m=100)], asked)  # a panel of 2.08 inches
+    assert bool(fig.axes[0].collections) == framed
+    assert ("too many for frames" in texts(fig)) != framed
+    assert_on_the_page(fig)
+
+
 def test_a_heatmap_of_many_facts_has_a_dot_for_each() -> None:
     fig = KINDS["heatmap"].draw([source(m=900)])
     with Image.open(io.BytesIO(render(fig, "png"))) as image:

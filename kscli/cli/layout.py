@@ -90,18 +90,20 @@ def fit(
     """
     natural = [max(map(_width, of_column)) for of_column in zip(*cells, strict=True)]
     intervals = frozenset(at for at, column in enumerate(columns) if column.interval)
+    plain = [at for at, column in enumerate(columns) if not column.wide]
     if room is None:
-        plain = tuple(at for at, column in enumerate(columns) if not column.wide)
-        return Layout(intervals, plain, tuple(natural[at] for at in plain), 2)
+        return Layout(intervals, tuple(plain), tuple(natural[at] for at in plain), 2)
     of_columns = list(zip(columns, zip(*cells, strict=True), natural, strict=True))
     least = [_least(column, of_column) for column, of_column, _ in of_columns]
     easy = [
         max(_least(column, of_column), _easy(column, of_column, own))
         for column, of_column, own in of_columns
     ]
-    start, kept = easy, _kept(columns, easy, room)
+    start, kept = easy, _kept(columns, plain, easy, room)
     if _total(easy, kept, 1) > room:
-        start, kept = least, _kept(columns, least, room)
+        # A number is as easy to read above its interval; further texts would narrow all texts.
+        plain = [at for at in plain if columns[at].right or not columns[at].spare]
+        start, kept = least, _kept(columns, plain, least, room)
     for at in range(len(columns)):
         more = sorted([*kept, at])
         if at not in kept and columns[at].wide and _total(natural, more, 2) <= room:
@@ -114,9 +116,11 @@ def fit(
     return Layout(intervals, tuple(kept), tuple(widths), gap)
 
 
-def _kept(columns: Sequence[Column], widths: Sequence[int], room: int) -> list[int]:
-    """The columns that are left when as many spare ones went as the room asks for."""
-    kept = [at for at, column in enumerate(columns) if not column.wide]
+def _kept(
+    columns: Sequence[Column], plain: Sequence[int], widths: Sequence[int], room: int
+) -> list[int]:
+    """Those of `plain` that are left when as many spare ones went as the room asks for."""
+    kept = list(plain)
     while _total(widths, kept, 1) > room:
         spare = [at for at in kept if columns[at].spare]
         if not spare:

@@ -102,11 +102,11 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     bar.set_label("$p(k_i, k_j)$")
     what = "Superposition matrix P"
     if options.mark_same_token:
-        framed = any(_cell(panel, grid) >= _LEAST_FRAMED for panel in panels)
+        framed = any(_cell(panel, grid) >= grid.least_framed for panel in panels)
         what = (
             "P; green frames: pairs with the same last token"
             if framed
-            else "P; its facts are too many for frames around pairs with the same last token"
+            else "P; its facts are too many for frames"
         )
     shared = named.shared
     if options.grid and named.own[0]:
@@ -131,7 +131,8 @@ def _panel(source: Source, layer: int, options: FigureOptions) -> _Panel:
 class _Grid:
     """Panels in rows and columns; with `own_labels` where they differ in the number of facts.
 
-    `short`: the last row has fewer panels, so that some of the row above have labels.
+    `short`: the last row has fewer panels, so that some of the row above have labels. Cells of
+    fewer points than `least_framed` have no room for frames.
     """
 
     rows: int
@@ -139,6 +140,7 @@ class _Grid:
     width: float
     own_labels: bool
     short: bool
+    least_framed: float
 
     @property
     def side(self) -> float:
@@ -181,7 +183,15 @@ def _grid(panels: Sequence[_Panel], sources: Sequence[Source], options: FigureOp
     )
     own_labels = len({panel.m for panel in panels}) > 1
     rows, over = math.ceil(len(panels) / columns), len(panels) % columns
-    return _Grid(rows, columns, width, own_labels, short=rows > 1 and over > 0)
+    dot = 72 / options.look.dpi if options.look.dpi else 0.0
+    return _Grid(
+        rows,
+        columns,
+        width,
+        own_labels,
+        short=rows > 1 and over > 0,
+        least_framed=max(_LEAST_FRAMED, dot),
+    )
 
 
 def _dpi(m: int, side: float) -> int:
@@ -202,7 +212,7 @@ def _draw_panel(ax: Axes, panel: _Panel, head: list[str], grid: _Grid) -> None:
     ax.imshow(
         panel.P, cmap=_colours(), norm=Normalize(-1 - ROUNDING, 1 + ROUNDING), interpolation="none"
     )
-    if panel.marked is not None and _cell(panel, grid) >= _LEAST_FRAMED:
+    if panel.marked is not None and _cell(panel, grid) >= grid.least_framed:
         _frame(ax, panel.marked, _cell(panel, grid))
     extremes = _extremes(panel)
     if grid.side > 2 and not head:

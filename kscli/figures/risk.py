@@ -34,7 +34,7 @@ from kscli.figures.style import (
 # label; what stands above the panels and below them, between rows.
 _MARGIN, _NAME, _LEADER, _BAR = 0.06, 1.25, 0.22, 0.62
 _HEADING, _BELOW, _GAP = 0.55, 0.22, 0.12
-_SIDE = 4.0
+_SIDE, _LEAST_SIDE = 4.0, 1.0
 _SHORT_NAME = 0.85  # that names of facts may take in a narrow figure
 _LINE = 1.25 * SMALL / 72  # inches that a name takes down the side
 _MOST = 24  # facts that are named where not all can be
@@ -72,13 +72,18 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
     side = min(_SIDE, (page - _BAR) / columns - beside - 0.1)
     named = names([panel.names for panel in panels])
     head = (TEXT * 1.2 + 3) / 72 if named.own[0] else 0.0
+    if options.look.height:
+        room_below = (options.look.height - _HEADING - _BELOW + _GAP) / rows - head - _GAP
+        side = min(side, max(room_below, _LEAST_SIDE))
     height = rows * (side + head + _GAP) - _GAP + _HEADING + _BELOW
-    width = columns * (beside + side + 0.1) + _BAR
+    filled = columns * (beside + side + 0.1) + _BAR
+    width = max(options.look.width, filled)
+    edge = (width - filled) / 2
     # Set by hand: the names beside the panels would take part in any automatic layout.
     fig = new_figure(width, height, layout="none")
     for at, (panel, own) in enumerate(zip(panels, named.own, strict=True)):
         row, column = divmod(at, columns)
-        left = column * (beside + side + 0.1) + beside
+        left = edge + column * (beside + side + 0.1) + beside
         bottom = height - _HEADING - (row + 1) * (head + side) - row * _GAP
         ax = fig.add_axes((left / width, bottom / height, side / width, side / height))
         _draw_panel(ax, panel, side, room)
@@ -86,7 +91,7 @@ def draw(sources: Sequence[Source], options: FigureOptions) -> Figure:
             ax.set_title(fitted(own, side, TEXT), pad=3, parse_math=False)
     length = height - _HEADING - _BELOW - head
     bar = fig.add_axes(
-        ((width - _BAR + 0.05) / width, _BELOW / height, 0.09 / width, length / height)
+        ((width - edge - _BAR + 0.05) / width, _BELOW / height, 0.09 / width, length / height)
     )
     beyond = any(panel.size.max() > 1 + ROUNDING for panel in panels)
     fig.colorbar(
