@@ -535,7 +535,9 @@ def test_alphaedit_writes_in_the_null_space_that_was_asked_for(
 def test_bad_requests(
     measured_tiny: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
 ) -> None:
-    how = ("--method", "alphaedit", "--layer", 1, "--edits", 1, "-o", tmp_path / "a.h5")
+    how = ("--layer", 1, "--edits", 1, "-o", tmp_path / "a.h5")
+    if "--method" not in arguments:
+        how = ("--method", "alphaedit", *how)
     found = kscli("edit", "--dir", measured_tiny.parent, *how, *arguments)
     assert found.exit_code == code, found.stderr
     assert sentence in one_sentence(found.stderr)
