@@ -258,7 +258,8 @@ NESTED = [{"text": {"en": "a", "de": "A"}}, {"text": {"en": None, "de": "B"}}, {
 
 def write_nested(folder: Path, kind: str) -> Path:
     path = folder / f"a{kind}"
-    table = pa.Table.from_pylist(NESTED)
+    fields = pa.struct([("en", pa.string()), ("de", pa.string())])
+    table = pa.Table.from_pylist(NESTED, schema=pa.schema([("text", fields)]))
     if kind == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in NESTED))
     elif kind == ".json":

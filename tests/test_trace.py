@@ -161,11 +161,6 @@ def test_models_that_are_no_pair(measured_tiny: Path, tmp_path: Path) -> None:
 
     tokenizer = json.loads((MODEL_DIR / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    first, second = list(vocabulary)[-2:]
-    for token in vocabulary:
-        vocabulary[token] = {first: vocabulary[second], second: vocabulary[first]}.get(
-            token, vocabulary[token]
-        )
     shutil.copytree(MODEL_DIR, tmp_path / "tokens")
     swapped = {"Ġis": vocabulary["Ġis"], "Ġof": vocabulary["Ġof"]}
     vocabulary["Ġis"], vocabulary["Ġof"] = swapped["Ġof"], swapped["Ġis"]

@@ -307,7 +307,7 @@ def _write_statistics(
 ) -> None:
     arrays = _statistics(cov, layer, note)
     with replace_file(path, force=force) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def _folder_of_model(stats_dir: Path, model: str) -> Path:
