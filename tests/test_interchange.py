@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +208,14 @@ def test_export_replaces_nothing_without_force(tmp_path: Path) -> None:
 
 def test_mistakes_of_export_are_one_sentence(tmp_path: Path) -> None:
     cov = write_cov(tmp_path / "cov.h5")
-    for arguments, code, said in [
-        (("--layers", "9"), 2, "no layer 9; it has 0-2"),
-        (("--as", "a/", "--for", "easyedit"), 2, "--as"),
-        (("--cov", tmp_path / "absent.h5"), 1, "does not exist"),
-        (("-o", "/proc/nope"), 1, "was not written"),
+    right = {"--cov": cov, "--for": "rome", "-o": tmp_path / "s"}
+    for wrong, code, said in [
+        ({"--layers": "9"}, 2, "no layer 9; it has 0-2"),
+        ({"--as": "a/", "--for": "easyedit"}, 2, "--as"),
+        ({"--cov": tmp_path / "absent.h5"}, 1, "does not exist"),
+        ({"-o": "/proc/nope"}, 1, "was not written"),
     ]:
-        result = kscli(
-            "export-cov", "--cov", cov, "--for", "rome", "-o", tmp_path / "s", *arguments
-        )
+        result = kscli("export-cov", *chain(*(right | wrong).items()))
         assert result.exit_code == code, result.stderr
         assert said in one_sentence(result.stderr)
         assert not (tmp_path / "s").exists()

@@ -22,7 +22,7 @@ from kscli.editing.edited_folder import (
     first_model,
     require_new_folder,
 )
-from kscli.editing.saving import save_edited_model
+from kscli.editing.saving import QUANTISATION_NOTES, save_edited_model
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, UsageError
 from kscli.facts import read_facts
@@ -136,12 +136,12 @@ def test_model_read_from_gguf(tmp_path: Path) -> None:
     write_gguf(tmp_path / "small.gguf")
     model = edited(str(tmp_path / "small.gguf"))
     network: Any = model.decoder.model
-    before = network.hf_quantizer, network.is_quantized, network.quantization_method
-    note = network.config.quantization_config
+    before = {name: getattr(network, name, None) for name in QUANTISATION_NOTES}
+    note = getattr(network.config, "quantization_config", None)
     save_edited_model(model, tmp_path / "saved", LOG, [])
     check_saved(model, tmp_path / "saved", length=128)
-    assert (network.hf_quantizer, network.is_quantized, network.quantization_method) == before
-    assert network.config.quantization_config is note
+    assert {name: getattr(network, name, None) for name in QUANTISATION_NOTES} == before
+    assert getattr(network.config, "quantization_config", None) is note
 
 
 def test_saved_model_says_its_base_and_facts(tmp_path: Path) -> None:

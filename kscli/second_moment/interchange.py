@@ -305,7 +305,7 @@ def _is_written(path: Path, cov: CovarianceFile, layer: int, note: str | None) -
 def _write_statistics(
     path: Path, cov: CovarianceFile, layer: int, note: str | None, force: bool
 ) -> None:
-    arrays = _statistics(cov, layer, note)
+    arrays: dict[str, Any] = {**_statistics(cov, layer, note)}
     with replace_file(path, force=force) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
