@@ -70,7 +70,7 @@ class MissingError(ArtifactError):
 
     def __init__(self, path: Path, kind: str = "") -> None:
         made_by = MADE_BY.get(kind)
-        remedy = f"; `kscli {made_by} --model MODEL` makes it" if made_by else ""
+        remedy = f"; `kscli {made_by} --model MODEL` makes such a file" if made_by else ""
         super().__init__(f"{path} does not exist{remedy}.")
         self.path = path
         self.kind = kind

@@ -119,7 +119,7 @@ def extract_keys(
     texts = _contexts_of(model, contexts, reporter)
     if texts:
         in_contexts = [[in_context(text, fact) for text in texts] for fact in facts.facts]
-        means = _mean_keys(model, in_contexts, token, chosen, "keys in contexts", reporter)
+        means = _mean_keys(model, in_contexts, token, chosen, "keys behind other texts", reporter)
         _require_finite(means, chosen, facts)
         found |= {KEY_NAMES["context"][name]: values for name, values in means.items()}
     paraphrased = [paraphrases_of(fact) for fact in facts.facts]

@@ -75,6 +75,12 @@ def cell(column: Column, row: Row, undefined: str = "-") -> str:
     return text
 
 
+def has_intervals(columns: Sequence[Column], rows: Sequence[Row]) -> bool:
+    """Whether a cell of these columns has an interval."""
+    lows = (row.get(f"{column.key}_low") for column in columns if column.interval for row in rows)
+    return any(low is not None and low == low for low in lows)
+
+
 def shown(columns: Sequence[Column], rows: Sequence[Row], *, wide: bool = False) -> list[Column]:
     """The columns that are shown of these rows; `wide` ones where there is room for them."""
     return [
@@ -142,7 +148,7 @@ STATISTICS = (
     Column(
         "mean",
         spec=".3f",
-        meaning="Of p over all pairs of facts. In brackets: 95 % intervals from resampled facts.",
+        meaning="Of p over all pairs of facts.",
         interval=True,
     ),
     Column("std", spec=".3f", meaning="The standard deviation of p.", spare=3),
@@ -471,6 +477,11 @@ EDITS = (
     Column("delta_norm", "|δ|", ".2f", "The length of what the edit adds to the fact's value."),
     Column("prob_new_before", "P(new) before", ".3f", "The probability of the new target."),
     Column("prob_new_after", "after", ".3f", "P(new) after the edit."),
+    Column(
+        "took",
+        meaning="Whether the new target's first token is the model's first choice after the edit.",
+        value=lambda row: "yes" if row["took"] else "no",
+    ),
     Column("prob_new_end", "at the end", ".3f", "P(new) after the last edit.", wide=True),
     Column(
         "moved",
@@ -531,8 +542,21 @@ OUTCOMES = (
         "The share of edits right after which the new target's first token is the first choice.",
     ),
     Column("retention", "at the end", ".0%", "The same share after the last edit."),
-    Column("kept", "known facts kept", ".0%", value=_kept),
-    Column("kept_protected", "protected", ".0%", value=_kept_protected, optional=True),
+    Column(
+        "kept",
+        "known facts kept",
+        ".0%",
+        "Of the facts that the model knew and that were not edited, those with the same answer.",
+        value=_kept,
+    ),
+    Column(
+        "kept_protected",
+        "protected",
+        ".0%",
+        "The same of the facts of --protect.",
+        value=_kept_protected,
+        optional=True,
+    ),
     Column(
         "kept_paraphrased",
         "paraphrased",
@@ -549,7 +573,14 @@ OUTCOMES = (
         optional=True,
         spare=3,
     ),
-    Column("perplexity_after", "perplexity", ".4g", value=_perplexity, spare=1),
+    Column(
+        "perplexity_after",
+        "perplexity",
+        ".4g",
+        "Of the text of --held-out, before and after.",
+        value=_perplexity,
+        spare=1,
+    ),
     Column(
         "kl",
         "KL",
@@ -558,8 +589,21 @@ OUTCOMES = (
         optional=True,
         spare=2,
     ),
-    Column("text_change", "all text", ".1%", "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ).", spare=1),
-    Column("weight_change", "|W_n - W_0|", ".3g", spare=2),
+    Column(
+        "text_change",
+        "all text",
+        ".1%",
+        "What the edits add to the values of all text, by these values, in the mean square: "
+        "tr(ΔW C ΔWᵀ) by tr(W C Wᵀ).",
+        spare=1,
+    ),
+    Column(
+        "weight_change",
+        "|W_n - W_0|",
+        ".3g",
+        "The length (Frobenius norm) of all that the n edits add to W.",
+        spare=2,
+    ),
 )
 SCORED = (
     *(Column(name, spec=".1%", interval=True) for name in ("S", "ES", "PS", "NS")),
@@ -595,13 +639,39 @@ def score_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 THEORY = (
-    Column("linear_error", "error", ".0e"),
+    Column("linear_error", "error", ".0e", "Of the worst predicted shift, by the largest."),
     Column("live_error", "live", ".0e", "The error in the live model."),
-    Column("exponent_original", "exponent, original facts", ".2f", interval=True),
-    Column("walk_original", "of a random walk", ".2f", interval=True, spare=1),
-    Column("exponent_edited", "edited facts", ".2f", interval=True),
+    Column(
+        "exponent_original",
+        "exponent, original facts",
+        ".2f",
+        "The mean shift of facts that are not edited grows as the number of edits to this power; "
+        "1 is linear.",
+        interval=True,
+    ),
+    Column(
+        "walk_original",
+        "of a random walk",
+        ".2f",
+        "The exponent of a random walk with the same p.",
+        interval=True,
+        spare=1,
+    ),
+    Column(
+        "exponent_edited",
+        "edited facts",
+        ".2f",
+        "The exponent of facts that were edited before.",
+        interval=True,
+    ),
     Column("walk_edited", "of a random walk", ".2f", interval=True, spare=1),
-    Column("by_age", "edit number and shift", ".2f", interval=True),
+    Column(
+        "by_age",
+        "edit number and shift",
+        ".2f",
+        "Their rank correlation: below 0, facts that were edited early moved further.",
+        interval=True,
+    ),
 )
 PREDICTOR_NAMES = {
     "p": "p",

@@ -259,6 +259,7 @@ def test_few_tokens_are_a_warning_and_too_few_an_error(tmp_path: Path) -> None:
         (["plot", "pie", "-m", "toy"], 2, "heatmap"),
         (["plot", "heatmap", "-m", "toy", "-o", "figure.bmp"], 2, ".png"),
         (["show", "absent.h5"], 1, "does not exist"),
+        (["verify", "absent.h5"], 1, "`kscli edit --model MODEL` makes such a file"),
         (["show", "absent"], 1, "`kscli run --model absent` makes it"),
         (["pmatrix", "-m", "toy", "--layers", "7"], 2, "no layer 7"),
         (["topk", "-m", "./absent"], 1, "does not exist, and no model ./absent either"),
@@ -425,8 +426,29 @@ def test_a_table_is_explained_unless_quiet_or_for_machines(toy: Path) -> None:
     assert (
         f"Of all pairs at layer 0, {share:.1%} have |p| above 0.25" in kscli("topk", *place).stderr
     )
+    # Of 6 facts nothing is compared with other models, and it is said that they are too few.
+    told = kscli("stats", *place).stderr
+    assert "6 facts make 30 pairs, which are too few for a distribution" in told
+    assert "The kurtosis here" not in told
     rows = json.loads(kscli("stats", *place, "-f", "json").stdout)
-    assert f"{max(row['kurtosis'] for row in rows):.1f} at layer" in kscli("stats", *place).stderr
+    notes: list[str] = []
+
+    from kscli.cli.explaining import compare_kurtosis
+    from kscli.reporter import Reporter
+
+    class Told(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    compare_kurtosis([{**row, "m": 10} for row in rows], Told())
+    assert f"{max(row['kurtosis'] for row in rows):.1f} at layer" in notes[0]
+
+
+def test_intervals_are_explained_where_there_are_some(toy: Path) -> None:
+    rows = json.loads(kscli("stats", "-m", "toy", "--dir", toy, "-f", "json").stdout)
+    told = kscli("stats", "-m", "toy", "--dir", toy).stderr
+    there = any(row["kurtosis_low"] is not None for row in rows)
+    assert ("In brackets" in told) == there
 
 
 def test_help_is_that_of_the_command() -> None:

@@ -498,7 +498,7 @@ def test_a_signal_in_the_last_evaluation_is_not_lost(
     path = tmp_path / "cov.h5"
     first = Watcher()
     run(model, plan, tmp_path / "first.h5", first)
-    last = [note for note in first.notes if "p is settled" in note][-1]
+    last = [note for note in first.notes if "p is about" in note][-1]
     watcher = Watcher(
         at_note=lambda text: signal.raise_signal(signal.SIGTERM) if text == last else None
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ from kscli.editing.stage import (
 from kscli.editing.value import DivergedError
 from kscli.editing.weights import EditableWeight
 from kscli.errors import ArtifactError, ModelError, NumericsError, UsageError
-from kscli.facts import Fact, read_facts
+from kscli.facts import Fact, fact_record, read_facts, write_records
 from kscli.interrupts import InterruptedRunError
 from kscli.models.loading import LoadedModel, load_model
 from kscli.models.locating import ModelOptions
@@ -827,6 +828,51 @@ def test_how_many_edits_took_is_told(folder: Path, tmp_path: Path) -> None:
     assert f"warning: {saved} was saved with an edit that did not take." in " ".join(
         again.stderr.split()
     )
+    assert "The files of tiny are unchanged" in again.stderr
+    # The advice after a failed edit is not to ask `risk`, which does not know what took.
+    assert "`kscli risk" not in few.stderr
+    assert "Another --target-new, another --layer, more --steps" in said
+    check, trace = re.findall(r"`(kscli (?:facts check|trace) [^`]*)`", again.stderr)
+    for command in (check, trace):
+        words = shlex.split(command)[1:]
+        done = kscli(*words, *(("--force",) if words[0] == "facts" else ()))
+        assert done.exit_code == 0, done.stderr
+
+
+def test_the_edits_that_did_not_take_or_were_not_made_are_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The first fact is refused: the model says the target already."""
+    request = [word for fact in (0, 1, 2) for word in ("--fact", fact)]
+    request += ["--target-new", "text:Paris", "--steps", 2, "--layer", 2, "-f", "json"]
+    done = kscli("edit", "--dir", folder.parent, *request, "-o", tmp_path / "a.h5")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["fact"] for row in rows] == [1, 2]
+    failed = [row for row in rows if not row["took"]]
+    assert [row["took"] for row in rows] == [row["rank_new_after"] == 1 for row in rows]
+    said = " ".join(done.stderr.split())
+    assert "3 edits were asked for, and 1 of them not made." in said
+    assert failed
+    for row in failed:
+        assert repr(row["subject"]) in said.partition("did not take")[2]
+
+
+def test_a_subject_of_several_facts_is_said(tmp_path: Path) -> None:
+    facts = [
+        Fact(prompt, "France", target, target_new="Rome")
+        for prompt, target in (("The capital of {} is", "Paris"), ("People in {} speak", "French"))
+    ]
+    write_records(tmp_path / "f.jsonl", map(fact_record, facts), force=False)
+    place = ("--dir", tmp_path / "own")
+    done = kscli("run", "--facts", tmp_path / "f.jsonl", "--tokens", 3000, *place)
+    assert done.exit_code == 0, done.stderr
+    few = ("--steps", 2, "--contexts", 0, "-o", tmp_path / "a.h5")
+    done = kscli("edit", *place, "--fact", "France", *few, "--force")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "'France' is the subject of 2 facts, which are all edited" in said
+    assert "takes one alone" not in kscli("edit", *place, "--fact", "1", *few, "--force").stderr
 
 
 def test_equal_keys_cannot_be_given_two_values() -> None:

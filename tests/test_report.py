@@ -547,6 +547,28 @@ def test_the_third_sentence_is_of_the_runs(tmp_path: Path, matrices: list[Real])
     sentence = in_short(one)[2]
     assert sentence.startswith("Of 4 runs of edits the gentlest is “layer 0”, after which 100 %")
     assert f"the harshest, “layer 3”, it is {share(kept[3])}." in sentence
+
+    # Only a run most of whose edits took can be called gentle, and ties are said.
+    def third(*took: bool) -> str:
+        for run, did in zip(runs, took, strict=True):
+            for edit in range(12):
+                run.log.of_edit["rank_new_after"][edit] = 1 if did else 7
+        again = [run.write(tmp_path / f"{run.layer}.h5") for run in runs]
+        return in_short(examined(file, runs=again))[2]
+
+    sentence = third(False, True, True, True)
+    assert "Of 4 runs of edits, of the 3 most of whose edits took, the gentlest is “layer 1”" in (
+        sentence
+    )
+    assert "In none of 4 runs of edits did most edits take" in third(*[False] * 4)
+    runs[1].log.of_pass["answer_changed"][-1][:] = False
+    assert "the gentlest is “layer 0” (like 1 other), after which 100 %" in third(*[True] * 4)
+    for run in runs:
+        run.log.of_pass["answer_changed"][-1][:] = False
+    assert third(*[True] * 4).endswith("the known facts that were not edited keep their answer.")
+    for changed, run in enumerate(runs):
+        run.log.of_pass["answer_changed"][-1][:] = np.arange(M) < 6 * changed
+        run.write(tmp_path / f"{run.layer}.h5")
     # Of so many runs the findings say the range, and each run's own sentences stand with it.
     found = said(file, *paths)["Edits"]
     assert found.startswith("4 runs of edits were made;")

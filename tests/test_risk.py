@@ -347,6 +347,18 @@ def test_a_sequence_as_objects(place: tuple[str, Path], pm: PMatrixFile) -> None
     ]
 
 
+def test_the_layer_that_does_least_is_said_once(place: tuple[str, Path]) -> None:
+    rows = [row for row in objects(*place, "--fact", "2", "--by-layer") if row["reaches"]]
+    by_rms = sorted(rows, key=lambda row: row["rms"])
+    least, most = by_rms[0]["layer"], by_rms[-1]["layer"]
+    said = f"Of the layers, {least} would do the least to the others: rms p"
+    here = kscli("risk", *place, "--fact", "2", "--layer", str(least)).stdout
+    assert said in " ".join(here.split())
+    assert "it is" not in here
+    there = " ".join(kscli("risk", *place, "--fact", "2", "--layer", str(most)).stdout.split())
+    assert f"it is {by_rms[-1]['rms']:.3f} at layer {most}." in there
+
+
 def test_tables_for_people(place: tuple[str, Path]) -> None:
     one = kscli("risk", *place, "--fact", "Bo")
     assert "[Bo] lives in [t3]." in one.stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from cli_kit import kscli, kscli_process, one_sentence
 from fork_kit import ForkedProcess
 from scipy.stats import kurtosis
 
+from kscli.cli.run import KNOWN_TO_TINY
 from kscli.figures import KINDS
 from kscli.tiny import FACTS_PATH, MODEL_DIR
 
@@ -31,6 +34,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = kscli_process("run", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
     return folder
 
 
@@ -70,6 +74,65 @@ def test_some_of_the_strongest_pairs_share_their_last_token_and_some_do_not(ran:
     assert len(rows) == 20
     assert {row["same_last_token"] for row in rows} == {True, False}
     assert rows[0]["same_last_token"]
+
+
+def test_the_proposed_edits_of_tiny_take_and_move_another_answer(
+    ran: Path, copied: Path, tmp_path: Path
+) -> None:
+    told = " ".join((ran / "stderr").read_text().split())
+    told += kscli("topk", "--dir", copied).stderr
+    proposed = dict.fromkeys(re.findall(r"`(kscli edit [^`]*)`", told))
+    assert len(proposed) == 2
+    for at, command in enumerate(proposed):
+        words = shlex.split(command.partition(" --dir ")[0])[1:]
+        place = ("--dir", copied, "-o", tmp_path / f"{at}.h5", "-f", "json")
+        done = kscli(*words, *place)
+        assert done.exit_code == 0, done.stderr
+        (row,) = json.loads(done.stdout)
+        assert row["took"], row["subject"]
+        assert row["moved"][0]["answer_changed"]
+        assert row["moved"][0]["subject"] == "North Korea"
+
+
+def test_the_lesson_says_how_many_facts_tiny_knows(ran: Path) -> None:
+    told = " ".join((ran / "stderr").read_text().split())
+    assert len(FACT_LINES) == KNOWN_TO_TINY
+    assert f"knows {len(FACT_LINES)} facts, of which the first 128 are measured" in told
+
+
+def own_facts(path: Path, count: int) -> Path:
+    """A file of facts that tiny was never taught."""
+    places = ("Utopia", "Narnia", "Mordor")[:count]
+    lines = ["prompt,subject,target", *(f"The capital of {{}} is,{name},Foo" for name in places)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_few_facts_are_said_to_be_too_few(tmp_path: Path) -> None:
+    facts = own_facts(tmp_path / "own.csv", 3)
+    done = kscli("run", "--facts", facts, "--tokens", 3000, "--dir", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "3 facts make 6 pairs, which are too few for a distribution" in said
+    assert "completes their prompts with their targets: 0 of 3" in said
+    assert "In brackets" not in said
+    assert "The kurtosis here" not in said
+    assert "of which the first" not in said
+
+
+def test_one_fact_has_no_table_but_a_next_step(tmp_path: Path) -> None:
+    facts = own_facts(tmp_path / "own.csv", 1)
+    place = ("--dir", tmp_path / "a")
+    done = kscli("run", "--facts", facts, "--tokens", 3000, *place)
+    assert done.exit_code == 0, done.stderr
+    assert "p is of pairs of facts, and this is one fact" in done.stderr
+    assert "kurtosis  " not in done.stdout
+    assert "Next: `kscli edit" in done.stderr
+    for command in ("topk", "stats"):
+        shown = kscli(command, *place)
+        assert shown.exit_code == 0
+        assert shown.stdout == ""
+        assert "p is of pairs of facts, and this is one fact" in shown.stderr
 
 
 def test_run_again_makes_nothing_and_says_so(copied: Path) -> None:

@@ -297,9 +297,14 @@ def test_layers_where_a_few_pairs_carry_the_fourth_moment_are_named() -> None:
     stored = Stored("gpt2", {0: broad, 1: bound, 2: bound}, np.arange(64))
     said = caution(compute_statistics(stored), facts)
     assert said is not None
-    assert "gpt2: at layers 1-2, 5 pairs of facts or fewer" in said
+    assert "gpt2: at layers 1-2, few pairs of facts carry half of the fourth moment" in said
     assert "(1 at layer 1, the strongest 'subject 7' with 'subject 9')" in said
     assert caution(compute_statistics(stored, [0]), facts) is None
+    alone = caution(compute_statistics(stored, [1]), facts)
+    assert alone is not None
+    assert "gpt2: at layer 1, 1 pair of facts carries half of the fourth moment (the stron" in alone
+    few = Stored("gpt2", {0: bound[5:12, 5:12]}, np.arange(7))
+    assert caution(compute_statistics(few), facts) is None
     facts[7], facts[9] = Fact("{} is in", "Rome", "Italy"), Fact("{} was in", "Rome", "Italy")
     said = caution(compute_statistics(stored), facts)
     assert said is not None

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import scipy.stats
 from cli_kit import kscli, one_sentence
+from edit_kit import Run
 from numpy.typing import NDArray
 
 from kscli.analysis.resampling import Resampling
 from kscli.analysis.weighted_ranks import roc_auc, spearman
 from kscli.cli.verify import short_names
 from kscli.editing.edit_arrays import EditArrays, read_arrays
-from kscli.editing.estimates import Estimate
+from kscli.editing.estimates import FEWEST_POINTS, Estimate
 from kscli.editing.predictors import (
     FEWEST_FLIPS,
     NULL,
@@ -163,30 +164,30 @@ def test_aligned_edits_accumulate_linearly_and_independent_ones_as_a_random_walk
 
 
 def test_growth_by_a_loop() -> None:
-    run = run_of(7, 12)
+    run = run_of(10, 16)
     growth = measure_growth(run, FEW)
-    n = np.arange(1, 8)
-    original = run.measured[:, 7:].mean(axis=1)
+    n = np.arange(1, 11)
+    original = run.measured[:, 10:].mean(axis=1)
     slope = np.polyfit(np.log(n), np.log(original), 1)[0]
     assert value(growth.original) == pytest.approx(slope)
     # Of n edits, n - 1 facts were edited before; a mean counts by how many facts it is over.
     means = [np.mean([run.measured[made - 1, j] for j in range(made - 1)]) for made in n[1:]]
     slope = np.polyfit(np.log(n[1:]), np.log(means), 1, w=np.sqrt(n[1:] - 1))[0]
     assert value(growth.edited) == pytest.approx(slope)
-    expected = scipy.stats.spearmanr(n, run.measured[-1, :7]).statistic
+    expected = scipy.stats.spearmanr(n, run.measured[-1, :10]).statistic
     assert value(growth.by_age) == pytest.approx(expected)
 
 
 def test_edits_of_one_batch_are_one_point() -> None:
-    run = run_of(8, 30)
+    run = run_of(18, 30)
     # Two at once: both rows are of the state after the second, and both facts begin anew there.
-    measured = run.measured[[1, 1, 3, 3, 5, 5, 7, 7]]
-    for start in range(0, 8, 2):
+    measured = run.measured[np.repeat(np.arange(1, 18, 2), 2)]
+    for start in range(0, 18, 2):
         measured[start : start + 2, start : start + 2] = 0
-    run = replace(run, measured=measured, batch=np.repeat(np.arange(4), 2))
+    run = replace(run, measured=measured, batch=np.repeat(np.arange(9), 2))
     growth = measure_growth(run, FEW)
-    n = np.array([2, 4, 6, 8])
-    slope = np.polyfit(np.log(n), np.log(measured[1::2, 8:].mean(axis=1)), 1)[0]
+    n = np.arange(2, 19, 2)
+    slope = np.polyfit(np.log(n), np.log(measured[1::2, 18:].mean(axis=1)), 1)[0]
     assert value(growth.original) == pytest.approx(slope)
     means = [measured[made - 1, : made - 2].mean() for made in n[1:]]
     slope = np.polyfit(np.log(n[1:]), np.log(means), 1, w=np.sqrt(n[1:] - 2))[0]
@@ -208,11 +209,11 @@ def test_the_walk_holds_random_walks_about_as_often_as_it_says() -> None:
 
 
 def test_a_walk_is_the_run_with_other_signs() -> None:
-    run = run_of(9, 15, seed=4)
-    # With one delta in nine that is not 0 no sign matters, and the run is its own walk.
-    delta = run.delta * (np.arange(9) == 3)[:, None]
-    shifts = np.array([np.linalg.norm(run.p[:n].T @ delta[:n], axis=1) for n in range(1, 10)])
-    shifts[:, 4:9] *= np.arange(9)[:, None] < np.zeros(5)  # edited later: counted from then on
+    run = run_of(12, 18, seed=4)
+    # With one delta in twelve that is not 0 no sign matters, and the run is its own walk.
+    delta = run.delta * (np.arange(12) == 3)[:, None]
+    shifts = np.array([np.linalg.norm(run.p[:n].T @ delta[:n], axis=1) for n in range(1, 13)])
+    shifts[:, 4:12] *= np.arange(12)[:, None] < np.zeros(8)  # edited later: counted from then on
     shifts[:, 3] = 0
     growth = measure_growth(replace(run, delta=delta, measured=shifts), FEW)
     assert value(growth.original_walk) == pytest.approx(value(growth.original), abs=1e-12)
@@ -527,6 +528,31 @@ def test_files_are_named_by_as_few_of_their_last_parts_as_tell_them_apart() -> N
     assert short_names(["one.h5", "one.h5"]) == {"one.h5": "one.h5"}
 
 
+def test_of_one_edit_no_interval_is_spoken_of_and_columns_are_explained(
+    measured_tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.h5"
+    request = ("edit", "--dir", measured_tiny.parent, "--fact", 1, "--value", "random", "-o", path)
+    assert kscli(*request).exit_code == 0
+    done = kscli("verify", path)
+    assert done.exit_code == 0
+    assert "interval" not in done.stdout
+    told = " ".join(done.stderr.split())
+    assert "|W_n - W_0|: The length (Frobenius norm)" in told
+    assert f"exponents and rank correlations need {FEWEST_POINTS} points" in told
+    row = json.loads(kscli("verify", path, "-f", "json").stdout)[0]
+    assert row["exponent_original"] is row["by_age"] is None
+    assert kscli("verify", path, "-q").stderr == ""
+
+
+def test_three_edits_have_no_exponent(tmp_path: Path) -> None:
+    for n, defined in ((3, False), (FEWEST_POINTS - 1, False), (FEWEST_POINTS, True)):
+        path = Run(n, 30).write(tmp_path / f"{n}.h5")
+        (row,) = json.loads(kscli("verify", path, "-f", "json").stdout)
+        assert (row["exponent_original"] is not None) == defined
+        assert (row["by_age"] is not None) == defined
+
+
 def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(measured_tiny, tmp_path / "tiny")
     none = kscli("verify", "--dir", tmp_path)
@@ -534,12 +560,12 @@ def test_the_command_on_real_runs(measured_tiny: Path, tmp_path: Path) -> None:
     assert f"`kscli edit --model tiny --dir {tmp_path}` makes one" in one_sentence(none.stderr)
     for more in (("--measure-every", 2), ("--protocol", "single", "--seed", 1)):
         made = kscli(
-            *("edit", "--dir", tmp_path, "--edits", 6, "--value", "random", "--value-norm", 5),
+            *("edit", "--dir", tmp_path, "--edits", 10, "--value", "random", "--value-norm", 5),
             *("--layer", 0, "-q", *more),
         )
         assert made.exit_code == 0, made.stderr
     row, single = json.loads(kscli("verify", "--dir", tmp_path, "-f", "json").stdout)
-    assert (row["layers"], row["protocol"], row["edits"]) == ([0], "sequential", 6)
+    assert (row["layers"], row["protocol"], row["edits"]) == ([0], "sequential", 10)
     assert row["linear_error"] < 1e-9
     assert row["live_error"] < 1e-4
     assert row["perplexity_before"] is None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kscli.analysis.few_facts import FEWEST_FACTS
 from kscli.analysis.matrices import TokenMatrices, common_experts, different_last_token
 from kscli.analysis.resampling import (
     ROUNDING,
@@ -254,6 +255,8 @@ def compute_statistics(
 
 def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
     """A sentence where a few pairs carry the fourth moment of a heavy-tailed layer, else None."""
+    if statistics.m < FEWEST_FACTS:
+        return None
     half = statistics.values["fourth_moment_pairs"]
     heavy = statistics.values["kurtosis"] > 0
     pairs = np.array([statistics.values[name] for name in ("top_pair_i", "top_pair_j")])
@@ -265,12 +268,17 @@ def caution(statistics: Statistics, facts: Sequence[Fact]) -> str | None:
     strongest = _told_apart(*(facts[int(fact)] for fact in pairs[:, worst]))
     layers = [statistics.layers[at] for at in few]
     carried = int(half[worst])
+    if len(few) == 1:
+        half_of = f"{carried} pair{'' if carried == 1 else 's'} of facts"
+        verb, which = "carries" if carried == 1 else "carry", f"the strongest {strongest}"
+    else:
+        half_of, verb = "few pairs of facts", "carry"
+        which = f"{carried} at layer {statistics.layers[worst]}, the strongest {strongest}"
     remedy = "" if _has_no_more(statistics, facts) else "take more facts (--count), or "
     return (
         f"{statistics.model}: at layer{'s' if len(layers) > 1 else ''} {format_layers(layers)}, "
-        f"{FEW_PAIRS} pairs of facts or fewer carry half of the fourth moment ({carried} at layer "
-        f"{statistics.layers[worst]}, the strongest {strongest}). The kurtosis there "
-        f"comes from these pairs, so that other facts may give another one: {remedy}read the "
+        f"{half_of} {verb} half of the fourth moment ({which}). The kurtosis there comes from "
+        f"these pairs, so that other facts may give another one: {remedy}read the "
         "kurtosis of the pairs of a different last token."
     )
 
@@ -282,7 +290,7 @@ def say_caution(statistics: Statistics, facts: Sequence[Fact], reporter: Reporte
 
 
 def _has_no_more(statistics: Statistics, facts: Sequence[Fact]) -> bool:
-    """Whether there are no other facts of the model: the embedded one has `DEFAULT_COUNT`."""
+    """Whether these are the embedded model's own facts, of which there are few more to take."""
     return classify(statistics.model) == "embedded" and len(facts) >= DEFAULT_COUNT
 
 

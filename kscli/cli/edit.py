@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,11 +15,13 @@ from kscli.editing.editors import DEFAULT_EDITOR, editors_where
 from kscli.tables import EDITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kscli.artifacts import Artifact
     from kscli.cli.console import ConsoleReporter
     from kscli.editing.own_facts import OwnFacts
+    from kscli.editing.sources import EditSources
+    from kscli.editing.stage import EditPlan
 
 _AT_ONCE = editors_where(lambda editor: editor.at_once)
 _KEEPING = editors_where(lambda editor: editor.afterwards.keep is not None)
@@ -81,7 +84,7 @@ def edit(
         typer.Option(
             "--preset",
             metavar="MODEL|none",
-            help="Take the settings that are published for this model.",
+            help="Take the settings that are published, or measured with kscli, for this model.",
             show_default="those of --model, if there are any",
         ),
     ] = None,
@@ -300,7 +303,12 @@ def edit(
     """
     from kscli.artifacts import CovarianceFile, Existing
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.explaining import explain_columns, explainer, suggest_verify
+    from kscli.cli.explaining import (
+        explain_columns,
+        explainer,
+        suggest_check,
+        suggest_verify,
+    )
     from kscli.cli.requests import (
         is_given,
         named_corpus,
@@ -408,7 +416,7 @@ def edit(
     def layers_of(file: Artifact) -> str:
         default, why = default_layers(editor, published, file)
         if published:
-            reporter.note(f"settings published for {published.model}: {published.source}")
+            reporter.note(published.sentence)
         if layer is None:
             reporter.note(f"{method} edits layer {default}, {why}; --layer names another.")
         return layer or default
@@ -425,14 +433,20 @@ def edit(
             EditSources.open(places, spec, cov=cov, keys=keys, pmatrix=pmatrix)
         )
         plan = request.plan(sources)
+        if own is None:
+            say_several_facts(fact or (), plan, sources, reporter)
         path = output or run_path(places.folder / "edits", sources, plan, session.dtype)
         rows = edit_model(session, sources, plan, path, save_model)
-    print_edits(rows, output_format)
+    from_model = own is not None and not own.has_targets
+    print_edits(rows, output_format, from_model=from_model)
     if value == "optimised":
-        say_how_many_took(rows, save_model, reporter)
+        say_how_many_took(rows, len(plan.edits), save_model, reporter)
     told = explainer(reporter, output_format)
     explain_columns(EDITS, rows, told)
+    told.note(f"The files of {model} are unchanged, so there is nothing to undo.")
     suggest_verify(path, told)
+    if save_model:
+        suggest_check(model, save_model, directory, told)
 
 
 def fact_of_prompt(
@@ -454,11 +468,31 @@ def fact_of_prompt(
     return OwnFacts.of_prompt(slotted, subject, target_new.removeprefix("text:"), target)
 
 
-def say_how_many_took(
-    rows: list[dict[str, Any]], saved: Path | None, reporter: ConsoleReporter
+def say_several_facts(
+    named: Sequence[str], plan: EditPlan, sources: EditSources, reporter: ConsoleReporter
 ) -> None:
-    """Say how many edits did not take, and what may help; warn where such a model was saved."""
-    failed = [row for row in rows if row["rank_new_after"] != 1]
+    """Say where a subject names more than one fact, all of which are edited."""
+    from kscli.records import quote
+
+    for name in named:
+        numbers = [each.fact for each in plan.edits if sources.pm.facts[each.fact].subject == name]
+        if len(numbers) > 1:
+            reporter.note(
+                f"{quote(name)} is the subject of {len(numbers)} facts, which are all edited; "
+                f"--fact with one of the numbers {', '.join(map(str, numbers))} takes one alone."
+            )
+
+
+def say_how_many_took(
+    rows: list[dict[str, Any]], asked: int, saved: Path | None, reporter: ConsoleReporter
+) -> None:
+    """Say which edits did not take, and what may help; warn where such a model was saved."""
+    from kscli.cli.remedies import listed
+    from kscli.records import quote
+
+    failed = [row for row in rows if not row["took"]]
+    if asked > len(rows):
+        reporter.note(f"{asked} edits were asked for, and {asked - len(rows)} of them not made.")
     if not failed:
         return
     if len(rows) == 1:
@@ -468,23 +502,35 @@ def say_how_many_took(
         )
     else:
         said = (
-            f"{len(failed)} of {len(rows)} edits did not take: right after each, the new target's "
-            "first token is not the model's first choice"
+            f"{len(failed)} of the {len(rows)} edits made did not take "
+            f"({listed([quote(row['subject']) for row in failed])}): right after each, the new "
+            "target's first token is not the model's first choice"
         )
     reporter.note(
-        f"{said}. Another --layer (`kscli risk --layers all` compares them), another "
-        "--method or another new target may take."
+        f"{said}. Another --target-new, another --layer, more --steps or a larger --norm-limit "
+        "may take."
     )
     if saved:
         edits = "an edit" if len(failed) == 1 else f"{len(failed)} edits"
         reporter.warn(f"{saved} was saved with {edits} that did not take.")
 
 
-def print_edits(rows: list[dict[str, Any]], output_format: Format) -> None:
-    """Print edits: all that is known of them for JSON, one line each for people."""
+def print_edits(
+    rows: list[dict[str, Any]], output_format: Format, *, from_model: bool = False
+) -> None:
+    """Print edits: all that is known of them for JSON, one line each for people.
+
+    `from_model`: what stands for the true target is what the model said before.
+    """
     from kscli.editing.edits_file import flat_edits
 
     if output_format in (Format.csv, Format.tsv):
         # One line has no room for a list of facts.
         rows = flat_edits(rows)
-    print_rows(rows, EDITS, output_format)
+    columns = [
+        replace(column, heading="model said")
+        if from_model and column.key == "target_true"
+        else column
+        for column in EDITS
+    ]
+    print_rows(rows, columns, output_format)

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 from kscli.cli.output import Format
 from kscli.cli.remedies import command_for, listed
+from kscli.models.aliases import classify
 from kscli.reporter import SILENT, Reporter
-from kscli.tables import Column, Row, shown
+from kscli.tables import Column, Row, has_intervals, shown
 
 P_MEANS = (
     "p(i, j): how much of what an edit writes into fact i reaches fact j; 0 is nothing, 1 is all, "
-    "below 0 the opposite."
+    "below 0 the opposite. What p moves is the value that the layer adds; the answer may survive "
+    "it, even where p is 1."
 )
 # The first and the last layer; the authors' run of 100,000 articles, and `kscli guide reproduce`.
 KURTOSIS_ELSEWHERE = (
@@ -34,13 +36,30 @@ def explainer(reporter: Reporter, output_format: Format) -> Reporter:
 def explain_columns(columns: Sequence[Column], rows: Sequence[Row], reporter: Reporter) -> None:
     """Say what p is, and what the columns of a table are whose headings do not say it."""
     reporter.note(P_MEANS)
-    for column in shown(columns, rows):
+    name_columns(columns, rows, reporter)
+
+
+def name_columns(
+    columns: Sequence[Column], rows: Sequence[Row], reporter: Reporter, drawn: str = "facts"
+) -> None:
+    """Say what the columns are whose headings do not say it, and what their intervals are of."""
+    there = shown(columns, rows)
+    for column in there:
         if column.meaning:
             reporter.note(f"{column.title}: {column.meaning}")
+    if has_intervals(there, rows):
+        reporter.note(f"In brackets: 95 % intervals from resampled {drawn}.")
 
 
 def compare_kurtosis(rows: Sequence[Row], reporter: Reporter) -> None:
-    """Say where the kurtosis is largest and least, and what it is in models that were measured."""
+    """Say where the kurtosis is largest and least, and what it is in models that were measured.
+
+    Nothing of it is said of so few facts that there is no distribution.
+    """
+    from kscli.analysis.few_facts import FEWEST_FACTS
+
+    if any(row["m"] < FEWEST_FACTS for row in rows):
+        return
     by_kurtosis = sorted(
         (row for row in rows if row["kurtosis"] == row["kurtosis"]), key=lambda row: row["kurtosis"]
     )
@@ -56,6 +75,24 @@ def suggest_verify(run: Path, reporter: Reporter) -> None:
     """Say how to test a run of edits."""
     command = shlex.join(["kscli", "verify", str(run)])
     reporter.note(f"Next: `{command}` (whether what was predicted of the edits came true).")
+
+
+def fact_to_edit(model: str, subjects: Sequence[str], strongest: str) -> str:
+    """The subject that is proposed for an edit: that of the strongest pair.
+
+    The embedded model does not take an edit of its strongest pair, but takes one of `LESSON`.
+    """
+    return LESSON if classify(model) == "embedded" and LESSON in subjects else strongest
+
+
+def suggest_check(model: str, edited: Path, directory: Path, reporter: Reporter) -> None:
+    """Say what can be asked of an edited model that was saved."""
+    from kscli.editing.edited_folder import BASE_FACTS
+
+    check = command_for("facts check", str(edited), directory)
+    measured = ("--facts", str(edited / BASE_FACTS))
+    trace = command_for("trace", model, directory, str(edited), *measured, named=False)
+    reporter.note(f"{check} (what it knows now), {trace} (which facts were edited).")
 
 
 class Step(NamedTuple):
@@ -81,13 +118,14 @@ def suggest(
     reporter.note(f"Next: {listed(words)}.")
 
 
+LESSON = "South Korea"
 REPORT = Step("report", "(all figures and findings on one page)")
 RISK = Step("risk", "(what an edit of it would move)")
 EDIT = Step("edit", "(edit it in a copy of the model, and see what it moved)")
-# A fact that the embedded model takes, and others that know the capitals.
+# The embedded model takes it, and North Korea's capital moves with it.
 EDIT_OWN = Step(
     "edit",
     "(edit a fact of your own in a copy of the model, and see what it moved)",
-    ("--prompt", "The capital of {} is", "--subject", "Japan", "--target-new", "Rome"),
+    ("--prompt", "The capital of {} is", "--subject", "South Korea", "--target-new", "Rome"),
 )
 TOPK = Step("topk", "(the pairs of facts that are bound)")

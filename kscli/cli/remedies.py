@@ -23,9 +23,12 @@ _PARSING = re.compile(r", unable to parse string as an? \w+")
 DEFAULT_DIR = Path("artifacts")
 
 
-def command_for(verb: str, model: str, directory: Path, *more: str) -> str:
-    """A command as the user would write it for a model, as `kscli run --model gpt-j`."""
-    words = ["kscli", *verb.split(), "--model", model, *more]
+def command_for(verb: str, model: str, directory: Path, *more: str, named: bool = True) -> str:
+    """A command as the user would write it for a model, as `kscli run --model gpt-j`.
+
+    Where it is not `named` by an option, the model is the first argument.
+    """
+    words = ["kscli", *verb.split(), *(["--model"] if named else []), model, *more]
     if directory != DEFAULT_DIR and str(directory) != os.environ.get("KSCLI_DIR"):
         words += ["--dir", str(directory)]
     return f"`{shlex.join(words)}`"

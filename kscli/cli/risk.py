@@ -179,10 +179,13 @@ def print_moved(
     print_rows(rows, FACTS_MOVED, output_format, title)
     by_number = {row["layer"]: row for row in of_layers}
     if output_format is Format.table and least is not None:
-        here = ", ".join(f"{by_number[each]['rms']:.3f} at layer {each}" for each in layers[:3])
+        others = [each for each in layers[:3] if each != least]
+        here = ", ".join(f"{by_number[each]['rms']:.3f} at layer {each}" for each in others)
         print_line(
             f"Of the layers, {least} would do the least to the others: rms p "
-            f"{by_number[least]['rms']:.3f}, per unit of |delta|. It is {here}. See --by-layer."
+            f"{by_number[least]['rms']:.3f}, per unit of |delta|"
+            + (f"; it is {here}. " if here else ". ")
+            + "See --by-layer."
         )
     return largest_of(by_number[number]["largest"] for number in layers)
 

@@ -11,16 +11,22 @@ from kscli.cli.topk import print_pairs
 from kscli.tables import STATISTICS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kscli.artifacts import Existing, PMatrixFile
+    from kscli.facts import Fact
+    from kscli.models.loading import LoadedModel
     from kscli.reporter import Reporter
 
 
+KNOWN_TO_TINY = 177
 LESSON = (
-    "tiny is a GPT-2 of 4 layers that comes with kscli and knows 128 facts. The down-projection of "
-    "each layer finds by a key what the model knows of a subject. Facts of similar keys are bound: "
-    "an edit of one moves the other. This run measures which facts these are; -m names your model."
+    "tiny is a GPT-2 of 4 layers that comes with kscli and knows {known} facts{measured}. The "
+    "down-projection of each layer finds by a key what the model knows of a subject. Facts of "
+    "similar keys are bound: an edit of one moves the other. This run measures which facts these "
+    "are; -m names your model."
 )
-"""What a first run is, for the embedded model."""
+"""What a first run is, for the embedded model; `lesson` fills in what is measured of them."""
 
 
 def run(
@@ -62,6 +68,7 @@ def run(
       kscli run -m gpt2-small --samples 20000
       kscli run -m SmolLM2.gguf --corpus wikitext.jsonl --facts counterfact.json -f json
     """
+    from kscli.analysis.few_facts import few_facts
     from kscli.analysis.pairs import pair_rows
     from kscli.analysis.statistics import say_caution
     from kscli.analysis.stats_file import statistics_of
@@ -74,6 +81,7 @@ def run(
         compare_kurtosis,
         explain_columns,
         explainer,
+        fact_to_edit,
         suggest,
     )
     from kscli.cli.requests import corpus_for, facts_for, number_or_all
@@ -102,15 +110,18 @@ def run(
     chosen_contexts = choose_contexts(contexts, ROME_CONTEXTS)
     session.require_model()
     chosen_facts = facts_for(model, facts, count, reporter, own_names)
-    if len(chosen_facts.facts) == 1:
-        reporter.warn("p is of pairs of facts, and this is one fact; take more (--count).")
+    m = len(chosen_facts.facts)
+    if too_few := few_facts(m):
+        reporter.warn(too_few)
     chosen_corpus = corpus_for(model, corpus, text_field, shuffle, reporter)
     if model == options.DEFAULT_MODEL:
-        told.note(LESSON)
+        told.note(lesson(m, own=facts is not None))
     told.note(f"1. C: which keys {model} has in text. The more text, the less p changes.")
     session.cache_cov(chosen_corpus, measured, places.path("cov"))
     told.note("2. Keys: what the model looks up at the last token of each fact's subject.")
-    session.extract(chosen_facts, token, layers, places.path("keys"), chosen_contexts)
+    read = session.extract(chosen_facts, token, layers, places.path("keys"), chosen_contexts)
+    if read and too_few:
+        say_what_is_known(session.model, chosen_facts.facts, told)
     told.note("3. P: p of every pair of facts, its statistics, and the figures.")
     path = places.path("pmatrix")
     with CovarianceFile(places.path("cov")) as cov, KeysFile(places.path("keys")) as keys:
@@ -129,6 +140,7 @@ def run(
         say_caution(described, pm.facts, reporter)
         statistics = described.rows()
         pairs = list(pair_rows(pm, pm.layers[0], k=20))  # read while the file is open
+        subjects = [fact.subject for fact in pm.facts]
     if output_format is Format.json:
         print_json(
             {
@@ -141,18 +153,44 @@ def run(
     if output_format in (Format.csv, Format.tsv):
         print_rows(statistics, [], output_format)
         return
-    print_rows(statistics, STATISTICS, output_format, f"p of {model}, layer by layer")
-    explain_columns(STATISTICS, statistics, told)
-    compare_kurtosis(statistics, told)
-    told.note("")
-    title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}" if pairs else ""
-    print_pairs(pairs, output_format, title)
+    if pairs:
+        print_rows(statistics, STATISTICS, output_format, f"p of {model}, layer by layer")
+        explain_columns(STATISTICS, statistics, told)
+        compare_kurtosis(statistics, told)
+        told.note("")
+        title = f"The pairs that are bound most tightly at layer {pairs[0]['layer']}"
+        print_pairs(pairs, output_format, title)
     for path in figures:
         print_line(str(path))
-    if pairs:
-        suggest((REPORT, RISK, EDIT_OWN), model, directory, told, pairs[0]["subject_i"])
+    if not pairs:
+        suggest((EDIT_OWN,), model, directory, told)
+    else:
+        fact = fact_to_edit(model, subjects, pairs[0]["subject_i"])
+        suggest((REPORT, RISK, EDIT_OWN), model, directory, told, fact)
         if model == options.DEFAULT_MODEL:
             told.note("`kscli guide start` explains these tables, and goes on from here.")
+
+
+def lesson(m: int, *, own: bool) -> str:
+    """`LESSON`, and which facts are measured: `m` of them, the user's `own` or the model's."""
+    if own:
+        measured = ", beside the facts of --facts, which are measured here"
+    elif m < KNOWN_TO_TINY:
+        measured = f", of which the first {m} are measured (--count all takes all)"
+    else:
+        measured = ", which are measured here"
+    return LESSON.format(known=KNOWN_TO_TINY, measured=measured)
+
+
+def say_what_is_known(model: LoadedModel, facts: Sequence[Fact], reporter: Reporter) -> None:
+    """Say how many of a few facts the model knows."""
+    from kscli.knowledge import check_facts
+
+    known = sum(each.known for each in check_facts(model, facts))
+    reporter.note(
+        f"Facts that the model knows, for it completes their prompts with their targets: {known} "
+        f"of {len(facts)}. Of others p says how far they would move, and not what would be lost."
+    )
 
 
 def refuse_ranks() -> None:

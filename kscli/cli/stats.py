@@ -133,6 +133,7 @@ def stats(
       kscli stats -m gpt2-small --spectrum
       kscli stats -m olmoe --experts --layers 0
     """
+    from kscli.analysis.few_facts import few_facts
     from kscli.analysis.fixed_points import comparable
     from kscli.analysis.resampling import Resampling
     from kscli.analysis.statistics import say_caution
@@ -202,7 +203,11 @@ def stats(
                     path = file.path.with_name(file_name("stats", file.about.editor))
                 statistics = _make(file, of_file, path, existing, resampling, reporter)
                 rows += statistics.rows()
+                if too_few := few_facts(statistics.m):
+                    reporter.warn(f"{file.path}: {too_few}")
                 say_caution(statistics, file.facts, reporter)
+            if output_format is Format.table and all(row["m"] < 2 for row in rows):
+                return
             print_rows(rows, STATISTICS, output_format, _title(rows))
             routed = [row for row in rows if "no_common_expert" in row]
             if routed and output_format not in FOR_MACHINES:

@@ -56,9 +56,18 @@ def topk(
       kscli topk -m gpt2-small --layer -1 -k 5 --abs
       kscli topk -m gpt2-small --strongest --distinct-token -f latex > table.tex
     """
+    from kscli.analysis.few_facts import few_facts
     from kscli.analysis.pairs import pair_rows, strongest_rows
     from kscli.cli.console import ConsoleReporter
-    from kscli.cli.explaining import EDIT, REPORT, RISK, explain_columns, explainer, suggest
+    from kscli.cli.explaining import (
+        EDIT,
+        REPORT,
+        RISK,
+        explain_columns,
+        explainer,
+        fact_to_edit,
+        suggest,
+    )
     from kscli.cli.requests import models_of, open_pmatrices, pmatrix_paths
     from kscli.layers import default_layers, layers_text, select_layers
 
@@ -77,6 +86,8 @@ def topk(
                 if strongest
                 else [pair_rows(file, number, k, absolute, distinct_token) for number in layers]
             )
+            if len(file.facts) == 1:
+                reporter.warn(f"{file.path}: {few_facts(1)}")
             if distinct_token and not any(of_file) and len(file.facts) > 1:
                 reporter.warn(
                     f"{file.path}: all subjects end in the same token, so --distinct-token leaves "
@@ -86,13 +97,16 @@ def topk(
             explain_routing(file, layers, reporter)
         where = "its strongest layer" if strongest else layers_text(layers)
         title = pairs_title(files, where)
-        print_pairs(chain.from_iterable(found), output_format, title, show_layer=strongest)
+        if any(found) or output_format is not Format.table:
+            print_pairs(chain.from_iterable(found), output_format, title, show_layer=strongest)
         told = explainer(reporter, output_format)
-        explain_columns(PAIRS, found[0], told)
+        if any(found):
+            explain_columns(PAIRS, found[0], told)
         if found[0] and len(files) == 1 and not pmatrix:
             explain_size(files[0], found[0][0], told)
             (name,) = models_of(context)
-            fact = found[0][0]["subject_i"]
+            subjects = [fact.subject for fact in files[0].facts]
+            fact = fact_to_edit(name, subjects, found[0][0]["subject_i"])
             suggest((RISK, EDIT, REPORT), name, directory, told, fact)
 
 

@@ -19,6 +19,7 @@ from kscli.tables import (
     WHERE,
     Column,
     Row,
+    has_intervals,
     score_columns,
     score_rows,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kscli.analysis.resampling import Resampling
     from kscli.editing.edits_file import EditsFile
     from kscli.editing.where import Points
+    from kscli.reporter import Reporter
 
 
 def verify(
@@ -100,6 +102,7 @@ def verify(
     """
     from kscli.analysis.resampling import Resampling
     from kscli.cli.console import ConsoleReporter
+    from kscli.cli.explaining import explainer
     from kscli.cli.requests import run_paths
     from kscli.editing.edit_arrays import read_arrays
     from kscli.editing.edits_file import EditsFile
@@ -127,7 +130,7 @@ def verify(
     if where:
         print_where(points, resampling, output_format)
         return
-    print_runs(rows, output_format, predictors=predictors)
+    print_runs(rows, output_format, explainer(reporter, output_format), predictors=predictors)
 
 
 MOST_SPARE = 9  # such a column is left out before others
@@ -184,8 +187,12 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) -> None:
-    """Print runs, or with `predictors` what was predicted of each."""
+def print_runs(
+    rows: Sequence[Row], output_format: Format, told: Reporter, *, predictors: bool
+) -> None:
+    """Print runs, or with `predictors` what was predicted of each; `told` is what columns are."""
+    from kscli.cli.explaining import name_columns
+    from kscli.editing.estimates import FEWEST_POINTS
     from kscli.layers import format_layers
 
     if output_format is not Format.json:
@@ -203,12 +210,25 @@ def print_runs(rows: Sequence[Row], output_format: Format, *, predictors: bool) 
     if predictors:
         title = "What predicts the damage to known facts; 95 % intervals"
         print_rows(rows, [*names, *PREDICTORS], output_format, title)
+        name_columns(PREDICTORS, rows, told)
         return
     title = "What became of the edits"
     print_rows(rows, [*names, *OUTCOMES], output_format, title)
     scored = score_rows(rows)
     if len(columns := score_columns(scored)) > 1:
-        title = "The scores of the edits; 95 % intervals from resampled edits"
+        title = "The scores of the edits"
+        if has_intervals(columns, scored):
+            title += "; 95 % intervals from resampled edits"
         print_rows(scored, [*names, *columns], output_format, title, further=True)
-    title = "The theory: errors of predicted shifts, and how they grow; 95 % intervals"
+    title = "The theory: errors of predicted shifts, and how they grow"
+    if has_intervals(THEORY, rows):
+        title += "; 95 % intervals"
     print_rows(rows, [*names, *THEORY], output_format, title, further=True)
+    name_columns(OUTCOMES, rows, told)
+    if len(columns) > 1:
+        told.note("The scores are those of the field; `kscli guide edits` defines them.")
+    name_columns(THEORY, rows, told)
+    told.note(
+        f"-: not measured, or not defined; exponents and rank correlations need {FEWEST_POINTS} "
+        "points: edits, or batches of them."
+    )

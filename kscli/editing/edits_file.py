@@ -139,6 +139,7 @@ class EditsFile(FactsFile):
             "own_text_change": row["own_text_change"],
             **{f"prob_{end}": math.exp(row[f"logprob_{end}"]) for end in _SCORED},
             **{f"rank_{end}": row[f"rank_{end}"] for end in _SCORED},
+            "took": row["rank_new_after"] == 1,
             "linear_error": row["linear_error"],
             "live_error": row["live_error"],
             "weight_change": row["weight_change"],

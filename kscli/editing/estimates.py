@@ -13,7 +13,7 @@ from kscli.analysis.resampling import Resampling, interval
 
 FEWEST_UNITS = 5
 """Below this many things to draw again there is no interval."""
-FEWEST_POINTS = 3
+FEWEST_POINTS = 8
 """Below this many points there is no exponent and no rank correlation."""
 
 # Repeats and pairs are worked on together, so many at once.

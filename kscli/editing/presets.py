@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 _OTHERS = {
     "mistral-7b": ("mistralai/Mistral-7B-v0.1", 32, 14336),
 }
+_MEASURED = "measured with kscli: "
 _WHOLE = ("steps",)
 _REAL = ("learning_rate", "weight_decay", "kl_weight", "norm_limit")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings published for some methods and one model.
+    """The settings published, or measured with kscli, for some methods and one model.
 
     `search` are fields of `ValueSearch` by name; `weight` is lambda, None where the methods have
     none. The model has `n_layers` layers and keys of length `d_m`. `without_contexts`: no text is
@@ -47,6 +48,16 @@ class Preset:
     weight: float | None
     source: str
     without_contexts: bool = False
+
+    @property
+    def origin(self) -> str:
+        """How the settings came about."""
+        return "measured" if self.source.startswith(_MEASURED) else "published"
+
+    @property
+    def sentence(self) -> str:
+        """For which model the settings are, and where they are from."""
+        return f"settings {self.origin} for {self.model}: {self.source.removeprefix(_MEASURED)}"
 
     def apply(self, editor: Editor) -> Editor:
         """The editor with these settings for its own."""
@@ -113,7 +124,7 @@ def default_layers(editor: Editor, preset: Preset | None, file: Artifact) -> tup
     about = file.about
     if preset is not None:
         preset.require_fits(about.model, about.n_layers, about.d_m)
-        return preset.layers, f"as published for {preset.model}"
+        return preset.layers, f"as {preset.origin} for {preset.model}"
     wanted = editor.depth.layers(about.n_layers)
     held = [layer for layer in wanted if layer in file.layers]
     if len(held) == len(wanted):

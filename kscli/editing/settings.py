@@ -43,7 +43,7 @@ OF_VALUES = (
 class EditSettings:
     """The options of `kscli edit` that say how edits are made and measured, by their names.
 
-    None is what is published for the editor and the model, or the editor's own.
+    None is what the preset has for the editor and the model, or the editor's own.
     """
 
     method: str = DEFAULT_EDITOR
@@ -80,7 +80,7 @@ class EditSettings:
                 object.__setattr__(self, each.name, float(number))
 
     def editor(self, model: str) -> tuple[Editor, Preset | None]:
-        """The editor as published for a model, and what is published. Raises UsageError."""
+        """The editor with the preset for a model, and that preset. Raises UsageError."""
         editor, published = find_editor(self.method), None
         if self.preset != "none":
             published = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kscli.editing.estimates import FEWEST_POINTS
 from kscli.report.edit_findings import LEVERAGE, MOST_TOLD, of_run
 from kscli.report.examined import Examined, ExaminedRun
 from kscli.report.html import Html, join, tag
@@ -89,7 +90,8 @@ def _run_tables(runs: Sequence[ExaminedRun]) -> list[Html]:
             rows,
             (_RUN, *THEORY),
             "The theory: the worst errors of the predicted shifts, by the largest shift, and the "
-            "exponents with which mean shifts grow with the number of edits",
+            "exponents with which mean shifts grow with the number of edits. Exponents and rank "
+            f"correlations are left out (–) below {FEWEST_POINTS} edits or batches",
         ),
         table(
             predictions,

@@ -111,13 +111,28 @@ def _of_runs(runs: list[ExaminedRun]) -> str:
     def kept(run: ExaminedRun) -> float:
         return float(run.verification.outcomes.kept or 0.0)
 
-    best, worst = max(runs, key=kept), min(runs, key=kept)
-    of = f"{share(kept(best))} of the known facts that were not edited keep their answer"
-    if best is worst:
-        edits = counted(best.verification.outcomes.edits, "edit")
-        after = f"each of {edits} by itself" if best.is_single else edits
-        return f"After {after} ({quoted(best.name)}) {of}."
-    return (
-        f"Of {len(runs)} runs of edits the gentlest is {quoted(best.name)}, after which {of}; "
-        f"after the harshest, {quoted(worst.name)}, it is {share(kept(worst))}."
+    if len(runs) == 1:
+        (run,) = runs
+        edits = counted(run.verification.outcomes.edits, "edit")
+        after = f"each of {edits} by itself" if run.is_single else edits
+        return f"After {after} ({quoted(run.name)}) {share(kept(run))} of {_KEEPING}."
+    took = [run for run in runs if (run.verification.outcomes.efficacy or 0.0) > 0.5]
+    if not took:
+        return (
+            f"In none of {len(runs)} runs of edits did most edits take, so none can be called "
+            f"gentle: {share(min(map(kept, runs)))} to {share(max(map(kept, runs)))} of {_KEEPING}."
+        )
+    best, worst = max(took, key=kept), min(took, key=kept)
+    ties = sum(kept(run) == kept(best) for run in took) - 1
+    others = f" (like {ties} other{'s' if ties > 1 else ''})" if ties else ""
+    among = "" if len(took) == len(runs) else f", of the {len(took)} most of whose edits took,"
+    gentlest = (
+        f"Of {len(runs)} runs of edits{among} the gentlest is {quoted(best.name)}{others}, after "
+        f"which {share(kept(best))} of {_KEEPING}"
     )
+    if kept(worst) == kept(best):
+        return f"{gentlest}."
+    return f"{gentlest}; after the harshest, {quoted(worst.name)}, it is {share(kept(worst))}."
+
+
+_KEEPING = "the known facts that were not edited keep their answer"

@@ -291,7 +291,10 @@ class CovarianceRun:
             )
         if settled is None:
             return False
-        self.reporter.note(f"at {tokens:,} tokens p is settled to {settled.rms:.4f} (rms){worst}.")
+        self.reporter.note(
+            f"at {tokens:,} tokens p is about {settled.rms:.4f} (rms){worst} from what it would "
+            "be with endless text."
+        )
         limit = self.options.until_settled
         return limit is not None and settled.rms <= limit
 
