@@ -70,7 +70,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path: Path) -> None:
         ),
         (of_layers, 1, "layer 0 of"),
         ((*of_layers, "--null-space", "9"), 1, "everything"),
-        ((*of_layers, "--layers", "7"), 2, "no layer 7"),
+        (("--for", "alphaedit", "--layers", "7", "--projection"), 2, "no layer 7"),
     ]:
         refused = kscli(*how, *arguments)
         assert refused.exit_code == code, (arguments, refused.stderr)
