@@ -105,6 +105,16 @@ def test_an_answer_without_its_space_is_called_so(place: Path) -> None:
         assert said in " ".join(done.stderr.split())
 
 
+def test_an_own_fact_is_traced_in_the_saved_model(place: Path) -> None:
+    """It is no fact of the base's, but stands in the folder with those that were measured."""
+    saved = place / "edited"
+    assert edit(place, *OWN, "--contexts", 0, "--layer", 1, "--save-model", saved).exit_code == 0
+    found = kscli("trace", "tiny", saved, "--dir", place, "--dtype", "float32", "-f", "json")
+    assert found.exit_code == 0, found.stderr
+    rows = json.loads(found.stdout)
+    assert [row["subject"] for row in rows if row["edited"]] == ["Chad"]
+
+
 def test_facts_of_a_file_of_ones_own_are_edited(place: Path, measured_tiny: Path) -> None:
     """One of them is in keys.h5 too, with another target, and is no other fact."""
     for kind in ("keys", "pmatrix"):

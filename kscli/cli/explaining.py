@@ -87,11 +87,8 @@ def fact_to_edit(model: str, subjects: Sequence[str], strongest: str) -> str:
 
 def suggest_check(model: str, edited: Path, directory: Path, reporter: Reporter) -> None:
     """Say what can be asked of an edited model that was saved."""
-    from kscli.editing.edited_folder import BASE_FACTS
-
     check = command_for("facts check", str(edited), directory)
-    measured = ("--facts", str(edited / BASE_FACTS))
-    trace = command_for("trace", model, directory, str(edited), *measured, named=False)
+    trace = command_for("trace", model, directory, str(edited), named=False)
     reporter.note(f"{check} (what it knows now), {trace} (which facts were edited).")
 
 

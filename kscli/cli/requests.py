@@ -72,14 +72,17 @@ def facts_for(
 ) -> FactSet:
     """The facts that the options name, or the model's default; says what is left out of them.
 
-    The default of an edited model are the facts that its base was measured with, which is said.
+    The default of an edited model are all facts that its base was measured with, which is said.
     `fields` are the records' own names of prompt, subject and target, where they have others.
     """
     from kscli.facts import DEFAULT_COUNT, read_facts
 
     name = facts or default_facts(model, reporter)
     own = {name: field for name, field in fields.items() if field is not None}
-    number = DEFAULT_COUNT if count is None else number_or_all("--count", count)
+    if count is not None:
+        number = number_or_all("--count", count)
+    else:
+        number = None if facts is None and facts_of_edited(model) else DEFAULT_COUNT
     found = read_facts(name, number, at_most=count is None, fields=own)
     if found.left_out:
         reporter.warn(f"{name}: {found.left_out}.")

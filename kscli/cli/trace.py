@@ -49,7 +49,8 @@ def trace(
     so.
 
     The directions of all editors are tried. The kind that explains most of the change is shown.
-    Nothing is written.
+    Nothing is written. The facts that are tried are by default those that `kscli edit --save-model`
+    has written into the folder of the edited model.
 
     Examples:
       kscli trace gpt2-small edited/ --facts counterfact --count 256
@@ -59,6 +60,7 @@ def trace(
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import facts_for, number_or_all
     from kscli.contexts import choose_contexts
+    from kscli.editing.edited_folder import facts_of_edited
     from kscli.models.locating import ModelOptions
     from kscli.pipeline import Session
     from kscli.places import Places
@@ -72,7 +74,8 @@ def trace(
     sessions = [Session(each, Existing.REFUSE, reporter) for each in (of_base, of_edited)]
     for each in sessions:
         each.require_model()
-    candidates = facts_for(base, facts, count, reporter, own_names)
+    whose = edited if facts_of_edited(edited) else base
+    candidates = facts_for(whose, facts, count, reporter, own_names)
     with CovarianceFile(cov or Places(directory, base).path("cov")) as file:
         from kscli.tracing.stage import say_what_differs, trace_models
 
