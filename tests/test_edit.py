@@ -729,6 +729,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
         (("--protocol", "single", "--save-model", "x"), 2, "takes every edit back"),
         (("--held-out", "tiny"), 2, "is the text that .* was measured on"),
         (("--fact", "0", "--target-new", "text:Paris"), 1, "no edit was made"),
+        (("--protect", "knwon"), 2, "did you mean known"),
         (("--fact", "0", "--edits", "1"), 2, "--edits has no effect with --fact"),
         (("--value-norm", "2"), 2, "--value-norm has no effect without --value random"),
         (("--value", "random", "--steps", "2"), 2, "--steps has no effect with --value random"),

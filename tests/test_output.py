@@ -111,7 +111,7 @@ def test_spare_columns_go_and_wide_ones_come_with_the_width(
     ]
     row = {"name": "some name of three", "a": 0.125, "b": 0.25, "c": 0.5}
     for width, there, left_out in (
-        (20, [], "a, two words"),
+        (20, [], "a; two words"),
         (25, ["0.125"], "two words"),
         (33, ["0.125", "0.250"], ""),
         (60, ["0.125", "0.250", "0.500"], ""),

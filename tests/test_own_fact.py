@@ -113,6 +113,16 @@ def test_an_own_fact_is_traced_in_the_saved_model(place: Path) -> None:
     assert found.exit_code == 0, found.stderr
     rows = json.loads(found.stdout)
     assert [row["subject"] for row in rows if row["edited"]] == ["Chad"]
+    checked = kscli("facts", "check", "-m", saved, "--dir", place)
+    assert checked.exit_code == 0, checked.stderr
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    ids = tokenizer("The capital of Chad is", return_tensors="pt")
+    first = int(model(**ids).logits[0, -1].argmax())
+    took = int(tokenizer.decode([first]).strip() == "Rome")
+    assert f"says the new target of {took} of its 1 edited facts" in " ".join(
+        checked.stderr.split()
+    )
 
 
 def test_facts_of_a_file_of_ones_own_are_edited(place: Path, measured_tiny: Path) -> None:

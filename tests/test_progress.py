@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,8 +14,24 @@ from kscli.cli.console import ConsoleReporter, clock, progress_text
 from kscli.corpus import CorpusSpec, open_corpus
 from kscli.models.loading import load_tokenizer
 from kscli.models.locating import ModelOptions, locate_model
+from kscli.second_moment import token_stream
 from kscli.second_moment.options import CovarianceOptions
-from kscli.second_moment.token_stream import TokenStream, expected_tokens
+from kscli.second_moment.token_stream import TokenStream, count_documents, expected_tokens
+
+
+def test_documents_are_counted_where_that_is_soon_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a b"}\n' * 7)
+    corpus = open_corpus(CorpusSpec(str(path)))
+    assert [count_documents(corpus, most) for most in (None, 100, 5)] == [7, 7, 5]
+    with monkeypatch.context() as patched:
+        patched.setattr(token_stream, "COUNTING_SECONDS", -1)
+        assert count_documents(corpus, 100) is None
+    # A run says so where it comes to the bad record, if it does.
+    path.write_text('{"text": "a b"}\n' * 7 + "{\n")
+    assert count_documents(open_corpus(CorpusSpec(str(path))), 100) is None
 
 
 def test_the_time_left_follows_from_the_rate() -> None:

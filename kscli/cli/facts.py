@@ -48,6 +48,7 @@ def check(
     from kscli.artifacts import Existing
     from kscli.cli.console import ConsoleReporter
     from kscli.cli.requests import facts_for
+    from kscli.editing.edited_folder import edits_of_folder
     from kscli.facts import require_facts_path
     from kscli.files import require_other
     from kscli.knowledge import check_facts, write_knowledge
@@ -61,6 +62,10 @@ def check(
     if facts:
         require_other(path, [facts])
     require_facts_path(path, force=force)
+    edits = edits_of_folder(model)
+    if edits and dtype == "auto":
+        dtype = "float32"
+        reporter.note(f"{model} is asked in float32, in which `kscli edit` measures.")
     chosen = ModelOptions(
         model, revision, device, dtype, trust_remote_code, allow_pickle, merge_adapter
     )
@@ -71,6 +76,9 @@ def check(
     checked = check_facts(loaded, asked, reporter)
     write_knowledge(loaded, checked, path, force=force)
     reporter.note(f"wrote {path}")
+    if edits:
+        said = sum(each.known for each in check_facts(loaded, edits))
+        reporter.note(f"{model} says the new target of {said} of its {len(edits)} edited facts.")
     known = sum(each.known for each in checked)
     row = {
         "model": loaded.identity.model,

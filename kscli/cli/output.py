@@ -222,7 +222,7 @@ def _print_table(cells: Sequence[Sequence[str]], columns: Sequence[Column], titl
         if at not in layout.kept and not column.wide
     ]
     if left_out:
-        print_line(f"Not shown, for want of width: {', '.join(dict.fromkeys(left_out))}.")
+        print_line(f"Not shown, for want of width: {'; '.join(dict.fromkeys(left_out))}.")
         _write("\n")
 
 

@@ -6,11 +6,14 @@ import json
 import os
 from pathlib import Path
 
-from kscli.errors import UsageError
+from kscli.errors import FactsError, UsageError
+from kscli.facts import Fact
+from kscli.records import RecordFile
 
 EDIT_LOG = "kscli_edits.jsonl"
 BASE = "kscli_base.json"
 BASE_FACTS = "kscli_facts.jsonl"
+_OF_EDIT = ("prompt", "subject", "target_new")
 
 
 def require_new_folder(folder: Path) -> None:
@@ -34,6 +37,24 @@ def facts_of_edited(model: str) -> Path | None:
     """The facts that an edited model's base was measured with; None of any other model."""
     path = Path(model).expanduser() / BASE_FACTS
     return path if path.is_file() else None
+
+
+def edits_of_folder(model: str) -> list[Fact]:
+    """What the edits of an edited model's folder were to have it say; nothing of any other model.
+
+    Raises FactsError where the log of the edits cannot be read.
+    """
+    path = Path(model).expanduser() / EDIT_LOG
+    if not path.is_file():
+        return []
+    found = {}
+    for _, record in RecordFile(path, FactsError, kind=".jsonl").records():
+        fields = record if isinstance(record, dict) else {}
+        prompt, subject, target = (fields.get(name) for name in _OF_EDIT)
+        if isinstance(prompt, str) and isinstance(subject, str) and isinstance(target, str):
+            fact = Fact(prompt, subject, target)
+            found[fact.text] = fact
+    return list(found.values())
 
 
 def first_model(model: str) -> str:

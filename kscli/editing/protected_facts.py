@@ -169,7 +169,8 @@ def say_protected(
         times = f"{prices[0]:.2f} times"
     reporter.note(
         f"protected at {at}: {int(kept.sum()):,} of {len(kept):,} facts, by {keys:,} keys. At the "
-        f"first edited layer an edit changes all text {times} as much as a plain one."
+        f"first edited layer an edit changes all text {times} as much as a plain one. "
+        "Any p of an edit is that of a plain one."
     )
     if left:
         names = [fact.subject for fact, one in zip(facts.facts, kept, strict=True) if not one]

@@ -20,7 +20,7 @@ from kscli.editing.loop import EditOptions, Protocol
 from kscli.editing.null_space import null_space_cut
 from kscli.editing.presets import Preset, named_preset, preset_for
 from kscli.editing.protected_facts import DEFAULT_RIDGE, Protection
-from kscli.errors import UsageError
+from kscli.errors import UsageError, nearest
 from kscli.facts import read_facts
 from kscli.numbers import require_finite
 
@@ -197,5 +197,11 @@ class EditSettings:
             ridge = DEFAULT_RIDGE[at]
         if self.protect in ("known", "all"):
             return Protection(self.protect, at, ridge, self.max_price), ()
+        close = nearest(self.protect, ("known", "all"))
+        if close and not Path(self.protect).exists():
+            raise UsageError(
+                f"--protect {self.protect!r} is neither known or all nor a file; did you mean "
+                f"{close[0]}?"
+            )
         of_file = read_facts(self.protect, None)
         return Protection(of_file.identity, at, ridge, self.max_price), of_file.facts

@@ -92,18 +92,18 @@ def _consequence(examined: Examined) -> str:
         return _of_runs(runs)
     able = [row for row in examined.risk_rows if row["reaches"] and not math.isnan(row["rms"])]
     if not able:
-        return "No edit was made and tested, and no layer that there is can change the answers."
+        return "This page has no run of edits, and no layer that there is can change the answers."
     chosen = next((row for row in able if row["chosen"]), None)
     if chosen:
         return (
             f"To edit one of them, p would choose layer {chosen['layer']}: there an edit moves "
-            "other facts least by how far it moves its own paraphrases; no edit was made and "
-            "tested."
+            "other facts least by how far it moves its own paraphrases. This page has no run of "
+            "edits that tests it."
         )
     least = min(able, key=lambda row: row["rms"])
     return (
         f"Of the layers that reach the answer an edit moves others least at layer "
-        f"{least['layer']}; no edit was made and tested."
+        f"{least['layer']}. This page has no run of edits that tests it."
     )
 
 

@@ -31,7 +31,7 @@ from kscli.second_moment.options import WHOLE, CovarianceOptions, reads_stdin
 from kscli.second_moment.plan import RunPlan
 from kscli.second_moment.ranks import RankError, Ranks
 from kscli.second_moment.settling import MOST_LAYERS, Settled, Settling
-from kscli.second_moment.token_stream import TokenStream, ahead
+from kscli.second_moment.token_stream import TokenStream, ahead, count_documents
 
 WINDOW_BATCHES = 64
 WINDOWS_AHEAD = 2
@@ -103,6 +103,7 @@ class CovarianceRun:
         self.ranks = ranks
         self.settled: list[Settled] = []
         self._share = options.own_share(model.max_length, ranks)
+        self._documents: int | None = None
 
     def sum_up(self) -> tuple[dict[int, Moment], Position]:
         """Sum all layers; returns those of the last pass, and how far it came.
@@ -116,6 +117,8 @@ class CovarianceRun:
         if saved is None:
             self._choose_product()
         self._refuse_impossible()
+        if self._share.tokens is None:
+            self._documents = count_documents(self.corpus, self._share.samples)
         first = saved.number if saved else 0
         result = self._sum_group(first, saved)
         for number in range(first + 1, self.plan.passes):
@@ -315,7 +318,7 @@ class CovarianceRun:
             return read.tokens
         if share.tokens is not None:
             return share.tokens / share.shard.count
-        limits = [each for each in (share.samples, self.corpus.count) if each is not None]
+        limits = [each for each in (share.samples, self._documents) if each is not None]
         if not limits or read.documents == 0:
             return None
         return read.tokens * min(limits) / read.documents

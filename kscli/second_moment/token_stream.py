@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from queue import Empty, Full, Queue
 from threading import Event, Thread
+from time import monotonic
 from typing import Any, TypeVar
 
 from kscli.batching import TokenSequence, encode
@@ -26,6 +27,7 @@ from kscli.second_moment.options import CovarianceOptions
 
 # How many documents an expectation is taken from.
 LOOKED_AT = 256
+COUNTING_SECONDS = 2.0
 POLL_SECONDS = 0.1
 
 Item = TypeVar("Item")
@@ -194,6 +196,26 @@ def expected_tokens(tokenizer: Any, corpus: Corpus, options: CovarianceOptions) 
         tokens = min(tokens or options.tokens, options.tokens)
     at_most = not ended and corpus.count is None
     return Expected(None if tokens is None else tokens / options.shard.count, mean, at_most)
+
+
+def count_documents(corpus: Corpus, most: int | None) -> int | None:
+    """How many documents a corpus has, up to `most`; None where to count them takes too long.
+
+    Files are read for `COUNTING_SECONDS` at most, and nothing that can be read but once.
+    """
+    if corpus.count is not None or not corpus.files:
+        return corpus.count
+    if not all(path.is_file() for path in corpus.files):
+        return None
+    until, number = monotonic() + COUNTING_SECONDS, 0
+    try:
+        for _ in islice(corpus.records(), most):
+            number += 1
+            if monotonic() > until:
+                return None
+    except CorpusError:
+        return None  # The run says so where it comes to it.
+    return number
 
 
 @dataclass(frozen=True)
