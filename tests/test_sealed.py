@@ -247,7 +247,7 @@ def test_a_strongest_pair_that_is_not_defined_is_not_told(toy: dict[str, Path]) 
             "top_pair_i": np.array([np.nan, 1, np.nan]),
             "top_pair_j": np.array([2.0, 2, 2]),
         }
-        said = caution(replace(found, values=values), pm.facts)
+        said = caution(replace(found, values=values, m=10), pm.facts)
     assert said is not None
     assert "at layer 1, " in said
 
