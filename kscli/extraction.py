@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kscli.artifacts import KEY_NAMES, KeysAbout, Recipe, write_artifact
+from kscli.artifacts import KeysAbout, Recipe, write_artifact
 from kscli.batching import BATCH_TOKENS, TokenSequence, make_batches
 from kscli.contexts import ContextChoice, in_context
 from kscli.errors import NumericsError
@@ -31,7 +31,7 @@ from kscli.models.locating import ModelIdentity
 from kscli.positions import KeyToken, LocatedPrompt, has_blank_end, locate_keys
 from kscli.records import quote
 from kscli.reporter import SILENT, Reporter
-from kscli.slots import in_slots, mean_in_slots
+from kscli.slots import KEY_NAMES, in_slots, mean_in_slots
 
 NO_CONTEXTS = ContextChoice()
 

@@ -6,8 +6,8 @@ the experts of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     Parts = NDArray[np.float32]
 
 NO_EXPERT = -1
+# The datasets of a fact's key, and of its means over contexts and paraphrases: of layers of experts
+# the key is in three.
+_WHAT = ("keys", "experts", "shared_keys")
+KEY_NAMES: dict[str, dict[str, str]] = {
+    "bare": dict(zip(_WHAT, _WHAT, strict=True)),
+    "context": dict(
+        zip(_WHAT, ("context_keys", "context_experts", "shared_context_keys"), strict=True)
+    ),
+    "paraphrase": dict(
+        zip(_WHAT, ("paraphrase_keys", "paraphrase_experts", "shared_paraphrase_keys"), strict=True)
+    ),
+}
 
 
 def in_slots(
@@ -63,3 +75,15 @@ def side_by_side(
     found[np.isnan(keys[:, 0]).any(axis=-1)] = np.nan
     flat = found.reshape(len(experts), -1)
     return flat if shared is None else np.concatenate([flat, shared], axis=1)
+
+
+def stacked(
+    part: Callable[[str], NDArray[Any] | None], which: str, n_experts: int
+) -> NDArray[np.float64]:
+    """The keys of one layer that are `which` of `KEY_NAMES`, (m, width), as `side_by_side` does.
+
+    `part` gives what is called so at that layer, None where there is no such thing.
+    """
+    keys, experts, shared = map(part, KEY_NAMES[which].values())
+    assert keys is not None
+    return side_by_side(keys, experts, shared, n_experts)

@@ -18,7 +18,6 @@ from kscli.artifacts.reading import (
     require_same_identity,
 )
 from kscli.artifacts.schema import (
-    KEY_NAMES,
     SCHEMAS,
     UNKNOWN,
     About,
@@ -37,7 +36,6 @@ from kscli.artifacts.writing import ArtifactWriter, write_artifact
 __all__ = [
     "EXPECTED_EQUAL",
     "IDENTITY",
-    "KEY_NAMES",
     "SCHEMAS",
     "UNKNOWN",
     "About",

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kscli.artifacts.schema import (
-    KEY_NAMES,
     SCHEMAS,
     About,
     CovarianceAbout,
@@ -37,7 +36,7 @@ from kscli.fact_forms import QUESTION_FIELDS
 from kscli.facts import Fact, Question
 from kscli.layers import format_layers, layers_text
 from kscli.models.families import whose_p
-from kscli.slots import side_by_side
+from kscli.slots import stacked
 
 if TYPE_CHECKING:
     import pandas
@@ -483,13 +482,12 @@ class KeysFile(FactsFile):
         return self._stacked("paraphrase", layer)
 
     def _stacked(self, which: str, layer: int) -> NDArray[np.float64]:
-        """One of `KEY_NAMES` at one layer, (m, width) in float64."""
-        keys, experts, shared = (
-            self._of_layer(name, layer) if name in self._file.arrays else None
-            for name in KEY_NAMES[which].values()
-        )
-        assert keys is not None
-        return side_by_side(keys, experts, shared, self.about.n_experts or 0)
+        """One of `KEY_NAMES` of `kscli.slots` at one layer, (m, width) in float64."""
+
+        def part(name: str) -> NDArray[Any] | None:
+            return self._of_layer(name, layer) if name in self._file.arrays else None
+
+        return stacked(part, which, self.about.n_experts or 0)
 
 
 class PMatrixFile(FactsFile):

@@ -251,18 +251,6 @@ _KEYS = _table("keys  float32  layer m d_m  the key of every fact") | _table(
     """,
     optional=True,
 )
-# The datasets of a fact's key, and of its means over contexts and paraphrases: of layers of experts
-# the key is in three.
-_WHAT = ("keys", "experts", "shared_keys")
-KEY_NAMES: dict[str, dict[str, str]] = {
-    "bare": dict(zip(_WHAT, _WHAT, strict=True)),
-    "context": dict(
-        zip(_WHAT, ("context_keys", "context_experts", "shared_context_keys"), strict=True)
-    ),
-    "paraphrase": dict(
-        zip(_WHAT, ("paraphrase_keys", "paraphrase_experts", "shared_paraphrase_keys"), strict=True)
-    ),
-}
 # What files of a mixture of experts hold beside the others', or with an axis more.
 _SHARED = "shared_second_moment  float32  layer d_shared d_shared  C of the experts that all have"
 _EXPERTS: dict[str, dict[str, Dataset]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kscli.artifacts import KEY_NAMES, CovarianceFile
+from kscli.artifacts import CovarianceFile
 from kscli.batching import padded_batches
 from kscli.contexts import ContextChoice
 from kscli.editing.editors import EDITORS, Editor, find_editor
@@ -19,7 +19,7 @@ from kscli.facts import FactSet
 from kscli.models.loading import LoadedModel
 from kscli.positions import LocatedPrompt, locate_keys
 from kscli.reporter import Reporter
-from kscli.slots import side_by_side
+from kscli.slots import stacked
 
 Array = NDArray[np.float64]
 
@@ -47,10 +47,12 @@ class Candidates:
 
     def _keys_of(self, which: str, layer: int) -> Array:
         row = self.keys.layers.index(layer)
-        found = [getattr(self.keys, name) for name in KEY_NAMES[which].values()]
-        keys, experts, shared = (None if each is None else each[row] for each in found)
-        assert keys is not None
-        return side_by_side(keys, experts, shared, self.n_experts)
+
+        def part(name: str) -> Array | None:
+            values = getattr(self.keys, name)
+            return None if values is None else values[row]
+
+        return stacked(part, which, self.n_experts)
 
 
 @dataclass(frozen=True)
