@@ -653,7 +653,7 @@ THEORY = (
         "walk_original",
         "of a random walk",
         ".2f",
-        "The exponent of a random walk with the same p.",
+        "The exponent of a random walk with the same p. In brackets: of 95 % of such walks.",
         interval=True,
         spare=1,
     ),

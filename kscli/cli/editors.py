@@ -26,12 +26,12 @@ def editors(
     """List the editors of `kscli edit --method`, or the settings of one of them.
 
     For each editor: which layers it edits by default, what it needs, what the search for one value
-    costs, and the models that settings are published for. "20 × 22" is 20 passes of the model at
+    costs, and the models that there are presets for. "20 × 22" is 20 passes of the model at
     most, forward and backward, over 22 texts.
 
-    With an editor: its own settings and those published for models, from the hyper-parameter files
-    of ROME, MEMIT, PMET, AlphaEdit, WilKE and EasyEdit. `kscli edit` takes those of its model; an
-    option or --preset takes others.
+    With an editor: its own settings and the presets of models. These are from the hyper-parameter
+    files of ROME, MEMIT, PMET, AlphaEdit, WilKE and EasyEdit; that of tiny was measured. `kscli
+    edit` takes those of its model; an option or --preset takes others.
 
     Examples:
       kscli editors

@@ -37,18 +37,15 @@ def explain_columns(columns: Sequence[Column], rows: Sequence[Row], reporter: Re
     """Say what p is, and what the columns of a table are whose headings do not say it."""
     reporter.note(P_MEANS)
     name_columns(columns, rows, reporter)
+    if has_intervals(shown(columns, rows), rows):
+        reporter.note("In brackets: 95 % intervals from resampled facts.")
 
 
-def name_columns(
-    columns: Sequence[Column], rows: Sequence[Row], reporter: Reporter, drawn: str = "facts"
-) -> None:
-    """Say what the columns are whose headings do not say it, and what their intervals are of."""
-    there = shown(columns, rows)
-    for column in there:
+def name_columns(columns: Sequence[Column], rows: Sequence[Row], reporter: Reporter) -> None:
+    """Say what the columns of a table are whose headings do not say it."""
+    for column in shown(columns, rows):
         if column.meaning:
             reporter.note(f"{column.title}: {column.meaning}")
-    if has_intervals(there, rows):
-        reporter.note(f"In brackets: 95 % intervals from resampled {drawn}.")
 
 
 def compare_kurtosis(rows: Sequence[Row], reporter: Reporter) -> None:
@@ -80,16 +77,19 @@ def suggest_verify(run: Path, reporter: Reporter) -> None:
 def fact_to_edit(model: str, subjects: Sequence[str], strongest: str) -> str:
     """The subject that is proposed for an edit: that of the strongest pair.
 
-    The embedded model does not take an edit of its strongest pair, but takes one of `LESSON`.
+    The embedded model takes no edit of its strongest pair, but one of `TAKEN_BY_TINY`.
     """
-    return LESSON if classify(model) == "embedded" and LESSON in subjects else strongest
+    embedded = classify(model) == "embedded"
+    return TAKEN_BY_TINY if embedded and TAKEN_BY_TINY in subjects else strongest
 
 
 def suggest_check(model: str, edited: Path, directory: Path, reporter: Reporter) -> None:
     """Say what can be asked of an edited model that was saved."""
     check = command_for("facts check", str(edited), directory)
     trace = command_for("trace", model, directory, str(edited), named=False)
-    reporter.note(f"{check} (what it knows now), {trace} (which facts were edited).")
+    reporter.note(
+        f"Of the saved model: {listed([f'{check} (what it knows now)', f'{trace} (its edits)'])}."
+    )
 
 
 class Step(NamedTuple):
@@ -115,14 +115,14 @@ def suggest(
     reporter.note(f"Next: {listed(words)}.")
 
 
-LESSON = "South Korea"
+# The embedded model takes an edit of its capital, and North Korea's moves with it.
+TAKEN_BY_TINY = "South Korea"
 REPORT = Step("report", "(all figures and findings on one page)")
 RISK = Step("risk", "(what an edit of it would move)")
 EDIT = Step("edit", "(edit it in a copy of the model, and see what it moved)")
-# The embedded model takes it, and North Korea's capital moves with it.
 EDIT_OWN = Step(
     "edit",
     "(edit a fact of your own in a copy of the model, and see what it moved)",
-    ("--prompt", "The capital of {} is", "--subject", "South Korea", "--target-new", "Rome"),
+    ("--prompt", "The capital of {} is", "--subject", TAKEN_BY_TINY, "--target-new", "Rome"),
 )
 TOPK = Step("topk", "(the pairs of facts that are bound)")

@@ -200,8 +200,7 @@ class EditSettings:
         close = nearest(self.protect, ("known", "all"))
         if close and not Path(self.protect).exists():
             raise UsageError(
-                f"--protect {self.protect!r} is neither known or all nor a file; did you mean "
-                f"{close[0]}?"
+                f"--protect {self.protect!r} is not known, all or a file; did you mean {close[0]}?"
             )
         of_file = read_facts(self.protect, None)
         return Protection(of_file.identity, at, ridge, self.max_price), of_file.facts
